@@ -1,0 +1,992 @@
+"""Train a parametric contrastive sparse autoencoder (SAE), score it with SAE-Bench, record it.
+
+    python experiment.py --out_dir=run_i
+
+configuration -> language model -> activation buffer -> trainer -> evaluation -> records.
+Edit anything here; `harness.py` holds the plumbing that nobody edits. In names of tensors,
+B is tokens or batch, L sequence, D model dimension, F features, K selected features, N rows.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Read when the libraries start: the same seed on the same machine gives the same weights.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import torch
+from sae_bench.custom_saes.base_sae import BaseSAE
+from torch import Tensor, nn
+
+import harness
+from harness import ExperimentError
+
+# =============================================================================================
+# SETTINGS AND PLAN: edit these directly
+# =============================================================================================
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything a run depends on. `PROFILES` and `PLAN` below override these defaults."""
+
+    description: str = "defaults"  # what the run tests, for tables and figures
+
+    # The language model and its text.
+    model: str = "tinylm"  # a Hugging Face name or folder; "tinylm": the built-in model
+    lm_dtype: str = "float32"  # the precision of the language model
+    layers: tuple[int, ...] = (1, 2, 4)  # SAEs read blocks.L.hook_resid_post
+    context: int = 128  # tokens per context, BOS first
+    training_text: str = "tinylm"  # a data set with a "text" column; "tinylm": its corpus
+    device: str = "auto"  # "auto", "cpu" or "cuda"
+
+    # The SAE and its loss (DESIGN: the method).
+    d_sae: int = 1024  # F, the number of features
+    form: str = "contrastive"  # "contrastive", or "as_written": the loss as first written down
+    tau_sel: float | None = None  # selection temperature; None: learned in (0.1, 0.5)
+    tau_pen: float | None = None  # penalty temperature; None: learned in (0.05, 0.25)
+    gamma: float | None = None  # loss weight; None: learned in (0, 0.3)
+    fix_at: str | None = None  # fix all three at the final values of this run, layer by layer
+    reg_lambda: float = 0.01  # λ of L_reg, on the learned θ
+    curriculum: bool = True  # False: no selection, all active features reconstruct (k_min = 1)
+    k_min: int = 16  # features selected per token at the end of the curriculum
+    k_start_factor: float = 4.0  # the curriculum starts at k_start = k_start_factor · k_min
+    curriculum_fraction: float = 0.3  # part of training after which k_t = k_min
+
+    # Training.
+    seeds: tuple[int, ...] = (0,)  # each sets initialization and the order of the tokens
+    training_tokens: int = 1_000_000
+    batch: int = 1024  # tokens per step
+    lr: float = 2e-3  # Adam's learning rate for weights and biases
+    lr_warmup: float = 0.02  # part of training over which it rises from 0
+    lr_decay: float = 0.3  # part of training, at the end, over which it falls to 0
+    theta_lr: float = 1e-2  # Adam's learning rate for θ: no warm-up, no decay
+    revive: str = "aux"  # dead features: "aux" (auxiliary loss), "resample" or "none"
+    dead_after: int = 50_000  # tokens without firing after which a feature counts as dead
+    aux_k: int = 32  # dead features that reconstruct the residual of each token
+    aux_coefficient: float = 1 / 32  # weight of the auxiliary loss
+    buffer_tokens: int = 262_144  # activations per layer held, and shuffled, at once
+    harvest_contexts: int = 32  # contexts per forward pass of the language model
+    log_every: int = 10  # steps between lines of train_log.jsonl
+
+    # Evaluation, by SAE-Bench.
+    core_text: str = "tinylm"  # a data set with a "text" column; "tinylm": its held-out text
+    core_prompts: int = 16  # contexts per batch
+    core_reconstruction_batches: int = 10
+    core_sparsity_batches: int = 40
+    probe_sets: tuple[str, ...] = ("tinylm/B",)  # data sets; "tinylm/A": for choosing, B: to report
+    probe_train: int = 300  # SAE-Bench's probe_train_set_size: half of it per class
+    probe_test: int = 200
+    probe_ks: tuple[int, ...] = (1, 2, 5, 10, 20, 50)
+    probe_llm_batch: int = 32
+    probe_sae_batch: int = 125
+    probe_seed: int = 42
+    compare_to: str = "run_1"  # the run that the verdict compares this one to
+
+
+PROFILES: dict[str, dict[str, Any]] = {
+    "tinylm": {},  # the defaults above
+    "gemma-2-2b": dict(
+        model="google/gemma-2-2b",
+        lm_dtype="bfloat16",
+        layers=(5, 12, 19),
+        training_text="monology/pile-uncopyrighted",
+        d_sae=2304,  # 16384 is the next step up
+        k_min=64,
+        training_tokens=50_000_000,
+        batch=2048,
+        lr=3e-4,
+        dead_after=2_500_000,
+        aux_k=512,
+        log_every=100,
+        core_text="Skylion007/openwebtext",
+        core_reconstruction_batches=200,
+        core_sparsity_batches=2000,
+        probe_sets=(
+            "LabHC/bias_in_bios_class_set1",
+            "LabHC/bias_in_bios_class_set2",
+            "LabHC/bias_in_bios_class_set3",
+            "canrager/amazon_reviews_mcauley_1and5",
+            "canrager/amazon_reviews_mcauley_1and5_sentiment",
+            "codeparrot/github-code",
+            "fancyzhx/ag_news",
+            "Helsinki-NLP/europarl",
+        ),
+        probe_train=4000,
+        probe_test=1000,
+    ),
+}
+
+# The base name of --out_dir selects the run: `--out_dir=run_3` runs PLAN["run_3"].
+PLAN: dict[str, dict[str, Any]] = {
+    "run_1": dict(description="the full method"),
+    "run_2": dict(description="fixed temperatures", tau_sel=0.3, tau_pen=0.1),
+    "run_3": dict(description="fixed loss weight", gamma=0.15),
+    "run_4": dict(description="stronger regularization", reg_lambda=0.1),
+    "run_5": dict(description="no curriculum", curriculum=False),
+    "run_6": dict(
+        description="full ablation", tau_sel=0.3, tau_pen=0.1, gamma=0.15, curriculum=False
+    ),
+    "run_7": dict(description="the loss as first written", form="as_written", curriculum=False),
+    "run_8": dict(description="adaptation of the selection alone", tau_pen=0.15, gamma=0.15),
+    "run_9": dict(description="adaptation against its end point", fix_at="run_1"),
+    # run_10, the best form found, joins the plan when it is found.
+}
+
+# =============================================================================================
+# THE METHOD: the SAE, its loss, its curriculum
+# =============================================================================================
+
+# The parameters that can be learned: name, θ, lower bound, width of the range.
+BOUNDED = {
+    "tau_sel": ("theta_1", 0.1, 0.4),
+    "tau_pen": ("theta_2", 0.05, 0.2),
+    "gamma": ("theta_3", 0.0, 0.3),
+}
+
+
+class CustomSAE(BaseSAE):
+    """The parametric contrastive SAE.
+
+        f     = ReLU((x − b_dec) W_enc + b_enc)                  features, (…, F)
+        x̂     = Σ_{i ∈ S} f_i W_dec[i] + b_dec                   reconstruction, (…, D)
+        τ_sel = 0.1 + 0.4 σ(θ1),  τ_pen = 0.05 + 0.2 σ(θ2),  γ = 0.3 σ(θ3)
+
+    S holds the `k` largest features of x; with k = None there is no selection and S holds all
+    active ones. W_enc is (D, F), W_dec (F, D) with rows of unit norm.
+
+    Args:
+        d_in, d_sae: D and F.
+        model_name, hook_layer: the residual stream it reads: blocks.{hook_layer}.hook_resid_post.
+        k: features kept by `encode`, or None.
+        fixed: values of tau_sel, tau_pen or gamma that are constants; the others are learned.
+        scale: s with E‖s x‖² = D: training multiplies activations by it. See `folded`.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        model_name: str,
+        hook_layer: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        k: int | None = None,
+        fixed: dict[str, float] | None = None,
+        scale: float = 1.0,
+    ) -> None:
+        super().__init__(d_in, d_sae, model_name, hook_layer, torch.device(device), dtype)
+        self.k = k
+        self.fixed = dict(fixed or {})
+        self.scale = scale
+        for name, (theta, _, _) in BOUNDED.items():
+            learned = None if name in self.fixed else nn.Parameter(torch.zeros((), device=device))
+            self.register_parameter(theta, learned)
+        self.cfg.architecture = "parametric_contrastive"
+        self.cfg.activation_fn_str = "relu" if k is None else "topk"
+        self.cfg.apply_b_dec_to_input = True
+
+    def bounded(self, name: str) -> Tensor:
+        """tau_sel, tau_pen or gamma: a scalar; differentiable in its θ unless it is fixed."""
+        if name in self.fixed:
+            return torch.tensor(self.fixed[name], device=self.W_enc.device)
+        theta, low, width = BOUNDED[name]
+        return low + width * torch.sigmoid(getattr(self, theta))
+
+    def thetas(self) -> list[nn.Parameter]:
+        """The learned θ."""
+        return [getattr(self, t) for n, (t, _, _) in BOUNDED.items() if n not in self.fixed]
+
+    def adaptive(self) -> dict[str, float | None]:
+        """tau_sel, tau_pen, gamma, their w = γ τ_pen, and the θ (None where there is none)."""
+        values = {name: float(self.bounded(name)) for name in BOUNDED}
+        thetas = {t: getattr(self, t) for t, _, _ in BOUNDED.values()}
+        return {
+            **values,
+            "w": values["gamma"] * values["tau_pen"],
+            **{name: None if theta is None else float(theta) for name, theta in thetas.items()},
+        }
+
+    def weights(self) -> list[nn.Parameter]:
+        """W_enc, W_dec, b_enc, b_dec."""
+        return [self.W_enc, self.W_dec, self.b_enc, self.b_dec]
+
+    @torch.no_grad()
+    def initialize(self, seed: int, mean_D: Tensor) -> None:
+        """W_dec rows random of unit norm, W_enc = W_decᵀ, b_enc = 0, b_dec = `mean_D`."""
+        generator = torch.Generator().manual_seed(seed)
+        W_dec = torch.randn(self.W_dec.shape, generator=generator)
+        self.W_dec.copy_(W_dec / W_dec.norm(dim=1, keepdim=True))
+        self.W_enc.copy_(self.W_dec.T)
+        self.b_enc.zero_()
+        self.b_dec.copy_(mean_D)
+
+    def preactivations(self, x: Tensor) -> Tensor:
+        """(…, D) -> (…, F): what the ReLU is applied to."""
+        return (x.to(self.W_enc.dtype) - self.b_dec) @ self.W_enc + self.b_enc
+
+    def encode(self, x: Tensor) -> Tensor:
+        """(…, D) -> (…, F): the features, of which the k largest are kept."""
+        f = torch.relu(self.preactivations(x))
+        return f if self.k is None else select(f, self.k)[0]
+
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        """(…, F) -> (…, D)"""
+        return feature_acts @ self.W_dec + self.b_dec
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, D) -> (…, D): the reconstruction."""
+        return self.decode(self.encode(x))
+
+    @torch.no_grad()
+    def normalize_decoder(self) -> None:
+        """Rows of W_dec back to unit norm."""
+        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True))
+
+    @torch.no_grad()
+    def remove_parallel_gradient(self) -> None:
+        """Takes from W_dec's gradient what would only change the norm of its rows."""
+        grad = self.W_dec.grad
+        grad.addcmul_((grad * self.W_dec).sum(1, keepdim=True), self.W_dec, value=-1)
+
+    @torch.no_grad()
+    def folded(self) -> CustomSAE:
+        """The same SAE for activations in raw units.
+
+        f is linear in the scale: with b_enc/s and b_dec/s in place of b_enc and b_dec, W_enc and
+        W_dec unchanged, raw activations give features and reconstructions in raw units.
+        """
+        raw = copy.deepcopy(self)
+        raw.b_enc.div_(self.scale)
+        raw.b_dec.div_(self.scale)
+        raw.scale = 1.0
+        return raw
+
+
+def select(f_BF: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest features of each row, and the rest: two tensors of f's shape that add to f."""
+    values, indices = f_BF.topk(k, dim=-1, sorted=False)
+    selected = torch.zeros_like(f_BF).scatter_(-1, indices, values)
+    return selected, f_BF.scatter(-1, indices, 0.0)
+
+
+@dataclass
+class Loss:
+    """The loss of one batch, its parts as they enter it (scalars), and what the parts came from."""
+
+    total: Tensor
+    reconstruction: Tensor
+    penalty: Tensor  # γ L_pen
+    reg: Tensor
+    aux: Tensor
+    used_BF: Tensor  # the features that reconstruct
+    residual_BD: Tensor  # x − x̂
+
+
+def contrastive_loss(
+    sae: CustomSAE,
+    x_BD: Tensor,
+    k: int | None,
+    reg_lambda: float,
+    form: str = "contrastive",
+    dead_F: Tensor | None = None,
+    aux_k: int = 0,
+    aux_coefficient: float = 0.0,
+) -> Loss:
+    """The loss on a batch of scaled activations (DESIGN, the method).
+
+        L_pen = τ_pen · mean over tokens of Σ_{i ∉ S} tanh(f_i / τ_sel)
+        L_reg = λ Σ over the learned θ of θ²
+        loss  = mean over tokens of ‖x − x̂‖² / D  +  γ L_pen  +  L_reg
+
+    Args:
+        x_BD: (B, D), with E‖x‖² = D.
+        k: S is the k largest features, which alone reconstruct and are not penalised. None: no
+            selection; every active feature reconstructs, all but the strongest are penalised.
+        form: "as_written" is the method as it was first written down, kept as an ablation: no
+            selection, tanh(f / τ_sel) averaged over tokens and features alike, and the
+            reconstruction loss is mean ‖x − x̂‖.
+        dead_F: (F,) bool, the dead features; with it, the auxiliary loss of Gao et al. 2024
+            (arXiv:2406.04093, section A.2): the `aux_k` largest dead features of a token
+            reconstruct its residual, weighed by `aux_coefficient`.
+    """
+    tau_sel, tau_pen, gamma = (sae.bounded(name) for name in BOUNDED)
+    pre_BF = sae.preactivations(x_BD)
+    f_BF = torch.relu(pre_BF)
+    if form == "as_written":
+        used_BF, penalised_BF = f_BF, f_BF
+    elif k is None:
+        used_BF, penalised_BF = f_BF, select(f_BF, 1)[1]
+    else:
+        used_BF, penalised_BF = select(f_BF, k)
+    residual_BD = x_BD - sae.decode(used_BF)
+    saturated_BF = torch.tanh(penalised_BF / tau_sel)
+    if form == "as_written":
+        reconstruction = residual_BD.norm(dim=-1).mean()
+        penalty = gamma * tau_pen * saturated_BF.mean()
+    else:
+        reconstruction = residual_BD.pow(2).mean()
+        penalty = gamma * tau_pen * saturated_BF.sum(-1).mean()
+    reg = reg_lambda * sum((theta**2 for theta in sae.thetas()), torch.zeros_like(gamma))
+    aux = torch.zeros_like(gamma)
+    if dead_F is not None and (n_dead := int(dead_F.sum())):
+        # Pre-activations, not features: a dead feature's are negative, where a ReLU has no slope.
+        dead_pre_BN = pre_BF[:, dead_F]
+        dead_BN = select(dead_pre_BN, aux_k)[0] if aux_k < n_dead else dead_pre_BN
+        target_BD = residual_BD.detach()
+        left = (target_BD - dead_BN @ sae.W_dec[dead_F]).pow(2).mean()
+        aux = aux_coefficient * left / target_BD.pow(2).mean()
+        aux = torch.nan_to_num(aux)  # a residual of exactly zero has nothing left to explain
+    total = reconstruction + penalty + reg + aux
+    return Loss(total, reconstruction, penalty, reg, aux, used_BF, residual_BD)
+
+
+def curriculum_k(progress: float, k_start: int, k_min: int, fraction: float) -> int:
+    """k_t: from k_start log-linearly down to k_min over the first `fraction` of training.
+
+    Args:
+        progress: tokens seen / tokens in all, from 0 to 1.
+    """
+    if progress >= fraction:
+        return k_min
+    return round(k_start * (k_min / k_start) ** (progress / fraction))
+
+
+def lr_factor(progress: float, warmup: float, decay: float) -> float:
+    """What the learning rate is multiplied by: up to 1 over `warmup`, to 0 over the last `decay`."""
+    rise = progress / warmup if progress < warmup else 1.0
+    fall = (1.0 - progress) / decay if progress > 1.0 - decay else 1.0
+    return min(rise, fall)
+
+
+# =============================================================================================
+# THE LANGUAGE MODEL AND ITS ACTIVATIONS
+# =============================================================================================
+
+
+class ActivationBuffer:
+    """Activations of several layers in corpus order, BOS, EOS and padding left out."""
+
+    def __init__(
+        self,
+        lm: harness.LanguageModel,
+        stream: harness.TokenStream,
+        layers: tuple[int, ...],
+        contexts: int,
+    ) -> None:
+        self.lm, self.stream, self.layers, self.contexts = lm, stream, layers, contexts
+        self._rest: Tensor | None = None  # harvested, not yet handed out
+
+    def take(self, n: int) -> Tensor:
+        """The activations of the next n tokens: (layers, n, D), on the model's device."""
+        parts = [] if self._rest is None else [self._rest]
+        have = sum(part.shape[1] for part in parts)
+        while have < n:
+            tokens_BL = self.stream.contexts(self.contexts).to(self.lm.hf.device)
+            keep_BL = ~torch.isin(
+                tokens_BL, torch.tensor(sorted(self.lm.special_ids), device=tokens_BL.device)
+            )
+            acts = self.lm.activations(tokens_BL, self.layers)
+            parts.append(torch.stack([acts_BLD[keep_BL] for acts_BLD in acts]))
+            have += parts[-1].shape[1]
+        everything = torch.cat(parts, dim=1)
+        self._rest = everything[:, n:].clone()
+        return everything[:, :n]
+
+
+# =============================================================================================
+# TRAINING
+# =============================================================================================
+
+
+class Trainer:
+    """One SAE and what its training needs: Adam with a group for θ, and the count of dead features.
+
+    Args:
+        sae: initialized, on its device.
+        settings: the run's.
+    """
+
+    def __init__(self, sae: CustomSAE, settings: Settings, seed: int) -> None:
+        self.sae, self.settings = sae, settings
+        groups = [{"params": sae.weights(), "lr": settings.lr}]
+        if sae.thetas():
+            groups.append({"params": sae.thetas(), "lr": settings.theta_lr})
+        self.optimizer = torch.optim.Adam(groups, fused=True)
+        self.steps_since_active = torch.zeros(
+            sae.cfg.d_sae, dtype=torch.int64, device=sae.W_enc.device
+        )
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def dead(self) -> Tensor:
+        """(F,) bool: features that have not reconstructed anything for `dead_after` tokens."""
+        return self.steps_since_active * self.settings.batch >= self.settings.dead_after
+
+    def step(self, x_BD: Tensor, progress: float, log: bool) -> dict[str, float] | None:
+        """One step on raw activations (B, D); its record if `log`."""
+        settings, sae = self.settings, self.sae
+        x_BD = x_BD.to(sae.W_enc.dtype) * sae.scale
+        k = k_at(settings, progress)
+        loss = contrastive_loss(
+            sae, x_BD, k, settings.reg_lambda, settings.form,
+            self.dead() if settings.revive == "aux" else None,
+            settings.aux_k, settings.aux_coefficient,
+        )  # fmt: skip
+        self.optimizer.zero_grad()
+        loss.total.backward()
+        sae.remove_parallel_gradient()
+        lr = settings.lr * lr_factor(progress, settings.lr_warmup, settings.lr_decay)
+        self.optimizer.param_groups[0]["lr"] = lr
+        record = self.record(loss, x_BD, k, lr) if log else None
+        self.optimizer.step()
+        sae.normalize_decoder()
+        fired_F = (loss.used_BF > 0).any(0)
+        self.steps_since_active = torch.where(fired_F, 0, self.steps_since_active + 1)
+        if settings.revive == "resample" and progress < 1 - settings.lr_decay:
+            self.resample(x_BD, loss.residual_BD.detach())
+        return record
+
+    @torch.no_grad()
+    def resample(self, x_BD: Tensor, residual_BD: Tensor) -> None:
+        """Points dead features at badly reconstructed tokens (Bricken et al. 2023, appendix)."""
+        dead_N = self.dead().nonzero()[:, 0]
+        if not len(dead_N):
+            return
+        odds_B = residual_BD.pow(2).sum(-1).pow(2).cpu()
+        dead_N = dead_N[: len(odds_B)]
+        rows_N = torch.multinomial(odds_B, len(dead_N), generator=self.generator)
+        directions_ND = residual_BD[rows_N.to(residual_BD.device)]
+        directions_ND = directions_ND / directions_ND.norm(dim=1, keepdim=True)
+        sae = self.sae
+        sae.W_dec[dead_N] = directions_ND
+        sae.W_enc[:, dead_N] = directions_ND.T * sae.W_enc.norm(dim=0).mean()
+        sae.b_enc[dead_N] = 0.0
+        for parameter, index in (
+            (sae.W_dec, (dead_N,)), (sae.W_enc, (slice(None), dead_N)), (sae.b_enc, (dead_N,))
+        ):  # fmt: skip
+            for moment in ("exp_avg", "exp_avg_sq"):
+                self.optimizer.state[parameter][moment][index] = 0.0
+        self.steps_since_active[dead_N] = 0
+
+    @torch.no_grad()
+    def record(self, loss: Loss, x_BD: Tensor, k: int | None, lr: float) -> dict[str, Any]:
+        """What train_log.jsonl says of this batch, before its step."""
+        sae = self.sae
+        error = loss.residual_BD.pow(2).sum()
+        spread = (x_BD - x_BD.mean(0)).pow(2).sum()
+        return {
+            "loss": float(loss.total),
+            "loss_reconstruction": float(loss.reconstruction),
+            "loss_penalty": float(loss.penalty),
+            "loss_reg": float(loss.reg),
+            "loss_aux": float(loss.aux),
+            **sae.adaptive(),
+            "k_t": k,
+            "l0": float((loss.used_BF > 0).sum(-1).float().mean()),
+            "fvu": float(error / spread),
+            "dead_fraction": float(self.dead().float().mean()),
+            "lr": lr,
+        }
+
+
+def k_at(settings: Settings, progress: float) -> int | None:
+    """k_t of a run at this point of its training; None where it selects nothing."""
+    if not settings.curriculum or settings.form == "as_written":
+        return None
+    k_start = min(round(settings.k_start_factor * settings.k_min), settings.d_sae)
+    return curriculum_k(progress, k_start, settings.k_min, settings.curriculum_fraction)
+
+
+def sae_name(layer: int, seed: int) -> str:
+    """What an SAE is called in files of results."""
+    return f"layer_{layer}_seed_{seed}"
+
+
+def new_sae(
+    settings: Settings,
+    layer: int,
+    seed: int,
+    mean_D: Tensor,
+    scale: float,
+    fixed: dict[str, float],
+    k: int | None,
+) -> CustomSAE:
+    """An initialized SAE for activations whose raw mean is `mean_D`, on its device."""
+    shape = (len(mean_D), settings.d_sae, settings.model, layer, mean_D.device)
+    sae = CustomSAE(*shape, k=k, fixed=fixed, scale=scale)
+    sae.initialize(seed, mean_D * scale)
+    sae.cfg.context_size = settings.context
+    sae.cfg.dataset_path = settings.training_text
+    return sae
+
+
+@dataclass
+class Training:
+    """What training leaves. Keys are (layer, seed), or the layer alone."""
+
+    saes: dict[tuple[int, int], CustomSAE]
+    mean: dict[int, Tensor]  # the raw mean of the first activations, (D,)
+    last: dict[tuple[int, int], dict[str, Any]]  # the last line of the log
+    tokens: int
+    seconds: dict[str, float]
+
+
+def train(
+    settings: Settings, buffer: ActivationBuffer, fixed: dict[tuple[int, int], dict], log: Path
+) -> Training:
+    """Trains an SAE per layer and seed, all on the same text and the same forward passes.
+
+    Args:
+        fixed: by layer and seed, the constants among tau_sel, tau_pen and gamma.
+        log: train_log.jsonl.
+    """
+    n_steps = settings.training_tokens // settings.batch
+    size = settings.buffer_tokens // settings.batch * settings.batch
+    trainers: dict[tuple[int, int], Trainer] = {}
+    means: dict[int, Tensor] = {}
+    last: dict[tuple[int, int], dict[str, Any]] = {}
+    orders = {seed: torch.Generator().manual_seed(seed) for seed in settings.seeds}
+    progress = harness.Progress("train", n_steps * settings.batch, "tokens")
+    seconds = {"seconds_harvest": 0.0, "seconds_training": 0.0}
+    began = time.monotonic()
+    step = 0
+    with log.open("w", encoding="utf-8") as log_file:
+        while step < n_steps:
+            started = time.monotonic()
+            acts_LND = buffer.take(min(size, (n_steps - step) * settings.batch))
+            seconds["seconds_harvest"] += time.monotonic() - started
+            started = time.monotonic()
+            if not trainers:
+                for layer, acts_ND in zip(settings.layers, acts_LND):
+                    means[layer] = acts_ND.double().mean(0).float()
+                    scale = math.sqrt(acts_ND.shape[1] / acts_ND.double().pow(2).sum(1).mean())
+                    for seed in settings.seeds:
+                        key = layer, seed
+                        k = k_at(settings, progress=1.0)
+                        sae = new_sae(settings, layer, seed, means[layer], scale, fixed[key], k)
+                        trainers[key] = Trainer(sae, settings, seed)
+            order = {
+                seed: torch.randperm(acts_LND.shape[1], generator=generator)
+                for seed, generator in orders.items()
+            }
+            for rows in range(0, acts_LND.shape[1], settings.batch):
+                tokens = step * settings.batch
+                logging = step % settings.log_every == 0 or step == n_steps - 1
+                for (layer, seed), trainer in trainers.items():
+                    drawn = order[seed][rows : rows + settings.batch].to(acts_LND.device)
+                    x_BD = acts_LND[settings.layers.index(layer), drawn]
+                    record = trainer.step(x_BD, step / n_steps, logging)
+                    if record:
+                        speed = tokens / (time.monotonic() - began)
+                        record = {
+                            "step": step, "tokens": tokens, "layer": layer, "seed": seed,
+                            **record, "tokens_per_second": speed,
+                        }  # fmt: skip
+                        last[layer, seed] = record
+                        log_file.write(json.dumps(record) + "\n")
+                step += 1
+                fvus = "/".join(f"{record['fvu']:.2f}" for record in last.values())
+                progress.advance(settings.batch, f"fvu {fvus}")
+            log_file.flush()
+            seconds["seconds_training"] += time.monotonic() - started
+    progress.close()
+    saes = {key: trainer.sae for key, trainer in trainers.items()}
+    return Training(saes, means, last, n_steps * settings.batch, seconds)
+
+
+# =============================================================================================
+# EVALUATION, by SAE-Bench
+# =============================================================================================
+
+
+def core_evaluation(
+    sae: CustomSAE, name: str, model: Any, settings: Settings, out_dir: Path
+) -> dict[str, float]:
+    """SAE-Bench's core evaluation of a folded SAE: its scalars, by SAE-Bench's names.
+
+    Calls `run_evals`: `multiple_evals` loads the model by name and swallows every exception.
+    Writes eval_results/core/….json in SAE-Bench's own form.
+
+    Raises:
+        ExperimentError: a scalar is not finite, or is the -1 that stands for NaN.
+    """
+    from sae_bench.evals.core import main as core
+
+    sae = harness.formatted(sae, settings)
+    config = harness.core_config(settings)
+    tokenizer = model.tokenizer
+    scalars, features = core.run_evals(
+        sae,
+        harness.core_store(settings, model, sae),
+        model,
+        config,
+        ignore_tokens={tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id},
+    )
+    scalars["misc_metrics"] = core.calculate_misc_metrics(features)
+    flat = {metric: value for group in scalars.values() for metric, value in group.items()}
+    for metric, value in flat.items():
+        if not math.isfinite(value) or value == -1:
+            raise ExperimentError(
+                f"core evaluation of {name}: {metric} is {value}, which can't be right; "
+                "look at the SAE's weights and at the evaluation text"
+            )
+    harness.save_core(name, sae, config, scalars, features, out_dir)
+    return flat
+
+
+def sparse_probing(
+    saes: dict[str, CustomSAE],
+    model: Any,
+    settings: Settings,
+    out_dir: Path,
+    progress: harness.Progress,
+    log: Path,
+) -> dict[str, dict[str, float]]:
+    """SAE-Bench's sparse probing of folded SAEs: by name, sae_… and llm_… mean accuracies.
+
+    Stock SAE-Bench draws all probes of an SAE from one generator, seeded once. This keeps a
+    generator state per SAE, and one per layer for the language model's probes, so that an SAE's
+    figures are those of a stock call that finds the activations stored (the second call of
+    `run_eval_single_sae`). Writes eval_results/sparse_probing/….json in SAE-Bench's own form.
+    """
+    torch.manual_seed(settings.probe_seed)
+    states: dict[Any, Tensor] = dict.fromkeys((*settings.layers, *saes), torch.get_rng_state())
+    per_class: dict[str, dict] = {name: {} for name in saes}
+    ready = {name: harness.formatted(sae, settings) for name, sae in saes.items()}
+
+    def probes(key: Any, train: dict, test: dict, prefix: str) -> dict[str, dict]:
+        torch.set_rng_state(states[key])
+        results = harness.probe(train, test, prefix, settings.probe_ks)
+        states[key] = torch.get_rng_state()
+        return results
+
+    for dataset in harness.probe_names(settings):
+        with harness.quiet(log):
+            texts = harness.probe_tokens(dataset, model, settings)
+            (llm_train, sae_train), (llm_test, sae_test) = (
+                harness.pooled_features(tokens, model, ready, settings) for tokens in texts
+            )
+            llm = {
+                layer: probes(layer, llm_train[layer], llm_test[layer], "llm")
+                for layer in settings.layers
+            }
+        for name, sae in ready.items():
+            with harness.quiet(log):
+                results = probes(name, sae_train[name], sae_test[name], "sae")
+            # SAE-Bench's order: the SAE's full probe, the language model's, the SAE's top k.
+            full = {"sae_test_accuracy": results.pop("sae_test_accuracy")}
+            per_class[name][f"{dataset}_results"] = full | llm[sae.cfg.hook_layer] | results
+            progress.advance(1, dataset)
+    with harness.quiet(log):
+        return {
+            name: harness.save_probing(name, ready[name], per_class[name], settings, out_dir)
+            for name in saes
+        }
+
+
+def evaluate(
+    settings: Settings, training: Training, model: Any, out_dir: Path, log: Path
+) -> tuple[dict[str, dict[str, dict]], dict[str, float]]:
+    """Scores every SAE and its untrained twin: {kind: {name: results}}, and each kind's seconds.
+
+    The twin has the same initialization, width and L0 (it keeps as many features per token as
+    the trained SAE has active), and was never trained. Its name ends in "_untrained".
+    """
+    saes = {sae_name(*key): sae.folded() for key, sae in training.saes.items()}
+    seconds = {}
+    started = time.monotonic()
+    progress = harness.Progress("core evaluation", 2 * len(saes), "SAEs")
+    core: dict[str, dict[str, float]] = {}
+    for (layer, seed), trained in training.saes.items():
+        name = sae_name(layer, seed)
+        twin_name = f"{name}_untrained"
+        with harness.quiet(log):
+            core[name] = core_evaluation(saes[name], name, model, settings, out_dir)
+            k = min(max(round(core[name]["l0"]), 1), settings.d_sae)
+            twin = new_sae(settings, layer, seed, training.mean[layer], trained.scale, {}, k)
+            saes[twin_name] = twin.folded()
+            progress.advance(1)
+            core[twin_name] = core_evaluation(
+                saes[twin_name], twin_name, model, settings, out_dir
+            )
+        progress.advance(1, name)
+    with harness.quiet(log):
+        fvu = harness.fraction_unexplained(saes, model, settings)
+    progress.close()
+    seconds["seconds_core"] = time.monotonic() - started
+    started = time.monotonic()
+    with harness.tinylm_tasks(settings):
+        n_probed = len(harness.probe_names(settings)) * len(saes)
+        progress = harness.Progress("sparse probing", n_probed, "SAEs x sets")
+        probing = sparse_probing(saes, model, settings, out_dir, progress, log)
+        progress.close()
+    seconds["seconds_sparse_probing"] = time.monotonic() - started
+    return {"core": core, "fvu": fvu, "probing": probing}, seconds
+
+
+# =============================================================================================
+# RECORDS
+# =============================================================================================
+
+
+def layer_metrics(
+    settings: Settings, layer: int, training: Training, evaluation: dict[str, dict]
+) -> dict[str, list[float]]:
+    """{metric: a value per seed} of one layer, for final_info.json."""
+    per_seed: dict[str, list[float]] = {}
+    for seed in settings.seeds:
+        name, twin = sae_name(layer, seed), f"{sae_name(layer, seed)}_untrained"
+        last = training.last[layer, seed]
+        row = evaluation["core"][name] | evaluation["probing"][name]
+        row["fvu"] = evaluation["fvu"][name]
+        for metric, value in evaluation["probing"][twin].items():
+            if metric.startswith("sae_"):
+                row[f"untrained_{metric.removeprefix('sae_')}"] = value
+        for metric in ("l0", "ce_loss_score"):
+            row[f"untrained_{metric}"] = evaluation["core"][twin][metric]
+        row["untrained_fvu"] = evaluation["fvu"][twin]
+        row |= {m: last[m] for m in (*BOUNDED, "w", "dead_fraction")}
+        row |= {m: value for m, value in last.items() if m.startswith("loss")}
+        row["training_tokens"] = training.tokens
+        row["n_seeds"] = len(settings.seeds)
+        for metric, value in row.items():
+            per_seed.setdefault(metric, []).append(float(value))
+    return per_seed
+
+
+def odd_results(settings: Settings, layers: dict[str, dict[str, list[float]]]) -> list[str]:
+    """What is odd but may be true, a sentence each."""
+    warnings = []
+    for layer, metrics in layers.items():
+        value = {metric: harness.mean(values) for metric, values in metrics.items()}
+        top, untrained = value["sae_top_5_test_accuracy"], value["untrained_top_5_test_accuracy"]
+        odd = {
+            f"the codes are dense, L0 is {value['l0']:.0f}": value["l0"] > settings.d_sae / 4,
+            "over half of the features are dead": value["frac_alive"] < 0.5,
+            "probing on the SAE's best 5 features is at chance": top < 0.55,
+            f"the SAE's best 5 features ({top:.3f}) tell less than those of an untrained SAE "
+            f"({untrained:.3f})": top < untrained,
+        }
+        warnings += [f"{layer}: {sentence}" for sentence, holds in odd.items() if holds]
+    return warnings
+
+
+SHOWN = (
+    "l0", "fvu", "ce_loss_score", "frac_alive", "sae_top_1_test_accuracy",
+    "sae_top_5_test_accuracy", "untrained_top_5_test_accuracy", "llm_top_5_test_accuracy",
+    "tau_sel", "tau_pen", "gamma",
+)  # fmt: skip
+
+
+def write_records(
+    settings: Settings,
+    profile: str,
+    training: Training,
+    evaluation: dict[str, dict],
+    seconds: dict[str, float],
+    out_dir: Path,
+) -> None:
+    """Writes warnings.json and, last, final_info.json; prints the closing block."""
+    layers = {
+        f"layer_{layer}": layer_metrics(settings, layer, training, evaluation)
+        | {stage: [value] * len(settings.seeds) for stage, value in seconds.items()}
+        for layer in settings.layers
+    }
+    overall = {
+        "seed": [float(seed) for seed in settings.seeds],
+        "primary": harness.primary_metric(layers.values()),
+        "l0": [harness.mean(values) for values in zip(*(m["l0"] for m in layers.values()))],
+    }
+    reference = harness.read_reference(settings, out_dir, profile)
+    sentence, numbers = harness.verdict(overall, reference, settings.compare_to)
+    info = {name: harness.summarize(metrics) for name, metrics in layers.items()}
+    info["verdict"] = harness.summarize(overall)
+    info["verdict"]["means"] |= numbers
+    warnings = odd_results(settings, layers)
+    harness.write_json(out_dir / "warnings.json", warnings)
+    harness.write_json(out_dir / "final_info.json", info)
+
+    print(f"---\nrun: {out_dir.name}\nprofile: {profile}")
+    for layer in layers:
+        for metric in SHOWN:
+            print(f"{layer}_{metric}: {info[layer]['means'][metric]:.4f}")
+    for stage, value in seconds.items():
+        print(f"{stage}: {value:.1f}")
+    print(f"peak_memory_gb: {harness.peak_memory_gb():.2f}")
+    for warning in warnings:
+        print(f"warning: {warning}")
+    print(f"results: {out_dir}\nprimary: {numbers['primary']:.4f}\nverdict: {sentence}")
+
+
+# =============================================================================================
+# MAIN
+# =============================================================================================
+
+
+def choose_profile() -> str:
+    """SAE_PROFILE, or gemma-2-2b where CUDA is available, tinylm elsewhere."""
+    profile = os.environ.get("SAE_PROFILE")
+    if not profile:
+        return "gemma-2-2b" if torch.cuda.is_available() else "tinylm"
+    if profile not in PROFILES:
+        raise ExperimentError(
+            f"SAE_PROFILE must be {' or '.join(PROFILES)}, but is {profile!r}: change or unset it"
+        )
+    return profile
+
+
+def choose_device(settings: Settings, profile: str) -> torch.device:
+    """The device that `settings.device` stands for: "auto" is a GPU for gemma-2-2b, else a CPU."""
+    wanted = settings.device
+    if wanted == "auto":
+        wanted = "cuda" if profile == "gemma-2-2b" else "cpu"
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ExperimentError(
+            f"the profile {profile} with device={settings.device!r} needs a CUDA GPU, and none is "
+            "available: set device='cpu', or use SAE_PROFILE=tinylm make run OUT=run_try"
+        )
+    return torch.device(wanted)
+
+
+def settings_of(name: str, profile: str) -> Settings:
+    """The settings of the run called `name`, checked.
+
+    Raises:
+        ExperimentError: a field that doesn't exist, or a value that can't be.
+    """
+    chosen = PROFILES[profile] | PLAN.get(name, {})
+    if unknown := sorted(set(chosen) - {field.name for field in dataclasses.fields(Settings)}):
+        raise ExperimentError(
+            f"PLAN[{name!r}] sets {', '.join(unknown)}, but Settings has no such field: "
+            "see the list at the top of experiment.py"
+        )
+    s = Settings(**chosen)
+    counts = (
+        "k_min d_sae training_tokens batch buffer_tokens harvest_contexts log_every dead_after "
+        "aux_k core_prompts core_reconstruction_batches core_sparsity_batches probe_train "
+        "probe_test probe_llm_batch probe_sae_batch"
+    )
+    rules: list[tuple[str, Callable[[Any], bool], str]] = [
+        *((field, lambda v: v >= 1 and v == int(v), "a count above 0") for field in counts.split()),
+        *((field, lambda v: v > 0, "above 0") for field in ("lr", "theta_lr", "k_start_factor")),
+        *(
+            (field, lambda v: 0 <= v <= 1, "between 0 and 1")
+            for field in ("curriculum_fraction", "lr_warmup", "lr_decay")
+        ),
+        *((field, lambda v: v >= 0, "0 or above") for field in ("reg_lambda", "aux_coefficient")),
+        *((field, lambda v: v is None or v > 0, "None or above 0") for field in BOUNDED),
+        ("k_min", lambda v: v <= s.d_sae, f"at most d_sae = {s.d_sae}"),
+        ("context", lambda v: v >= 2, "at least 2"),
+        ("training_tokens", lambda v: v >= s.batch, f"at least one batch of {s.batch}"),
+        ("buffer_tokens", lambda v: v >= s.batch, f"at least one batch of {s.batch}"),
+        ("form", lambda v: v in ("contrastive", "as_written"), "'contrastive' or 'as_written'"),
+        ("revive", lambda v: v in ("aux", "resample", "none"), "'aux', 'resample' or 'none'"),
+        ("device", lambda v: v in ("auto", "cpu", "cuda"), "'auto', 'cpu' or 'cuda'"),
+        ("lm_dtype", lambda v: v in ("float32", "bfloat16"), "'float32' or 'bfloat16'"),
+        ("seeds", lambda v: v and len(set(v)) == len(v) and min(v) >= 0, "different, 0 or above"),
+        ("layers", lambda v: v and len(set(v)) == len(v) and min(v) >= 0, "different, 0 or above"),
+        ("probe_sets", lambda v: len(v) > 0, "one or more data sets"),
+        (
+            "probe_ks",
+            lambda v: set(harness.PRIMARY_KS) <= set(v) and 1 <= min(v) <= max(v) <= s.d_sae,
+            "between 1 and d_sae, with 1, 2 and 5 among them",
+        ),
+    ]
+    for field, holds, expected in rules:
+        value = getattr(s, field)
+        try:
+            passed = holds(value)
+        except (TypeError, ValueError):
+            passed = False
+        if not passed:
+            raise ExperimentError(
+                f"{name}: {field} must be {expected}, but is {value!r}: "
+                "change it at the top of experiment.py"
+            )
+    return s
+
+
+def constants(settings: Settings, out_dir: Path) -> dict[tuple[int, int], dict[str, float]]:
+    """By layer and seed: which of tau_sel, tau_pen and gamma are constants, and their values.
+
+    With `fix_at`, the final values that another run learned for this layer, and for this seed
+    where it has it (else their mean over its seeds).
+    """
+    given = {n: getattr(settings, n) for n in BOUNDED if getattr(settings, n) is not None}
+    fixed = {(layer, seed): given for layer in settings.layers for seed in settings.seeds}
+    if settings.fix_at is None:
+        return fixed
+    path = out_dir.parent / settings.fix_at / "final_info.json"
+    try:
+        info = json.loads(path.read_text())
+        seeds = info["verdict"]["final_info_dict"]["seed"]
+        for layer, seed in fixed:
+            learned = info[f"layer_{layer}"]
+            fixed[layer, seed] = {
+                name: learned["final_info_dict"][name][seeds.index(seed)]
+                if seed in seeds
+                else learned["means"][name]
+                for name in BOUNDED
+            }
+    except (OSError, ValueError, KeyError) as error:
+        raise ExperimentError(
+            f"fix_at={settings.fix_at!r} needs the final values in {path}, which can't be read "
+            f"({type(error).__name__}: {error}): run {settings.fix_at} first"
+        ) from error
+    return fixed
+
+
+def run(out_dir: Path, log: Path) -> None:
+    """One experiment, from its settings to its records."""
+    began = time.monotonic()
+    name = out_dir.name
+    profile = choose_profile()
+    settings = settings_of(name, profile)
+    device = choose_device(settings, profile)
+    print(f"profile: {profile} on {device}")
+    if name not in PLAN:
+        print(f"{name}: not in PLAN, defaults")
+    fixed = constants(settings, out_dir)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    with harness.quiet(log):
+        lm = harness.load_language_model(settings.model, settings.lm_dtype, device)
+    n_layers = lm.hf.config.num_hidden_layers
+    if max(settings.layers) >= n_layers:
+        raise ExperimentError(
+            f"{name}: layers must be below {n_layers}, the number of blocks of {settings.model}, "
+            f"but are {settings.layers}: change them at the top of experiment.py"
+        )
+    if moved := harness.prepare_out_dir(out_dir):
+        print(moved)
+    harness.write_config(settings, profile, device, out_dir)
+
+    texts = harness.documents(settings.training_text, "train")
+    stream = harness.TokenStream(texts, lm.tokenizer, settings.context)
+    buffer = ActivationBuffer(lm, stream, settings.layers, settings.harvest_contexts)
+    training = train(settings, buffer, fixed, out_dir / "train_log.jsonl")
+    for (layer, seed), sae in training.saes.items():
+        folder = out_dir / "sae" / f"layer_{layer}" / f"seed_{seed}"
+        harness.export(sae.folded(), settings, folder)
+    with harness.quiet(log):
+        model = lm.hooked()
+    evaluation, seconds = evaluate(settings, training, model, out_dir, log)
+    seconds = training.seconds | seconds | {"seconds_total": time.monotonic() - began}
+    write_records(settings, profile, training, evaluation, seconds, out_dir)
+
+
+if __name__ == "__main__":
+    sys.exit(harness.main(run))

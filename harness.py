@@ -1,0 +1,1031 @@
+"""The plumbing of an experiment: nothing here is about sparse autoencoders, and nobody edits it.
+
+Errors a user can act on, the protection of out_dir, progress lines, the place for library noise,
+atomic records, the two forms of the language model, the adapters to SAE-Bench and SAELens, and
+the verdict's arithmetic. torch is imported where it is used, since `plot.py` imports this file
+and needs none. In names of tensors, B is batch, L sequence, D model dimension, F features, N rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import resource
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from experiment import CustomSAE, Settings
+
+HERE = Path(__file__).resolve().parent
+
+PRIMARY_KS = (1, 2, 5)  # the primary metric averages the SAE's probes of 1, 2 and 5 features
+MAX_L0_RATIO = 1.2  # runs whose L0 differ by more than 20% are not compared
+MIN_SEEDS = 3  # nor are runs that share fewer seeds
+VERSIONED = (
+    "torch", "transformers", "sae-bench", "sae-lens", "transformer-lens", "datasets",
+    "numpy", "scikit-learn", "beartype", "jaxtyping",
+)  # fmt: skip
+
+
+class ExperimentError(Exception):
+    """A failure whose message is the whole story: what was expected, what was found, what to do."""
+
+
+# ---------------------------------------------------------------------------- places and files
+
+
+def cache_dir() -> Path:
+    """What outlives a run: `$XDG_CACHE_HOME/parametric-sae`, by default under `~/.cache`."""
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(root) / "parametric-sae"
+
+
+def new_log(run_name: str) -> Path:
+    """An empty log file for this attempt, outside `run_i/` so that it outlives it.
+
+    Falls back to the system's temporary folder where the cache can't be written.
+    """
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    for folder in (cache_dir() / "logs", Path(tempfile.gettempdir())):
+        path = folder / f"{run_name}-{stamp}-{os.getpid()}.log"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        except OSError:
+            continue
+        return path
+    raise ExperimentError(
+        f"no place for a log: neither {cache_dir()} nor {tempfile.gettempdir()} can be written; "
+        "set XDG_CACHE_HOME to a folder that can"
+    )
+
+
+def prepare_out_dir(out_dir: Path) -> str | None:
+    """Makes `out_dir`, writable and without results.
+
+    A complete run that stands there (it has a final_info.json) is set aside as `out_dir.1`, `.2`,
+    …; what an unfinished attempt left is overwritten file by file.
+
+    Returns:
+        a line that says what was set aside, or None.
+    Raises:
+        ExperimentError: the folder can't be made or written.
+    """
+    moved = None
+    try:
+        if (out_dir / "final_info.json").exists():
+            number = 1
+            while (aside := out_dir.with_name(f"{out_dir.name}.{number}")).exists():
+                number += 1
+            out_dir.rename(aside)
+            moved = f"{out_dir} holds a complete run: set aside as {aside}"
+        out_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out_dir):
+            pass
+    except OSError as error:
+        raise ExperimentError(
+            f"--out_dir={out_dir} must be a folder that can be written, but: "
+            f"{error.strerror or error}; name another, or change its permissions"
+        ) from error
+    return moved
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Writes the whole file or nothing: readers never see a part of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, record: object) -> None:
+    """Writes JSON atomically. A NaN or an infinity in it is a ValueError: neither is JSON."""
+    write_atomic(path, json.dumps(record, indent=1, allow_nan=False, sort_keys=False) + "\n")
+
+
+def sha256_file(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---------------------------------------------------------------------------- the command
+
+
+class _Arguments(argparse.ArgumentParser):
+    """argparse whose errors are one sentence."""
+
+    def error(self, message: str) -> Any:
+        raise ExperimentError(
+            f"{message}; the command is `python experiment.py --out_dir=run_i`, no other argument"
+        )
+
+
+def main(run: Callable[[Path, Path], None], argv: list[str] | None = None) -> int:
+    """Calls `run(out_dir, log)`; on failure the end of standard error says why, in words.
+
+    Returns:
+        the exit status: 0, or 1 after a failure.
+    """
+    log = None
+    try:
+        parser = _Arguments(description="Train and score a parametric contrastive SAE.")
+        parser.allow_abbrev = False
+        parser.add_argument("--out_dir", type=Path, required=True, help="the folder of this run")
+        out_dir = parser.parse_args(argv).out_dir.absolute()
+        log = new_log(out_dir.name)
+        run(out_dir, log)
+    except ExperimentError as error:
+        print(f"experiment.py: {error}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        with log.open("a", encoding="utf-8") as file:
+            traceback.print_exc(file=file)
+        print(
+            f"experiment.py: {type(error).__name__}: {str(error)[:1000]}; "
+            f"the traceback is at the end of {log}",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+# ---------------------------------------------------------------------------- output
+
+
+@contextlib.contextmanager
+def quiet(log: Path) -> Iterator[None]:
+    """Sends what libraries print, from Python or from C, to `log` instead of the terminal."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    target = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    # Under a test runner sys.stdout may be another object than descriptor 1: replace both.
+    streams = sys.stdout, sys.stderr
+    text = open(target, "w", buffering=1, encoding="utf-8", errors="replace", closefd=False)
+    try:
+        os.dup2(target, 1)
+        os.dup2(target, 2)
+        sys.stdout = sys.stderr = text
+        yield
+    finally:
+        sys.stdout, sys.stderr = streams
+        text.flush()
+        for number, descriptor in zip((1, 2), saved):
+            os.dup2(descriptor, number)
+            os.close(descriptor)
+        os.close(target)
+
+
+class Progress:
+    """How far a stage is: a bar on a terminal, elsewhere a plain line now and then.
+
+    Args:
+        stage: the stage's name.
+        total: units of work in all.
+        unit: their name, for example "tokens".
+        every: least seconds between two plain lines.
+    """
+
+    def __init__(self, stage: str, total: int, unit: str, every: float = 15.0) -> None:
+        self.stage, self.total, self.unit, self.every = stage, total, unit, every
+        self.done = 0
+        self.note = ""
+        self.started = self.last = time.monotonic()
+        self.bar = None
+        if sys.stdout.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(
+                total=total, desc=stage, unit=f" {unit}", unit_scale=True, file=sys.stdout,
+                dynamic_ncols=True,
+            )  # fmt: skip
+
+    def advance(self, n: int, note: str = "") -> None:
+        """Counts `n` more units as done; `note` is shown beside the figures."""
+        self.done += n
+        self.note = note
+        if self.bar is not None:
+            self.bar.set_postfix_str(note, refresh=False)
+            self.bar.update(n)
+        elif time.monotonic() - self.last >= self.every and self.done < self.total:
+            self.last = time.monotonic()
+            left = (self.last - self.started) * (self.total - self.done) / max(self.done, 1)
+            self._line(f"{100 * self.done / self.total:3.0f}%, {left:.0f} s left")
+
+    def close(self) -> None:
+        """Ends the bar, or prints the stage's last line."""
+        if self.bar is not None:
+            self.bar.close()
+        else:
+            self._line(f"done in {time.monotonic() - self.started:.0f} s")
+
+    def _line(self, state: str) -> None:
+        note = f", {self.note}" if self.note else ""
+        print(f"{self.stage}: {state}{note}", flush=True)
+
+
+# ---------------------------------------------------------------------------- what ran, and where
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that results depend on."""
+    found = {"python": platform.python_version()}
+    for name in VERSIONED:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def write_config(
+    settings: Settings, profile: str, device: torch.device, out_dir: Path
+) -> None:
+    """Writes what ran and where: config.json, and the code itself beside it."""
+    import torch
+
+    hashes = {}
+    for file in ("experiment.py", "harness.py"):
+        shutil.copyfile(HERE / file, out_dir / file)
+        hashes[file] = sha256_file(HERE / file)
+    if settings.model == "tinylm":
+        for file in ("manifest.tsv", "model.safetensors", "tokenizer.json"):
+            hashes[f"tinylm/{file}"] = sha256_file(HERE / "tinylm" / file)
+    record = {
+        "run": out_dir.name,
+        "profile": profile,
+        "settings": dataclasses.asdict(settings),
+        "model": settings.model,
+        "sha256": hashes,
+        "versions": versions(),
+        "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        "dtype": settings.lm_dtype,
+        "device": str(device),
+        "hardware": {
+            "machine": platform.machine(),
+            "processor": processor_name(),
+            "cores": len(os.sched_getaffinity(0)),
+            "memory_gb": round(memory_gb(), 1),
+            "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        },
+    }
+    write_json(out_dir / "config.json", record)
+
+
+def processor_name() -> str:
+    """The processor's name as Linux gives it, else as Python does."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def peak_memory_gb() -> float:
+    """The most memory that this process has held so far, in GB (10^9 bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def memory_gb() -> float:
+    """The machine's main memory, in GB (10^9 bytes)."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+
+
+# ------------------------------------------------------------------- text and language model
+
+
+def documents(name: str, split: str) -> Callable[[], Iterator[str]]:
+    """A function that starts an iterator over the texts of a data set, or of tinylm's corpus."""
+    if name == "tinylm":
+        from tinylm import corpus
+
+        return lambda: corpus.documents(split)
+
+    def stream() -> Iterator[str]:
+        import datasets
+
+        for row in datasets.load_dataset(name, split="train", streaming=True):
+            yield row["text"]
+
+    return stream
+
+
+class TokenStream:
+    """Packs texts into contexts of token ids: BOS, then text; BOS also stands between two texts.
+
+    It holds no padding. A corpus that runs out starts again, with a line that says so.
+
+    Args:
+        texts: starts an iterator over the corpus.
+        tokenizer: a fast tokenizer with a BOS token.
+        context: tokens per context, L.
+    """
+
+    def __init__(
+        self, texts: Callable[[], Iterator[str]], tokenizer: Any, context: int
+    ) -> None:
+        self.texts, self.tokenizer, self.context = texts, tokenizer, context
+        self.epoch = 0
+        self._texts = texts()
+        self._pending: list[int] = []
+
+    def contexts(self, n: int) -> Tensor:
+        """The next n contexts, (n, L) int64, the corpus in its own order."""
+        import torch
+
+        bos, width = self.tokenizer.bos_token_id, self.context - 1
+        rows = torch.full((n, self.context), bos)
+        start = 0
+        for row in range(n):
+            while len(self._pending) - start < width + 1:
+                del self._pending[:start]
+                start = 0
+                self._read()
+            start += self._pending[start] == bos  # the context's own BOS separates already
+            rows[row, 1:] = torch.tensor(self._pending[start : start + width])
+            start += width
+        del self._pending[:start]
+        return rows
+
+    def _read(self, n_texts: int = 32) -> None:
+        """Tokenizes the next texts to the end of what is pending."""
+        batch = [text for text, _ in zip(self._texts, range(n_texts))]
+        if not batch:
+            if not self._pending and self.epoch == 0:
+                raise ExperimentError("the training text holds no text: check training_text")
+            self.epoch += 1
+            print(f"training text: all of it used {self.epoch} times, starting again", flush=True)
+            self._texts = self.texts()
+            return
+        for ids in self.tokenizer(batch, add_special_tokens=False)["input_ids"]:
+            self._pending.append(self.tokenizer.bos_token_id)
+            self._pending.extend(ids)
+
+
+class _LastLayerReached(Exception):
+    """Ends a forward pass after the last layer that is wanted."""
+
+
+class LanguageModel:
+    """A Hugging Face Gemma-2 model in the two forms that training and evaluation need."""
+
+    def __init__(self, hf: nn.Module, tokenizer: Any, name: str) -> None:
+        self.hf, self.tokenizer, self.name = hf, tokenizer, name
+        self.special_ids = {
+            tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+        }  # fmt: skip
+
+    def activations(self, tokens_BL: Tensor, layers: tuple[int, ...]) -> list[Tensor]:
+        """Residual streams after the given blocks, from one forward pass that stops at the last.
+
+        Args:
+            tokens_BL: (B, L) token ids.
+        Returns:
+            a tensor (B, L, D) per layer, as TransformerLens' blocks.L.hook_resid_post.
+        """
+        import torch
+
+        found: dict[int, Tensor] = {}
+        last = max(layers)
+
+        def keep(layer: int, output: Any) -> None:
+            # transformers 4 returns a tuple here, transformers 5 the tensor.
+            found[layer] = output[0] if isinstance(output, tuple) else output
+            if layer == last:
+                raise _LastLayerReached
+
+        blocks = self.hf.model.layers
+        hooks = [
+            blocks[layer].register_forward_hook(lambda _m, _i, out, at=layer: keep(at, out))
+            for layer in layers
+        ]
+        try:
+            with torch.no_grad():
+                self.hf.model(input_ids=tokens_BL.to(self.hf.device), use_cache=False)
+        except _LastLayerReached:
+            pass
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [found[layer] for layer in layers]
+
+    def hooked(self) -> Any:
+        """The same model as TransformerLens' HookedTransformer, unprocessed, for SAE-Bench."""
+        from transformer_lens import HookedTransformer
+        from transformer_lens.pretrained.weight_conversions import convert_gemma_weights
+
+        cfg = hooked_config(self.hf.config, self.hf.dtype, self.hf.device, self.name)
+        model = HookedTransformer(cfg, self.tokenizer, move_to_device=False)
+        model.load_and_process_state_dict(
+            convert_gemma_weights(self.hf, cfg),
+            fold_ln=False,
+            center_writing_weights=False,
+            center_unembed=False,
+            fold_value_biases=False,
+        )
+        model.move_model_modules_to_device()
+        model.requires_grad_(False)
+        return model.eval()
+
+
+def hooked_config(hf_config: Any, dtype: torch.dtype, device: Any, name: str) -> Any:
+    """TransformerLens' configuration of a Gemma-2 model, from the model's own config.json."""
+    from transformer_lens import HookedTransformerConfig
+
+    rope = getattr(hf_config, "rope_parameters", None) or {}
+    kinds = {"sliding_attention": "local", "full_attention": "global"}
+    return HookedTransformerConfig(
+        model_name=name.split("/")[-1],
+        tokenizer_name=name,
+        original_architecture="Gemma2ForCausalLM",
+        n_layers=hf_config.num_hidden_layers,
+        d_model=hf_config.hidden_size,
+        d_head=hf_config.head_dim,
+        n_heads=hf_config.num_attention_heads,
+        n_key_value_heads=hf_config.num_key_value_heads,
+        d_mlp=hf_config.intermediate_size,
+        d_vocab=hf_config.vocab_size,
+        n_ctx=hf_config.max_position_embeddings,
+        eps=hf_config.rms_norm_eps,
+        act_fn=hf_config.hidden_activation,
+        initializer_range=hf_config.initializer_range,
+        attn_scale=math.sqrt(hf_config.query_pre_attn_scalar),
+        use_attn_scale=True,
+        attn_scores_soft_cap=hf_config.attn_logit_softcapping or -1.0,
+        output_logits_soft_cap=hf_config.final_logit_softcapping or -1.0,
+        use_local_attn=True,
+        window_size=hf_config.sliding_window,
+        attn_types=[kinds[kind] for kind in hf_config.layer_types],
+        positional_embedding_type="rotary",
+        rotary_base=rope.get("rope_theta", getattr(hf_config, "rope_theta", 10000.0)),
+        rotary_dim=hf_config.head_dim,
+        normalization_type="RMS",
+        final_rms=True,
+        use_normalization_before_and_after=True,
+        gated_mlp=True,
+        init_weights=False,
+        default_prepend_bos=True,
+        dtype=dtype,
+        device=str(device),
+    )
+
+
+def load_language_model(
+    name: str, dtype: str = "float32", device: torch.device | str = "cpu"
+) -> LanguageModel:
+    """Loads a Gemma-2 model by its Hugging Face name, or from a folder in that form.
+
+    Args:
+        name: the hub's name or a folder; "tinylm": the built-in model, its files verified first.
+        dtype: "float32" or "bfloat16".
+
+    Raises:
+        ExperimentError: it is not there, not readable, not allowed, or not a Gemma-2 model.
+    """
+    from transformers import AutoConfig, AutoTokenizer, Gemma2ForCausalLM
+
+    path = name
+    if name == "tinylm":
+        from tinylm import corpus
+
+        corpus.verify_files()
+        path = str(HERE / "tinylm")
+    try:
+        config = AutoConfig.from_pretrained(path)
+        if config.model_type != "gemma2":
+            raise ExperimentError(
+                f"model {name!r} must be of the Gemma-2 architecture, but its config.json says "
+                f"{config.model_type!r}: set Settings.model to a Gemma-2 model"
+            )
+        hf = Gemma2ForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager")
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise ExperimentError(
+            f"the language model {name!r} can't be loaded ({reason}); for the gated "
+            "google/gemma-2-2b, accept the licence on its Hugging Face page and log in with "
+            "`hf auth login` (or set HF_TOKEN); SAE_PROFILE=tinylm make run OUT=run_try works now"
+        ) from error
+    hf.requires_grad_(False)
+    return LanguageModel(hf.eval().to(device), tokenizer, name)
+
+
+# --------------------------------------------------------------------- SAE-Bench and SAELens
+
+
+@contextlib.contextmanager
+def tinylm_tasks(settings: Settings) -> Iterator[None]:
+    """Makes tinylm's labelled tasks known to SAE-Bench by the names tinylm/A/… and tinylm/B/….
+
+    SAE-Bench knows only its own data sets; this adds to its table of classes and stands in front
+    of its loader, and undoes both afterwards.
+    """
+    if not any(name.startswith("tinylm/") for name in settings.probe_sets):
+        yield
+        return
+    from sae_bench.sae_bench_utils import dataset_info, dataset_utils
+
+    from tinylm import tasks
+
+    stock = dataset_utils.get_multi_label_train_test_data
+    names = {
+        f"tinylm/{letter}/{task}": task
+        for letter, members in tasks.TASK_SETS.items()
+        for task in members
+    }
+
+    def load(name: str, train_size: int, test_size: int, seed: int) -> tuple[dict, dict]:
+        if name not in names:
+            return stock(name, train_size, test_size, seed)
+        return tasks.load_task(names[name], train_size, test_size, seed)
+
+    for name, task in names.items():
+        dataset_info.chosen_classes_per_dataset[name] = list(tasks.CLASSES[task])
+    dataset_utils.get_multi_label_train_test_data = load
+    try:
+        yield
+    finally:
+        dataset_utils.get_multi_label_train_test_data = stock
+        for name in names:
+            del dataset_info.chosen_classes_per_dataset[name]
+
+
+def probe_names(settings: Settings) -> list[str]:
+    """The data sets of sparse probing; tinylm/A and tinylm/B stand for three tasks each."""
+    names = []
+    for name in settings.probe_sets:
+        if name.startswith("tinylm/"):
+            from tinylm import tasks
+
+            names += [f"{name}/{task}" for task in tasks.TASK_SETS[name.removeprefix("tinylm/")]]
+        else:
+            names.append(name)
+    return names
+
+
+def probing_config(settings: Settings) -> Any:
+    """SAE-Bench's SparseProbingEvalConfig of a run."""
+    from sae_bench.evals.sparse_probing.eval_config import SparseProbingEvalConfig
+
+    return SparseProbingEvalConfig(
+        random_seed=settings.probe_seed,
+        dataset_names=probe_names(settings),
+        probe_train_set_size=settings.probe_train,
+        probe_test_set_size=settings.probe_test,
+        context_length=settings.context,
+        sae_batch_size=settings.probe_sae_batch,
+        llm_batch_size=settings.probe_llm_batch,
+        llm_dtype=settings.lm_dtype,
+        model_name=settings.model,
+        k_values=list(settings.probe_ks),
+    )
+
+
+def core_config(settings: Settings) -> Any:
+    """SAE-Bench's CoreEvalConfig of a run, everything switched on."""
+    from sae_bench.evals.core.eval_config import CoreEvalConfig
+
+    return CoreEvalConfig(
+        model_name=settings.model,
+        llm_dtype=settings.lm_dtype,
+        batch_size_prompts=settings.core_prompts,
+        n_eval_reconstruction_batches=settings.core_reconstruction_batches,
+        n_eval_sparsity_variance_batches=settings.core_sparsity_batches,
+        dataset=settings.core_text,
+        context_size=settings.context,
+        compute_kl=True,
+        compute_ce_loss=True,
+        compute_l2_norms=True,
+        compute_sparsity_metrics=True,
+        compute_variance_metrics=True,
+        # Without both of these SAE-Bench 0.6.0 fails in its own validation of the result.
+        compute_featurewise_density_statistics=True,
+        compute_featurewise_weight_based_metrics=True,
+        # BOS is not trained on, so it must not be replaced by its reconstruction.
+        exclude_special_tokens_from_reconstruction=True,
+    )
+
+
+def core_store(settings: Settings, model: Any, sae: Any) -> Any:
+    """SAELens' store of the evaluation text, as SAE-Bench's multiple_evals makes it."""
+    from sae_lens.training.activations_store import ActivationsStore
+
+    store = ActivationsStore.from_sae(
+        model,
+        sae,
+        context_size=settings.context,
+        dataset=core_text(settings),
+        dataset_trust_remote_code=True,
+    )
+    store.shuffle_input_dataset(seed=42)
+    return store
+
+
+def core_text(settings: Settings) -> Any:
+    """The text of the core evaluation in a form that SAELens takes: a data set, or its name."""
+    if settings.core_text != "tinylm":
+        return settings.core_text
+    import datasets
+
+    return datasets.Dataset.from_dict({"text": list(documents("tinylm", "heldout")())})
+
+
+def formatted(sae: CustomSAE, settings: Settings) -> CustomSAE:
+    """A copy of a folded SAE, prepared for SAE-Bench, which casts and marks what it is given."""
+    from sae_bench.sae_bench_utils import general_utils
+
+    dtype = general_utils.str_to_dtype(settings.lm_dtype)
+    sae = copy.deepcopy(sae).to(device=sae.W_enc.device, dtype=dtype)
+    sae.cfg.dtype = settings.lm_dtype
+    return general_utils.load_and_format_sae("", sae, str(sae.W_enc.device))[1]
+
+
+def fraction_unexplained(
+    saes: dict[Any, CustomSAE], model: Any, settings: Settings
+) -> dict[Any, float]:
+    """fvu = Σ‖x − x̂‖² / Σ‖x − x̄‖² over the evaluation tokens, for folded SAEs by any key.
+
+    Reported because SAE-Bench 0.6.0's `explained_variance` averages x² where it should average x
+    (evals/core/main.py, mean_act_per_dimension), so a constant prediction doesn't score 0.
+    """
+    import torch
+
+    first = formatted(next(iter(saes.values())), settings)
+    store = core_store(settings, model, first)
+    special = torch.tensor(
+        [model.tokenizer.pad_token_id, model.tokenizer.eos_token_id, model.tokenizer.bos_token_id]
+    )
+    hooks = sorted({sae.cfg.hook_name for sae in saes.values()})
+    last = max(sae.cfg.hook_layer for sae in saes.values())
+    error = dict.fromkeys(saes, 0.0)
+    count, total, squares = 0, dict.fromkeys(hooks, 0.0), dict.fromkeys(hooks, 0.0)
+    for _ in range(settings.core_sparsity_batches):
+        tokens_BL = store.get_batch_tokens(settings.core_prompts)
+        keep_BL = ~torch.isin(tokens_BL, special.to(tokens_BL.device))
+        _, cache = model.run_with_cache(
+            tokens_BL, prepend_bos=False, names_filter=hooks, stop_at_layer=last + 1
+        )
+        count += int(keep_BL.sum())
+        for hook in hooks:
+            x_ND = cache[hook][keep_BL].float()
+            total[hook] = total[hook] + x_ND.double().sum(0)
+            squares[hook] += float(x_ND.double().pow(2).sum())
+            for key, sae in saes.items():
+                if sae.cfg.hook_name == hook:
+                    with torch.no_grad():
+                        error[key] += float((x_ND - sae(x_ND)).double().pow(2).sum())
+    spread = {
+        hook: squares[hook] - float(total[hook].pow(2).sum()) / count for hook in hooks
+    }
+    return {key: error[key] / spread[sae.cfg.hook_name] for key, sae in saes.items()}
+
+
+def probe_tokens(dataset: str, model: Any, settings: Settings) -> list[dict[str, Any]]:
+    """The token ids of a probing data set, train and test, as SAE-Bench draws and tokenizes it."""
+    from sae_bench.sae_bench_utils import dataset_info, dataset_utils
+
+    split = dataset_utils.get_multi_label_train_test_data(
+        dataset, settings.probe_train, settings.probe_test, settings.probe_seed
+    )
+    classes = dataset_info.chosen_classes_per_dataset[dataset]
+    return [
+        dataset_utils.tokenize_data_dictionary(
+            dataset_utils.filter_dataset(texts, classes),
+            model.tokenizer,
+            settings.context,
+            str(model.cfg.device),
+        )
+        for texts in split
+    ]
+
+
+def pooled_features(
+    tokens: dict[str, Any], model: Any, saes: dict[str, CustomSAE], settings: Settings
+) -> tuple[dict[int, dict], dict[str, dict]]:
+    """Mean activations of each text, of the language model and of each SAE, in one forward pass.
+
+    The batches are SAE-Bench's (`probe_llm_batch` texts through the model, `probe_sae_batch`
+    through an SAE, one class at a time), and so are the functions: the features are the stock
+    ones bit for bit, without ever holding a data set's activations at once.
+
+    Args:
+        tokens: class -> {"input_ids": (N, L)}, from SAE-Bench's tokenize_data_dictionary.
+    Returns:
+        by layer {class: (N, D)}, and by the SAE's name {class: (N, F)}.
+    """
+    import torch
+    from sae_bench.sae_bench_utils import activation_collection as collection
+
+    layers = settings.layers
+    llm: dict[int, dict] = {layer: {} for layer in layers}
+    features: dict[str, dict] = {name: {} for name in saes}
+    hooks = {layer: f"blocks.{layer}.hook_resid_post" for layer in layers}
+    for label, encoded in tokens.items():
+        tokens_NL = encoded["input_ids"]
+        waiting = {layer: [] for layer in layers}
+        llm_parts, sae_parts = {k: [] for k in llm}, {k: [] for k in features}
+        done = 0
+        for start in range(0, len(tokens_NL), settings.probe_llm_batch):
+            batch_BL = tokens_NL[start : start + settings.probe_llm_batch]
+            mask_BL = collection.get_bos_pad_eos_mask(batch_BL, model.tokenizer)
+            _, cache = model.run_with_cache(
+                batch_BL, names_filter=list(hooks.values()), stop_at_layer=max(layers) + 1
+            )
+            for layer, hook in hooks.items():
+                waiting[layer].append(cache[hook] * mask_BL[:, :, None])
+            done_now = start + len(batch_BL)
+            while (size := min(settings.probe_sae_batch, len(tokens_NL) - done)) and (
+                done_now - done >= size
+            ):
+                done += size
+                for layer in layers:
+                    acts_BLD = torch.cat(waiting[layer])
+                    window = {label: acts_BLD[:size].clone()}
+                    waiting[layer] = [acts_BLD[size:]]
+                    llm_parts[layer].append(
+                        collection.create_meaned_model_activations(window)[label]
+                    )
+                    for name, sae in saes.items():
+                        if sae.cfg.hook_layer == layer:
+                            sae_parts[name].append(
+                                collection.get_sae_meaned_activations(
+                                    window, sae, settings.probe_sae_batch
+                                )[label]
+                            )
+        for parts, result in ((llm_parts, llm), (sae_parts, features)):
+            for key, tensors in parts.items():
+                result[key][label] = torch.cat(tensors)
+    return llm, features
+
+
+def probe(train: dict, test: dict, prefix: str, ks: tuple[int, ...]) -> dict[str, dict]:
+    """SAE-Bench's probes on pooled features, in SAE-Bench's order: {metric: {class: accuracy}}."""
+    from sae_bench.evals.sparse_probing import probe_training
+
+    results = {}
+    for k in (None, *ks):
+        options = (
+            dict(use_sklearn=False, batch_size=250, epochs=100, lr=1e-2) if k is None else {}
+        )
+        _, accuracies = probe_training.train_probe_on_activations(
+            train, test, select_top_k=k, **options
+        )
+        middle = "" if k is None else f"top_{k}_"
+        results[f"{prefix}_{middle}test_accuracy"] = accuracies
+    return results
+
+
+def save_core(
+    name: str, sae: CustomSAE, config: Any, scalars: dict, features: dict, out_dir: Path
+) -> None:
+    """Writes an SAE's core results as SAE-Bench's multiple_evals does."""
+    from sae_bench.evals.core import main as core
+    from sae_bench.sae_bench_utils import (
+        general_utils,
+        get_eval_uuid,
+        get_sae_bench_version,
+        get_sae_lens_version,
+    )
+
+    folder = out_dir / "eval_results" / "core"
+    folder.mkdir(parents=True, exist_ok=True)
+    core.save_single_eval_result(
+        {
+            "sae_set": name,
+            "sae_id": "custom_sae",
+            "eval_cfg": config,
+            "metrics": scalars,
+            # Features that never fire have no such ratio; this is SAE-Bench's own step.
+            "feature_metrics": core.replace_nans_with_negative_one(features),
+        },
+        get_eval_uuid(),
+        get_sae_lens_version(),
+        get_sae_bench_version(),
+        general_utils.get_results_filepath(str(folder), name, "custom_sae"),
+        sae,
+    )
+
+
+def save_probing(
+    name: str, sae: CustomSAE, per_class: dict, settings: Settings, out_dir: Path
+) -> dict[str, float]:
+    """Writes an SAE's sparse-probing results as SAE-Bench's run_eval does; returns the means.
+
+    Raises:
+        ExperimentError: an accuracy is not between 0 and 1.
+    """
+    from sae_bench.evals.sparse_probing import eval_output as output
+    from sae_bench.sae_bench_utils import (
+        general_utils,
+        get_eval_uuid,
+        get_sae_bench_version,
+        get_sae_lens_version,
+    )
+
+    config = probing_config(settings)
+    details = {
+        dataset: {metric: mean(list(by_class.values())) for metric, by_class in metrics.items()}
+        for dataset, metrics in per_class.items()
+    }
+    means = general_utils.average_results_dictionaries(details, config.dataset_names)
+    for metric, value in means.items():
+        if not 0.0 <= value <= 1.0:
+            raise ExperimentError(
+                f"sparse probing of {name}: {metric} is {value}, which is no accuracy; "
+                "look at the SAE's weights and at the probing data"
+            )
+    folder = out_dir / "eval_results" / "sparse_probing"
+    folder.mkdir(parents=True, exist_ok=True)
+    result = output.SparseProbingEvalOutput(
+        eval_config=config,
+        eval_id=get_eval_uuid(),
+        datetime_epoch_millis=int(time.time() * 1000),
+        eval_result_metrics=output.SparseProbingMetricCategories(
+            llm=output.SparseProbingLlmMetrics(
+                **{metric: v for metric, v in means.items() if metric.startswith("llm_")}
+            ),
+            sae=output.SparseProbingSaeMetrics(
+                **{metric: v for metric, v in means.items() if metric.startswith("sae_")}
+            ),
+        ),
+        eval_result_details=[
+            output.SparseProbingResultDetail(dataset_name=dataset, **detail)
+            for dataset, detail in details.items()
+        ],
+        eval_result_unstructured=per_class,
+        sae_bench_commit_hash=get_sae_bench_version(),
+        sae_lens_id="custom_sae",
+        sae_lens_release_id=name,
+        sae_lens_version=get_sae_lens_version(),
+        sae_cfg_dict=sae.cfg.to_dict(),
+    )
+    path = general_utils.get_results_filepath(str(folder), name, "custom_sae")
+    result.to_json_file(path, indent=2)
+    return means
+
+
+def export(sae: CustomSAE, settings: Settings, folder: Path) -> None:
+    """Writes a folded SAE as SAELens stores it: as TopK where it selects, else as standard.
+
+    `sae_lens.SAE.load_from_disk(folder)` reads it; θ and the constants are in theta.json.
+    """
+    from sae_lens.saes.sae import SAEMetadata
+    from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
+    from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
+
+    metadata = SAEMetadata(
+        model_name=settings.model,
+        hook_name=sae.cfg.hook_name,
+        hook_layer=sae.cfg.hook_layer,
+        context_size=settings.context,
+        prepend_bos=True,
+        dataset_path=settings.training_text,
+    )
+    shape: dict[str, Any] = dict(d_in=sae.cfg.d_in, d_sae=sae.cfg.d_sae, metadata=metadata)
+    if sae.k is None:
+        stored: Any = StandardSAE(StandardSAEConfig(**shape))
+    else:
+        stored = TopKSAE(TopKSAEConfig(k=sae.k, **shape))
+    for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
+        getattr(stored, name).data.copy_(getattr(sae, name).data)
+    stored.save_model(folder)
+    write_json(folder / "theta.json", sae.adaptive())
+
+
+# ---------------------------------------------------------------------------- the verdict
+
+
+def mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def stderr(values: Sequence[float]) -> float:
+    """sd (ddof 1) / √n; 0 for one value."""
+    if len(values) < 2:
+        return 0.0
+    centre = mean(values)
+    variance = math.fsum((value - centre) ** 2 for value in values) / (len(values) - 1)
+    return math.sqrt(variance / len(values))
+
+
+def summarize(per_seed: dict[str, list[float]]) -> dict[str, dict]:
+    """{metric: a value per seed} as the entry of final_info.json: means, stderrs, the values."""
+    return {
+        "means": {metric: mean(values) for metric, values in per_seed.items()},
+        "stderrs": {metric: stderr(values) for metric, values in per_seed.items()},
+        "final_info_dict": per_seed,
+    }
+
+
+def primary_metric(layers: Iterable[dict[str, list[float]]]) -> list[float]:
+    """The primary metric of each seed: the mean over layers of (top_1 + top_2 + top_5) / 3.
+
+    Args:
+        layers: for each layer {metric: a value per seed}, with `sae_top_{k}_test_accuracy`.
+    """
+    per_layer = [
+        [
+            mean(values)
+            for values in zip(*(layer[f"sae_top_{k}_test_accuracy"] for k in PRIMARY_KS))
+        ]
+        for layer in layers
+    ]
+    return [mean(values) for values in zip(*per_layer)]
+
+
+def verdict(
+    run: dict[str, list[float]], reference: dict[str, list[float]] | None, compare_to: str
+) -> tuple[str, dict[str, float]]:
+    """Is this run better than the one it is compared to?
+
+    The paired difference of the primary metric over the seeds both have, with its 95% interval
+    (Student's t). Not comparable where the mean L0 differ by over 20% or fewer than 3 seeds pair.
+
+    Args:
+        run, reference: lists per seed under "seed", "primary" and "l0" (the mean over layers);
+            reference is None where there is no such run of the same profile and task set.
+        compare_to: the reference's name, for the sentence.
+    Returns:
+        the sentence that follows "verdict: ", and its figures as numbers.
+    """
+    numbers = {"primary": mean(run["primary"]), "l0": mean(run["l0"])}
+    if reference is None:
+        return f"not comparable (there is no complete {compare_to} of this profile)", numbers
+    numbers |= {
+        "primary_reference": mean(reference["primary"]),
+        "l0_reference": mean(reference["l0"]),
+    }
+    at = {seed: index for index, seed in enumerate(reference["seed"])}
+    differences = [
+        ours - reference["primary"][at[seed]]
+        for seed, ours in zip(run["seed"], run["primary"])
+        if seed in at
+    ]
+    numbers["n_paired_seeds"] = len(differences)
+    if differences:
+        numbers["difference"] = mean(differences)
+    l0s = f"L0 {numbers['l0']:.1f} against {numbers['l0_reference']:.1f}"
+    if len(differences) < MIN_SEEDS:
+        shown = f", difference {numbers['difference']:+.4f}" if differences else ""
+        return (
+            f"not comparable ({len(differences)} seeds shared with {compare_to}, "
+            f"{MIN_SEEDS} are needed{shown}, {l0s})",
+            numbers,
+        )
+    from scipy import stats
+
+    half = float(stats.t.ppf(0.975, len(differences) - 1)) * stderr(differences)
+    low, high = numbers["difference"] - half, numbers["difference"] + half
+    numbers |= {"ci95_low": low, "ci95_high": high}
+    figures = f"{numbers['difference']:+.4f} [{low:+.4f}, {high:+.4f}] against {compare_to}, {l0s}"
+    larger, smaller = sorted((numbers["l0"], numbers["l0_reference"]), reverse=True)
+    if larger > MAX_L0_RATIO * smaller:
+        return f"not comparable ({figures})", numbers
+    word = "better" if low > 0 else "worse" if high < 0 else "no difference"
+    return f"{word} ({figures})", numbers
+
+
+def read_reference(
+    settings: Settings, out_dir: Path, profile: str
+) -> dict[str, list[float]] | None:
+    """The lists per seed of the run to compare with; None if it isn't there or not comparable."""
+    folder = out_dir.parent / settings.compare_to
+    if folder.resolve() == out_dir.resolve():
+        return None
+    try:
+        info = json.loads((folder / "final_info.json").read_text())
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    same_sets = config.get("settings", {}).get("probe_sets") == list(settings.probe_sets)
+    if config.get("profile") != profile or not same_sets:
+        return None
+    return info["verdict"]["final_info_dict"]

@@ -1,0 +1,130 @@
+"""A Gemma-2 model of toy size, with text and labelled tasks, for tests that take seconds."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import inspect
+import os
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["SAE_PROFILE"] = "tinylm"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+SOURCES = [inspect.getsource(module) for module in (argparse, ast, inspect, random)]
+TOY_TASKS = {
+    "toy/modules": dict(zip(("argparse", "ast", "inspect", "random"), SOURCES)),
+    "toy/halves": {"first": SOURCES[0], "second": SOURCES[2]},
+}
+
+
+@pytest.fixture(scope="session")
+def toy_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in Hugging Face's form: 4 layers, d_model 32, a tokenizer of 300 tokens."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("toy") / "toy-gemma-2"
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = ["<pad>", "<eos>", "<bos>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(SOURCES, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 2)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<bos>",
+        padding_side="right",
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        sliding_window=16,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+    )
+    Gemma2ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def toy_lm(toy_model: Path):
+    import harness
+
+    return harness.load_language_model(str(toy_model))
+
+
+@pytest.fixture()
+def toy(toy_model: Path, monkeypatch: pytest.MonkeyPatch):
+    """`experiment` set to toy sizes: the whole command runs in seconds. Returns the module."""
+    import datasets
+    from sae_bench.sae_bench_utils import dataset_info, dataset_utils
+
+    import experiment
+    import harness
+
+    def load(name: str, n_train: int, n_test: int, seed: int) -> tuple[dict, dict]:
+        draw = random.Random(seed)
+        train, test = {}, {}
+        for label, text in TOY_TASKS[name].items():
+            starts = draw.sample(range(0, len(text) - 200, 50), (n_train + n_test) // 2)
+            passages = [text[start : start + 200] for start in starts]
+            train[label], test[label] = passages[: n_train // 2], passages[n_train // 2 :]
+        return train, test
+
+    for name, classes in TOY_TASKS.items():
+        monkeypatch.setitem(dataset_info.chosen_classes_per_dataset, name, list(classes))
+    monkeypatch.setattr(dataset_utils, "get_multi_label_train_test_data", load)
+    text = datasets.Dataset.from_dict({"text": SOURCES})
+    monkeypatch.setattr(harness, "documents", lambda name, split: lambda: iter(SOURCES))
+    monkeypatch.setattr(harness, "core_text", lambda settings: text)
+    toy_settings = dict(
+        model=str(toy_model),
+        layers=(0, 2),
+        context=32,
+        training_text="toy",
+        d_sae=64,
+        k_min=4,
+        training_tokens=4096,
+        batch=128,
+        buffer_tokens=1024,
+        harvest_contexts=8,
+        dead_after=512,
+        aux_k=8,
+        log_every=4,
+        core_text="toy",
+        core_prompts=4,
+        core_reconstruction_batches=2,
+        core_sparsity_batches=4,
+        probe_sets=tuple(TOY_TASKS),
+        probe_train=40,
+        probe_test=20,
+        probe_llm_batch=8,
+        probe_sae_batch=15,
+    )
+    monkeypatch.setitem(experiment.PROFILES, "tinylm", toy_settings)
+    return experiment
