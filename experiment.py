@@ -192,8 +192,8 @@ class CustomSAE(BaseSAE):
         self.fixed = dict(fixed or {})
         self.scale = scale
         for name, (theta, _, _) in BOUNDED.items():
-            learned = None if name in self.fixed else nn.Parameter(torch.zeros((), device=device))
-            self.register_parameter(theta, learned)
+            zero = torch.zeros((), device=device, dtype=dtype)
+            self.register_parameter(theta, None if name in self.fixed else nn.Parameter(zero))
         self.cfg.architecture = "parametric_contrastive"
         self.cfg.activation_fn_str = "relu" if k is None else "topk"
         self.cfg.apply_b_dec_to_input = True
@@ -201,7 +201,7 @@ class CustomSAE(BaseSAE):
     def bounded(self, name: str) -> Tensor:
         """tau_sel, tau_pen or gamma: a scalar; differentiable in its θ unless it is fixed."""
         if name in self.fixed:
-            return torch.tensor(self.fixed[name], device=self.W_enc.device)
+            return self.W_enc.new_tensor(self.fixed[name])
         theta, low, width = BOUNDED[name]
         return low + width * torch.sigmoid(getattr(self, theta))
 
@@ -211,12 +211,12 @@ class CustomSAE(BaseSAE):
 
     def adaptive(self) -> dict[str, float | None]:
         """tau_sel, tau_pen, gamma, their w = γ τ_pen, and the θ (None where there is none)."""
-        values = {name: float(self.bounded(name)) for name in BOUNDED}
+        values = {name: self.bounded(name).item() for name in BOUNDED}
         thetas = {t: getattr(self, t) for t, _, _ in BOUNDED.values()}
         return {
             **values,
             "w": values["gamma"] * values["tau_pen"],
-            **{name: None if theta is None else float(theta) for name, theta in thetas.items()},
+            **{name: None if theta is None else theta.item() for name, theta in thetas.items()},
         }
 
     def weights(self) -> list[nn.Parameter]:
@@ -365,7 +365,7 @@ def curriculum_k(progress: float, k_start: int, k_min: int, fraction: float) -> 
 
 
 def lr_factor(progress: float, warmup: float, decay: float) -> float:
-    """What the learning rate is multiplied by: up to 1 over `warmup`, to 0 over the last `decay`."""
+    """The learning rate's factor: up to 1 over `warmup`, down to 0 over the last `decay`."""
     rise = progress / warmup if progress < warmup else 1.0
     fall = (1.0 - progress) / decay if progress > 1.0 - decay else 1.0
     return min(rise, fall)

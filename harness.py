@@ -324,10 +324,11 @@ def memory_gb() -> float:
 
 def documents(name: str, split: str) -> Callable[[], Iterator[str]]:
     """A function that starts an iterator over the texts of a data set, or of tinylm's corpus."""
-    if name == "tinylm":
-        from tinylm import corpus
+    def corpus() -> Iterator[str]:
+        with corpus_errors():
+            from tinylm import corpus
 
-        return lambda: corpus.documents(split)
+            yield from corpus.documents(split)
 
     def stream() -> Iterator[str]:
         import datasets
@@ -335,7 +336,18 @@ def documents(name: str, split: str) -> Callable[[], Iterator[str]]:
         for row in datasets.load_dataset(name, split="train", streaming=True):
             yield row["text"]
 
-    return stream
+    return corpus if name == "tinylm" else stream
+
+
+@contextlib.contextmanager
+def corpus_errors() -> Iterator[None]:
+    """Makes what tinylm's files raise an ExperimentError: its messages are whole sentences."""
+    from tinylm.corpus import CorpusError
+
+    try:
+        yield
+    except CorpusError as error:
+        raise ExperimentError(str(error)) from error
 
 
 class TokenStream:
@@ -516,7 +528,8 @@ def load_language_model(
     if name == "tinylm":
         from tinylm import corpus
 
-        corpus.verify_files()
+        with corpus_errors():
+            corpus.verify_files()
         path = str(HERE / "tinylm")
     try:
         config = AutoConfig.from_pretrained(path)
@@ -565,10 +578,11 @@ def tinylm_tasks(settings: Settings) -> Iterator[None]:
     def load(name: str, train_size: int, test_size: int, seed: int) -> tuple[dict, dict]:
         if name not in names:
             return stock(name, train_size, test_size, seed)
-        return tasks.load_task(names[name], train_size, test_size, seed)
+        with corpus_errors():
+            return tasks.load_task(names[name], train_size, test_size, seed)
 
     for name, task in names.items():
-        dataset_info.chosen_classes_per_dataset[name] = list(tasks.CLASSES[task])
+        dataset_info.chosen_classes_per_dataset[name] = list(tasks.TASKS[task])
     dataset_utils.get_multi_label_train_test_data = load
     try:
         yield
@@ -852,7 +866,8 @@ def save_probing(
 
     config = probing_config(settings)
     details = {
-        dataset: {metric: mean(list(by_class.values())) for metric, by_class in metrics.items()}
+        # sum / len, as SAE-Bench has it: equal figures are to be equal bit for bit.
+        dataset: {m: sum(accuracy.values()) / len(accuracy) for m, accuracy in metrics.items()}
         for dataset, metrics in per_class.items()
     }
     means = general_utils.average_results_dictionaries(details, config.dataset_names)

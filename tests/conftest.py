@@ -78,9 +78,22 @@ def toy_lm(toy_model: Path):
     return harness.load_language_model(str(toy_model))
 
 
-@pytest.fixture()
-def toy(toy_model: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture(scope="module")
+def toy(toy_model: Path):
     """`experiment` set to toy sizes: the whole command runs in seconds. Returns the module."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        yield set_to_toy_sizes(toy_model, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def toy_run(toy, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a complete toy run_1."""
+    out_dir = tmp_path_factory.mktemp("runs") / "run_1"
+    assert toy.harness.main(toy.run, [f"--out_dir={out_dir}"]) == 0
+    return out_dir
+
+
+def set_to_toy_sizes(toy_model: Path, monkeypatch: pytest.MonkeyPatch):
     import datasets
     from sae_bench.sae_bench_utils import dataset_info, dataset_utils
 

@@ -1,0 +1,198 @@
+"""The evaluation against stock SAE-Bench, and the traps that DESIGN 8 lists."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from sae_lens import SAE
+
+import harness
+from harness import ExperimentError
+
+
+@pytest.fixture()
+def scored(toy, toy_run: Path):
+    """A complete toy run of one seed: (the module, its settings, its folder)."""
+    return toy, toy.settings_of("run_1", "tinylm"), toy_run
+
+
+def stock_probing(settings, sae, model, artifacts: Path) -> tuple[dict, dict]:
+    """`run_eval_single_sae` twice: the first call also probes the language model."""
+    from sae_bench.evals.sparse_probing import main as stock
+    from sae_bench.sae_bench_utils import general_utils
+
+    sae = general_utils.load_and_format_sae("", sae, "cpu")[1]
+    config = harness.probing_config(settings)
+    load = torch.load
+    torch.load = lambda path: load(path, weights_only=False)  # its own file, just written
+    try:
+        first, second = (
+            stock.run_eval_single_sae(config, sae, model, "cpu", str(artifacts), True)[0]
+            for _ in range(2)
+        )
+    finally:
+        torch.load = load
+    return first, second
+
+
+def test_reported_figures_are_stock_sae_bench_on_the_stored_sae(scored, tmp_path: Path) -> None:
+    """SAELens reads the SAE back; SAE-Bench, called directly, finds what the run reported."""
+    from sae_bench.evals.core import main as core
+    from sae_bench.sae_bench_utils import general_utils
+    from sae_lens.training.activations_store import ActivationsStore
+
+    _, settings, out_dir = scored
+    model = harness.load_language_model(settings.model).hooked()
+    info = json.loads((out_dir / "final_info.json").read_text())
+    for layer in settings.layers:
+        sae = SAE.load_from_disk(out_dir / "sae" / f"layer_{layer}" / "seed_0")
+        assert sae.cfg.architecture() == "topk" and sae.cfg.k == settings.k_min
+        metadata = sae.cfg.metadata
+        assert metadata.model_name == settings.model
+        assert metadata.hook_name == f"blocks.{layer}.hook_resid_post"
+        assert (metadata.context_size, metadata.prepend_bos) == (settings.context, True)
+        assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(settings.d_sae), atol=1e-5)
+        means = info[f"layer_{layer}"]["means"]
+
+        first, second = stock_probing(settings, sae, model, tmp_path / f"artifacts_{layer}")
+        name = harness.probe_names(settings)[0]
+        detail = json.loads(
+            next((out_dir / "eval_results" / "sparse_probing").glob(f"layer_{layer}_seed_0_c*"))
+            .read_text()
+        )["eval_result_details"]  # fmt: skip
+        assert [entry.pop("dataset_name") for entry in detail] == [
+            f"{name}_results" for name in harness.probe_names(settings)
+        ]
+        for at, name in enumerate(harness.probe_names(settings)):
+            for metric, value in second[f"{name}_results"].items():
+                if metric.startswith("sae_"):
+                    assert detail[at][metric] == value, (name, metric)
+        for metric, value in first[f"{harness.probe_names(settings)[0]}_results"].items():
+            if metric.startswith("llm_"):
+                assert detail[0][metric] == value, metric
+        for k in settings.probe_ks:
+            metric = f"sae_top_{k}_test_accuracy"
+            assert means[metric] == pytest.approx(second[metric], abs=1e-12)
+
+        sae = general_utils.load_and_format_sae("", sae, "cpu")[1]
+        store = ActivationsStore.from_sae(
+            model, sae, harness.core_text(settings), context_size=settings.context
+        )
+        store.shuffle_input_dataset(seed=42)
+        scalars, _ = core.run_evals(
+            sae, store, model, harness.core_config(settings), ignore_tokens={0, 1, 2}
+        )
+        for group in scalars.values():
+            for metric, value in group.items():
+                assert means[metric] == pytest.approx(value, rel=1e-4, abs=1e-6), metric
+
+
+def test_raw_outputs_have_sae_bench_s_own_form(scored) -> None:
+    from sae_bench.evals.core.eval_output import CoreEvalOutput
+    from sae_bench.evals.sparse_probing.eval_output import SparseProbingEvalOutput
+    from pydantic import TypeAdapter
+
+    _, settings, out_dir = scored
+    for kind, form in (("core", CoreEvalOutput), ("sparse_probing", SparseProbingEvalOutput)):
+        files = sorted((out_dir / "eval_results" / kind).glob("*.json"))
+        assert len(files) == 2 * len(settings.layers)  # each layer, and its untrained twin
+        for file in files:
+            output = TypeAdapter(form).validate_json(file.read_text())
+            assert output.sae_cfg_dict["d_sae"] == settings.d_sae
+
+
+def test_untrained_twin_has_equal_width_and_l0_and_was_never_trained(scored) -> None:
+    _, settings, out_dir = scored
+    info = json.loads((out_dir / "final_info.json").read_text())
+    for layer in settings.layers:
+        means = info[f"layer_{layer}"]["means"]
+        assert means["untrained_l0"] == pytest.approx(means["l0"], rel=0.05)
+        assert means["untrained_fvu"] > means["fvu"]
+        for k in settings.probe_ks:
+            assert 0 <= means[f"untrained_top_{k}_test_accuracy"] <= 1
+
+
+def test_fvu_is_the_formula(scored) -> None:
+    """A constant prediction scores 1, a perfect one 0, and the run's SAE what numpy says."""
+    toy, settings, out_dir = scored
+    lm = harness.load_language_model(settings.model)
+    model = lm.hooked()
+    layer = settings.layers[1]
+    stored = SAE.load_from_disk(out_dir / "sae" / f"layer_{layer}" / "seed_0")
+    sae = toy.CustomSAE(32, settings.d_sae, settings.model, layer, k=settings.k_min)
+    sae.load_state_dict(stored.state_dict(), strict=False)
+    store = harness.core_store(settings, model, harness.formatted(sae, settings))
+    parts = []
+    for _ in range(settings.core_sparsity_batches):
+        tokens_BL = store.get_batch_tokens(settings.core_prompts)
+        acts = lm.activations(tokens_BL, (layer,))[0]
+        parts.append(acts[tokens_BL > 2])
+    x = torch.cat(parts).double()
+    error = (x - sae(x.float()).detach().double()).pow(2).sum()
+    expected = float(error / (x - x.mean(0)).pow(2).sum())
+    info = json.loads((out_dir / "final_info.json").read_text())
+    assert info[f"layer_{layer}"]["means"]["fvu"] == pytest.approx(expected, rel=1e-4)
+    constant = toy.CustomSAE(32, settings.d_sae, settings.model, layer, k=1)
+    constant.b_dec.data = x.mean(0).float()
+    fvu = harness.fraction_unexplained({"constant": constant}, model, settings)
+    assert fvu["constant"] == pytest.approx(1.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("curriculum", [True, False])
+def test_exported_sae_gives_the_same_output(toy, toy_lm, tmp_path: Path, curriculum) -> None:
+    settings = dataclasses.replace(toy.settings_of("run_1", "tinylm"), curriculum=curriculum)
+    mean = torch.randn(32, generator=torch.Generator().manual_seed(1))
+    sae = toy.new_sae(settings, 2, 0, mean, 0.7, {"gamma": 0.1}, toy.k_at(settings, 1.0))
+    harness.export(sae.folded(), settings, tmp_path)
+    stored = SAE.load_from_disk(tmp_path)
+    assert stored.cfg.architecture() == ("topk" if curriculum else "standard")
+    x = 3 * torch.randn(50, 32, generator=torch.Generator().manual_seed(2))
+    assert torch.allclose(stored.encode(x), sae.folded().encode(x), atol=1e-6)
+    assert torch.allclose(stored(x), sae.folded()(x), atol=1e-5)
+    assert torch.allclose(stored(x), sae(0.7 * x) / 0.7, atol=1e-5)
+    theta = json.loads((tmp_path / "theta.json").read_text())
+    assert theta["theta_3"] is None and theta["gamma"] == pytest.approx(0.1)
+    assert theta["theta_1"] == 0.0 and theta["tau_sel"] == pytest.approx(0.3)
+
+
+def test_evaluation_leaves_the_sae_as_it_was(toy, toy_lm) -> None:
+    """SAE-Bench casts and marks the SAE it is given: it gets a copy."""
+    settings = dataclasses.replace(toy.settings_of("run_1", "tinylm"), lm_dtype="bfloat16")
+    sae = toy.new_sae(settings, 2, 0, torch.zeros(32), 1.0, {}, 4)
+    ready = harness.formatted(sae, settings)
+    assert ready.W_enc.dtype == torch.bfloat16 and ready.dtype == torch.bfloat16
+    assert ready.cfg.metadata.hook_name == "blocks.2.hook_resid_post"
+    assert sae.W_enc.dtype == torch.float32 and not hasattr(sae.cfg, "metadata")
+
+
+def test_a_nan_in_core_stops_the_run_and_is_not_recorded_as_minus_one(
+    toy, toy_lm, tmp_path: Path
+) -> None:
+    settings = toy.settings_of("run_1", "tinylm")
+    sae = toy.new_sae(settings, 2, 0, torch.zeros(32), 1.0, {}, 4)
+    sae.b_dec.data[0] = float("nan")
+    with pytest.raises(ExperimentError, match="core evaluation of broken: .* is nan"):
+        toy.core_evaluation(sae, "broken", toy_lm.hooked(), settings, tmp_path)
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_core_does_not_replace_bos(toy, toy_lm) -> None:
+    """An SAE that reconstructs nothing but BOS badly costs no cross-entropy."""
+    settings = toy.settings_of("run_1", "tinylm")
+    model = toy_lm.hooked()
+    from sae_bench.evals.core import main as core
+
+    sae = harness.formatted(toy.new_sae(settings, 2, 0, torch.zeros(32), 1.0, {}, 4), settings)
+    bos = toy_lm.activations(torch.tensor([[2, 9]]), (2,))[0][0, 0]
+    sae.encode = lambda x: x
+    sae.decode = lambda x: torch.where((x - bos).abs().amax(-1, keepdim=True) < 1e-3, 100.0, x)
+    metrics = core.get_recons_loss(
+        sae, model, torch.tensor([[2, 9, 40, 70]]), None, True, True,
+        ignore_tokens={0, 1, 2}, exclude_special_tokens_from_reconstruction=True,
+    )  # fmt: skip
+    assert torch.equal(metrics["ce_loss_with_sae"], metrics["ce_loss_without_sae"])
+    assert harness.core_config(settings).exclude_special_tokens_from_reconstruction

@@ -1,0 +1,176 @@
+"""The language model's two forms, the token stream and the activation buffer."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+import harness
+from experiment import ActivationBuffer
+from harness import ExperimentError, TokenStream
+from tests.conftest import ROOT, SOURCES
+
+# The published config.json of google/gemma-2-2b, as far as the architecture goes.
+GEMMA_2_2B = dict(
+    architectures=["Gemma2ForCausalLM"], attention_bias=False, attention_dropout=0.0,
+    attn_logit_softcapping=50.0, bos_token_id=2, cache_implementation="hybrid", eos_token_id=1,
+    final_logit_softcapping=30.0, head_dim=256, hidden_act="gelu_pytorch_tanh",
+    hidden_activation="gelu_pytorch_tanh", hidden_size=2304, initializer_range=0.02,
+    intermediate_size=9216, max_position_embeddings=8192, model_type="gemma2",
+    num_attention_heads=8, num_hidden_layers=26, num_key_value_heads=4, pad_token_id=0,
+    query_pre_attn_scalar=256, rms_norm_eps=1e-06, rope_theta=10000.0, sliding_window=4096,
+    torch_dtype="float32", use_cache=True, vocab_size=256000,
+)  # fmt: skip
+
+
+def test_configuration_of_gemma_2_2b_is_the_one_transformer_lens_has(tmp_path: Path) -> None:
+    from transformer_lens import loading_from_pretrained
+    from transformers import AutoConfig
+
+    (tmp_path / "config.json").write_text(json.dumps(GEMMA_2_2B))
+    derived = harness.hooked_config(
+        AutoConfig.from_pretrained(tmp_path), torch.bfloat16, "cpu", "google/gemma-2-2b"
+    )
+    built_in = loading_from_pretrained.get_pretrained_model_config(
+        "google/gemma-2-2b", dtype=torch.bfloat16, device="cpu"
+    )
+    assert vars(derived).keys() == vars(built_in).keys()
+    for field, expected in vars(built_in).items():
+        assert getattr(derived, field) == expected, field
+
+
+@pytest.mark.parametrize("name", ["toy", "tinylm"])
+def test_both_forms_agree(name: str, toy_model: Path) -> None:
+    """Also past the sliding window, which the contexts of a run never fill."""
+    lm = harness.load_language_model(str(toy_model) if name == "toy" else name)
+    config = lm.hf.config
+    length = 40 if name == "toy" else 128
+    if name == "toy":
+        assert config.sliding_window < length
+    ids = lm.tokenizer("\n".join(SOURCES), add_special_tokens=False)["input_ids"]
+    tokens_BL = torch.tensor(ids[: 3 * (length - 1)]).reshape(3, length - 1)
+    tokens_BL = torch.nn.functional.pad(tokens_BL, (1, 0), value=lm.tokenizer.bos_token_id)
+    layers = tuple(range(config.num_hidden_layers))
+    hooked = lm.hooked()
+    logits, cache = hooked.run_with_cache(tokens_BL)
+    for layer, acts_BLD in zip(layers, lm.activations(tokens_BL, layers)):
+        difference = (acts_BLD - cache[f"blocks.{layer}.hook_resid_post"]).abs().max()
+        assert difference < 1e-4, (layer, difference)
+    with torch.no_grad():
+        assert (lm.hf(tokens_BL).logits - logits).abs().max() < 1e-4
+
+
+def test_forward_pass_stops_after_the_last_layer(toy_lm) -> None:
+    calls = Counter()
+    handles = [
+        block.register_forward_hook(lambda *_, at=at: calls.update([at]))
+        for at, block in enumerate(toy_lm.hf.model.layers)
+    ]
+    tokens_BL = torch.full((2, 8), 5)
+    two, zero = toy_lm.activations(tokens_BL, (2, 0))
+    assert calls == {0: 1, 1: 1, 2: 1}
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(zero, toy_lm.activations(tokens_BL, (0,))[0])
+    assert two.shape == (2, 8, 32)
+    assert not toy_lm.hf.model.layers[0]._forward_hooks
+
+
+def test_a_model_that_is_not_there_says_how_to_get_access(tmp_path: Path) -> None:
+    with pytest.raises(ExperimentError, match="licence.*SAE_PROFILE=tinylm make run OUT=run_try"):
+        harness.load_language_model(str(tmp_path / "nothing"))
+
+
+def test_a_model_of_another_architecture_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(ExperimentError, match="Gemma-2 architecture.*'gpt2'"):
+        harness.load_language_model(str(tmp_path))
+
+
+def stream_of(texts: list[str], tokenizer, context: int = 16) -> TokenStream:
+    return TokenStream(lambda: iter(texts), tokenizer, context)
+
+
+def test_contexts_are_the_text_packed(toy_lm) -> None:
+    """BOS first; between two texts too; otherwise every token once, in order, no padding."""
+    tokenizer = toy_lm.tokenizer
+    texts = [SOURCES[0][:700], "short", SOURCES[1][:900]]
+    joined = []
+    for text in texts:
+        joined += [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+    rows = stream_of(texts, tokenizer).contexts(50)
+    assert (rows[:, 0] == tokenizer.bos_token_id).all()
+    assert not (rows == tokenizer.pad_token_id).any()
+    flat = [token for row in rows.tolist() for token in row if token != tokenizer.bos_token_id]
+    assert flat == [token for token in joined if token != tokenizer.bos_token_id][: len(flat)]
+    inside = [row.tolist()[1:].count(tokenizer.bos_token_id) for row in rows]
+    assert sum(inside) <= 2 and len(flat) == 50 * 15 - sum(inside)
+    assert "short" in tokenizer.decode(flat)
+
+
+def test_reading_in_pieces_changes_nothing(toy_lm) -> None:
+    whole = stream_of(SOURCES, toy_lm.tokenizer).contexts(50)
+    stream = stream_of(SOURCES, toy_lm.tokenizer)
+    assert torch.equal(whole, torch.cat([stream.contexts(n) for n in (1, 30, 19)]))
+
+
+def test_a_corpus_that_runs_out_starts_again_and_says_so(toy_lm, capsys) -> None:
+    stream = stream_of([SOURCES[0][:300]], toy_lm.tokenizer)
+    stream.contexts(4)
+    assert capsys.readouterr().out == ""
+    stream.contexts(40)
+    assert "all of it used 1 times, starting again" in capsys.readouterr().out
+    with pytest.raises(ExperimentError, match="no text"):
+        stream_of([], toy_lm.tokenizer).contexts(1)
+
+
+def test_buffer_hands_out_every_text_token_once_in_order(toy_lm) -> None:
+    """The activations of all tokens but BOS, of all layers alike, whatever the portions."""
+    layers = (0, 2)
+    tokens_BL = stream_of(SOURCES, toy_lm.tokenizer).contexts(24)
+    keep_BL = tokens_BL != toy_lm.tokenizer.bos_token_id
+    expected = torch.stack(
+        [
+            torch.cat([toy_lm.activations(tokens_BL[i : i + 4], layers)[at][keep_BL[i : i + 4]]
+                       for i in range(0, 24, 4)])
+            for at in range(2)
+        ]
+    )  # fmt: skip
+    buffer = ActivationBuffer(toy_lm, stream_of(SOURCES, toy_lm.tokenizer), layers, contexts=4)
+    taken = torch.cat([buffer.take(n) for n in (7, 130, 64, 99)], dim=1)
+    assert taken.shape == (2, 300, 32)
+    assert torch.equal(taken, expected[:, :300])
+
+
+def test_repository_has_the_published_layers_of_both_profiles() -> None:
+    import experiment
+
+    tinylm, gemma = (experiment.settings_of("x", p) for p in ("tinylm", "gemma-2-2b"))
+    assert (tinylm.layers, tinylm.d_sae, tinylm.k_min) == ((1, 2, 4), 1024, 16)
+    assert (gemma.layers, gemma.d_sae, gemma.k_min) == ((5, 12, 19), 2304, 64)
+    assert (ROOT / "tinylm" / "config.json").exists()
+
+
+def test_tinylm_tasks_are_registered_and_undone() -> None:
+    from sae_bench.sae_bench_utils import dataset_info, dataset_utils
+
+    import experiment
+
+    settings = experiment.settings_of("x", "tinylm")
+    before = dict(dataset_info.chosen_classes_per_dataset)
+    stock = dataset_utils.get_multi_label_train_test_data
+    names = harness.probe_names(settings)
+    assert len(names) == 3
+    with pytest.raises(ZeroDivisionError), harness.tinylm_tasks(settings):
+        for name in names:
+            train, test = dataset_utils.get_multi_label_train_test_data(name, 20, 10, 42)
+            assert list(train) == list(test) == dataset_info.chosen_classes_per_dataset[name]
+            assert {len(texts) for texts in train.values()} == {10}
+            assert {len(texts) for texts in test.values()} == {5}
+        raise ZeroDivisionError
+    assert dataset_info.chosen_classes_per_dataset == before
+    assert dataset_utils.get_multi_label_train_test_data is stock

@@ -1,0 +1,350 @@
+"""The method: every formula against an independent calculation."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import experiment
+from experiment import BOUNDED, CustomSAE, Settings, Trainer, contrastive_loss, curriculum_k
+
+
+def make_sae(d_in=3, d_sae=5, k=2, fixed=None, dtype=torch.float64, scale=1.0, seed=0):
+    sae = CustomSAE(d_in, d_sae, "toy", 0, dtype=dtype, k=k, fixed=fixed, scale=scale)
+    sae.initialize(seed, torch.linspace(-0.1, 0.1, d_in, dtype=dtype))
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        sae.W_enc.add_(0.1 * torch.randn(sae.W_enc.shape, generator=generator))
+        sae.b_enc.copy_(0.3 * torch.rand(d_sae, generator=generator))
+        for theta in sae.thetas():
+            theta.copy_(torch.randn((), generator=generator))
+    return sae
+
+
+def inputs(n=7, d_in=3, seed=5) -> torch.Tensor:
+    return torch.randn(
+        n, d_in, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
+
+
+def sigmoid(theta: float) -> float:
+    return 1 / (1 + math.exp(-theta))
+
+
+def by_hand(sae: CustomSAE, x: torch.Tensor, k: int | None, lam: float, form: str) -> dict:
+    """DESIGN's formulas, token by token, in plain Python and numpy."""
+    W_enc, W_dec, b_enc, b_dec = (p.detach().numpy() for p in sae.weights())
+    theta = {
+        name: None if name in sae.fixed else getattr(sae, t).item()
+        for name, (t, _, _) in BOUNDED.items()
+    }
+    value = dict(sae.fixed)
+    if theta["tau_sel"] is not None:
+        value["tau_sel"] = 0.1 + 0.4 * sigmoid(theta["tau_sel"])
+    if theta["tau_pen"] is not None:
+        value["tau_pen"] = 0.05 + 0.2 * sigmoid(theta["tau_pen"])
+    if theta["gamma"] is not None:
+        value["gamma"] = 0.3 * sigmoid(theta["gamma"])
+    squares, norms, penalties, everywhere = [], [], [], []
+    for row in x.numpy():
+        f = np.maximum((row - b_dec) @ W_enc + b_enc, 0)
+        ranked = list(np.argsort(-f))
+        kept = ranked if k is None or form == "as_written" else ranked[:k]
+        spared = ranked[:1] if k is None else ranked[:k]
+        x_hat = b_dec + sum(f[i] * W_dec[i] for i in kept)
+        squares.append(((row - x_hat) ** 2).sum() / len(row))
+        norms.append(math.sqrt(((row - x_hat) ** 2).sum()))
+        saturated = np.tanh(f / value["tau_sel"])
+        penalties.append(sum(saturated[i] for i in range(len(f)) if i not in spared))
+        everywhere.append(saturated.mean())
+    reg = lam * sum(t * t for t in theta.values() if t is not None)
+    if form == "as_written":
+        reconstruction = np.mean(norms)
+        penalty = value["gamma"] * value["tau_pen"] * np.mean(everywhere)
+    else:
+        reconstruction = np.mean(squares)
+        penalty = value["gamma"] * value["tau_pen"] * np.mean(penalties)
+    return {
+        "total": reconstruction + penalty + reg,
+        "reconstruction": reconstruction,
+        "penalty": penalty,
+        "reg": reg,
+    }
+
+
+@pytest.mark.parametrize("fixed", [{}, {"tau_sel": 0.3, "tau_pen": 0.1}, {"gamma": 0.15}])
+@pytest.mark.parametrize(
+    "k, form", [(2, "contrastive"), (5, "contrastive"), (None, "contrastive"), (None, "as_written")]
+)
+def test_loss_is_the_formula(k, form, fixed) -> None:
+    sae, x = make_sae(fixed=fixed), inputs()
+    loss = contrastive_loss(sae, x, k, 0.01, form)
+    for part, expected in by_hand(sae, x, k, 0.01, form).items():
+        assert getattr(loss, part).item() == pytest.approx(expected, rel=1e-12), part
+
+
+def test_loss_worked_out_on_paper() -> None:
+    """D = 1, F = 3, x = 2: f = (2, 1, 0.5); k = 1 keeps the first, W_dec = 1, so x̂ = 2."""
+    sae = CustomSAE(1, 3, "toy", 0, dtype=torch.float64, k=1)
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.tensor([[1.0, 0.5, 0.25]]))
+        sae.W_dec.fill_(1.0)
+    loss = contrastive_loss(sae, torch.tensor([[2.0]], dtype=torch.float64), 1, 0.01)
+    assert float(loss.reconstruction) == 0.0
+    # τ_sel = 0.3, τ_pen = 0.15, γ = 0.15: tanh(1 / 0.3) = 0.9974579, tanh(0.5 / 0.3) = 0.9311096
+    assert float(loss.penalty) == pytest.approx(0.15 * 0.15 * (0.9974579 + 0.9311096), abs=1e-8)
+    assert float(loss.reg) == 0.0
+    written = contrastive_loss(
+        sae, torch.tensor([[2.0]], dtype=torch.float64), None, 0.01, "as_written"
+    )
+    assert float(written.reconstruction) == pytest.approx(1.5)  # ‖2 − (2 + 1 + 0.5)‖
+    # tanh(2 / 0.3) = 0.9999968; the mean over the three features
+    assert float(written.penalty) == pytest.approx(
+        0.0225 * (0.9999968 + 0.9974579 + 0.9311096) / 3, abs=1e-8
+    )
+
+
+@pytest.mark.parametrize("k, form", [(2, "contrastive"), (None, "contrastive"), (None, "as_written")])
+@pytest.mark.parametrize("dead", [False, True])
+def test_gradients(k, form, dead) -> None:
+    class Objective(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sae = make_sae()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            dead_F = torch.tensor([False, True, False, True, True]) if dead else None
+            return contrastive_loss(self.sae, x, k, 0.01, form, dead_F, 2, 0.1).total
+
+    objective = Objective()
+    names, values = zip(*objective.named_parameters())
+    assert {"sae.theta_1", "sae.theta_2", "sae.theta_3"} <= set(names)
+    x = inputs()
+    if dead:  # the auxiliary target is a constant by definition: check what has a gradient
+        loss = contrastive_loss(objective.sae, x, k, 0.0, form,
+                                torch.tensor([False, True, False, True, True]), 2, 0.1)  # fmt: skip
+        (gradient,) = torch.autograd.grad(loss.aux, objective.sae.W_dec)
+        assert gradient[[1, 3, 4]].abs().sum() > 0
+        assert gradient[[0, 2]].abs().sum() == 0
+        return
+    assert torch.autograd.gradcheck(
+        lambda *v: torch.func.functional_call(objective, dict(zip(names, v)), (x,)),
+        tuple(v.detach().clone().requires_grad_() for v in values),
+    )
+
+
+def test_auxiliary_loss_is_the_formula() -> None:
+    """Pre-activations of the aux_k largest dead features reconstruct the residual."""
+    sae, x = make_sae(), inputs()
+    dead = [1, 3, 4]
+    dead_F = torch.tensor([index in dead for index in range(5)])
+    loss = contrastive_loss(sae, x, 2, 0.01, dead_F=dead_F, aux_k=2, aux_coefficient=0.25)
+    residual = loss.residual_BD.detach().numpy()
+    W_enc, W_dec, b_enc, b_dec = (p.detach().numpy() for p in sae.weights())
+    left = []
+    for row, target in zip(x.numpy(), residual):
+        pre = (row - b_dec) @ W_enc + b_enc
+        best = sorted(dead, key=lambda i: -pre[i])[:2]
+        left.append(((target - sum(pre[i] * W_dec[i] for i in best)) ** 2).mean())
+    assert float(loss.aux) == pytest.approx(0.25 * np.mean(left) / (residual**2).mean(), rel=1e-12)
+
+
+@pytest.mark.parametrize("theta", [-1e4, -30.0, 0.0, 30.0, 1e4])
+def test_bounds(theta) -> None:
+    sae = CustomSAE(3, 5, "toy", 0)
+    with torch.no_grad():
+        for parameter in sae.thetas():
+            parameter.fill_(theta)
+    ranges = {"tau_sel": (0.1, 0.5), "tau_pen": (0.05, 0.25), "gamma": (0.0, 0.3)}
+    start = {"tau_sel": 0.3, "tau_pen": 0.15, "gamma": 0.15}
+    for name, (low, high) in ranges.items():
+        value = float(sae.bounded(name).detach())
+        assert low - 1e-6 <= value <= high + 1e-6
+        if theta == 0.0:
+            assert value == pytest.approx(start[name])
+
+
+def test_selected_features_reconstruct_and_are_not_penalised() -> None:
+    sae, x = make_sae(d_sae=8), inputs(n=20)
+    f = torch.relu(sae.preactivations(x)).detach().requires_grad_()
+    kept, rest = experiment.select(f, 3)
+    assert torch.equal(kept + rest, f)
+    top = f.argsort(dim=1, descending=True)[:, :3]
+    chosen = torch.zeros_like(f, dtype=torch.bool).scatter(1, top, True)
+    assert (kept[~chosen] == 0).all() and (rest[chosen] == 0).all()
+
+    loss = contrastive_loss(sae, x, 3, 0.0)
+    assert torch.equal(loss.used_BF > 0, chosen & (f > 0))
+    # Penalty gradient on the pre-activations: none where selected, positive on the other active.
+    bias = torch.zeros(20, 8, dtype=torch.float64, requires_grad=True)
+    stock = sae.preactivations
+    sae.preactivations = lambda x: stock(x) + bias
+    (gradient,) = torch.autograd.grad(contrastive_loss(sae, x, 3, 0.0).penalty, bias)
+    active = f.detach() > 0
+    assert (gradient[chosen] == 0).all()
+    assert (gradient[~chosen & active] > 0).all()
+    (gradient,) = torch.autograd.grad(contrastive_loss(sae, x, 3, 0.0).reconstruction, bias)
+    assert (gradient[~chosen] == 0).all()
+    assert (gradient[chosen & active] != 0).all()
+
+
+def test_learning_can_only_weaken_the_penalty() -> None:
+    """∂loss/∂γ ≥ 0, ∂loss/∂τ_pen ≥ 0, ∂loss/∂τ_sel ≤ 0 in the data term, for any data."""
+    for seed in range(5):
+        sae = make_sae(seed=seed)
+        loss = contrastive_loss(sae, inputs(seed=seed), 2, reg_lambda=0.0).total
+        sel, pen, gamma = torch.autograd.grad(loss, sae.thetas())
+        assert sel <= 0 and pen >= 0 and gamma >= 0
+
+
+def test_curriculum() -> None:
+    steps = [curriculum_k(t / 1000, 64, 16, 0.3) for t in range(1001)]
+    assert steps[0] == 64 and steps[300] == 16 and set(steps[300:]) == {16}
+    assert steps == sorted(steps, reverse=True)
+    assert steps[150] == 32  # half-way, the geometric mean
+    assert curriculum_k(0.0, 64, 16, 0.0) == 16
+    default = Settings()
+    assert experiment.k_at(default, 0.0) == 4 * default.k_min
+    assert experiment.k_at(default, 1.0) == default.k_min
+    assert experiment.k_at(dataclasses.replace(default, curriculum=False), 0.0) is None
+    # k_start never exceeds the number of features
+    assert experiment.k_at(dataclasses.replace(default, d_sae=20), 0.0) == 20
+
+
+def test_learning_rate_rises_stays_and_falls_to_zero() -> None:
+    factors = [experiment.lr_factor(t / 100, 0.1, 0.2) for t in range(101)]
+    assert factors[0] == 0 and factors[5] == pytest.approx(0.5) and factors[10] == 1
+    assert set(factors[10:81]) == {1.0}
+    assert factors[90] == pytest.approx(0.5) and factors[100] == 0
+
+
+def test_fixed_parameters_have_no_theta_and_no_gradient() -> None:
+    sae = make_sae(fixed={"tau_sel": 0.3, "gamma": 0.15})
+    assert [name for name, _ in sae.named_parameters() if "theta" in name] == ["theta_2"]
+    loss = contrastive_loss(sae, inputs(), 2, 0.01)
+    loss.total.backward()
+    assert sae.theta_2.grad is not None
+    record = sae.adaptive()
+    assert record["tau_sel"] == pytest.approx(0.3) and record["theta_1"] is None
+    assert record["w"] == pytest.approx(0.15 * record["tau_pen"])
+    everything_fixed = make_sae(fixed={"tau_sel": 0.3, "tau_pen": 0.1, "gamma": 0.15})
+    assert float(contrastive_loss(everything_fixed, inputs(), 2, 0.01).reg) == 0.0
+
+
+def test_initialization() -> None:
+    mean = torch.arange(4.0)
+    first, again, other = (CustomSAE(4, 6, "toy", 0) for _ in range(3))
+    first.initialize(3, mean)
+    again.initialize(3, mean)
+    other.initialize(4, mean)
+    assert torch.equal(first.W_dec, again.W_dec) and not torch.equal(first.W_dec, other.W_dec)
+    assert torch.allclose(first.W_dec.norm(dim=1), torch.ones(6))
+    assert torch.equal(first.W_enc, first.W_dec.T)
+    assert torch.equal(first.b_dec, mean) and (first.b_enc == 0).all()
+    assert first.check_decoder_norms()
+
+
+def test_encode_decode_are_the_formula_on_any_leading_shape() -> None:
+    sae = make_sae(k=2)
+    x = inputs(n=6).reshape(2, 3, 3)
+    W_enc, W_dec, b_enc, b_dec = (p.detach().numpy() for p in sae.weights())
+    f = np.maximum((x.numpy() - b_dec) @ W_enc + b_enc, 0)
+    f[f < np.sort(f, axis=-1)[..., -2:-1]] = 0
+    assert np.allclose(sae.encode(x).detach().numpy(), f)
+    assert np.allclose(sae(x).detach().numpy(), f @ W_dec + b_dec)
+
+
+@pytest.mark.parametrize("k", [2, None])
+def test_folding_gives_raw_units(k) -> None:
+    sae = make_sae(k=k, scale=2.5)
+    raw, x = sae.folded(), inputs()
+    assert torch.allclose(raw.encode(x), sae.encode(2.5 * x) / 2.5)
+    assert torch.allclose(raw(x), sae(2.5 * x) / 2.5)
+    assert torch.equal(raw.W_dec, sae.W_dec) and raw.scale == 1.0
+    assert not torch.equal(raw.b_dec, sae.b_dec)  # the original is left as it was
+
+
+def small_settings(**changes) -> Settings:
+    return Settings(
+        **dict(d_sae=32, k_min=4, batch=64, training_tokens=64 * 60, dead_after=64 * 5, aux_k=8)
+        | changes
+    )
+
+
+def structured(n: int, seed: int = 0, d_in: int = 8, n_true: int = 24) -> torch.Tensor:
+    """Sparse combinations of more directions than dimensions."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(n_true, d_in, generator=torch.Generator().manual_seed(99))
+    on = torch.rand(n, n_true, generator=generator) < 0.1
+    return (on * torch.rand(n, n_true, generator=generator)) @ directions
+
+
+def trained(settings: Settings, steps: int = 60, fixed: dict | None = None) -> Trainer:
+    sae = experiment.new_sae(settings, 0, 0, torch.zeros(8), 1.0, fixed or {}, settings.k_min)
+    trainer = Trainer(sae, settings, 0)
+    for step in range(steps):
+        trainer.step(structured(settings.batch, seed=step), step / steps, log=False)
+    return trainer
+
+
+def test_training_learns_and_keeps_decoder_rows_at_unit_norm() -> None:
+    x = structured(500, seed=12345)
+    before = trained(small_settings(), steps=0).sae
+    after = trained(small_settings()).sae
+    error = [float((x - sae(x)).pow(2).sum()) for sae in (before, after)]
+    assert error[1] < 0.7 * error[0]
+    assert torch.allclose(after.W_dec.norm(dim=1), torch.ones(32), atol=1e-6)
+    assert not torch.equal(after.theta_1, before.theta_1)
+
+
+def test_gradient_along_decoder_rows_is_removed() -> None:
+    sae = make_sae()
+    contrastive_loss(sae, inputs(), 2, 0.01).total.backward()
+    sae.remove_parallel_gradient()
+    assert (sae.W_dec.grad * sae.W_dec).sum(1).abs().max() < 1e-7
+    assert sae.W_dec.grad.abs().max() > 0
+
+
+def test_theta_has_its_own_learning_rate_without_schedule() -> None:
+    settings = small_settings(theta_lr=0.05)
+    trainer = trained(settings, steps=1)
+    # Adam's first step moves a parameter by its learning rate; the weights' is 0 at progress 0.
+    assert float(trainer.sae.theta_1.detach()) == pytest.approx(0.05, rel=1e-3)
+    assert trainer.optimizer.param_groups[0]["lr"] == 0.0
+    assert trainer.optimizer.param_groups[1]["lr"] == 0.05
+
+
+@pytest.mark.parametrize("revive", ["aux", "resample"])
+def test_dead_features_are_counted_and_brought_back(revive) -> None:
+    def kill_half(trainer: Trainer) -> None:
+        with torch.no_grad():
+            trainer.sae.W_enc[:, :16] *= 0.1
+            trainer.sae.b_enc[:16] = -1.0
+
+    left = {}
+    for how in ("none", revive):
+        settings = small_settings(revive=how, aux_coefficient=1.0, lr=1e-2)
+        trainer = trained(settings, steps=10)
+        kill_half(trainer)
+        for step in range(10, 30):
+            trainer.step(structured(64, seed=step), 0.1, log=False)
+        if how == "none":
+            assert trainer.dead()[:16].all()
+            assert (trainer.steps_since_active[:16] >= 20).all()
+        for step in range(30, 200):
+            trainer.step(structured(64, seed=step), 0.1, log=False)
+        fired = (trainer.sae.encode(structured(5000, seed=7)) > 0).any(0)
+        left[how] = int((~fired[:16]).sum())
+    assert left["none"] == 16
+    assert left[revive] <= 4
+
+
+def test_same_seed_same_weights_bit_for_bit() -> None:
+    first, second = (trained(small_settings()).sae for _ in range(2))
+    for a, b in zip(first.parameters(), second.parameters()):
+        assert torch.equal(a, b)
