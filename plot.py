@@ -1,0 +1,781 @@
+"""Figures and tables from the records of the runs: `python plot.py`, no argument.
+
+Reads every folder run_* beside this file that holds a final_info.json, and writes for each profile
+figures/<profile>/adaptation, training_losses, training_sparsity, probing, ablation (.png and .pdf)
+and ablation.md. Profiles are never mixed. Needs matplotlib, numpy and scipy; no torch.
+"""
+
+import json
+import math
+import re
+import sys
+import textwrap
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+
+import harness
+
+# ---------------------------------------------------------------------------------------------
+# Edit here
+# ---------------------------------------------------------------------------------------------
+
+# Run name -> label, in the order wanted. Empty: every run found, under its own name.
+labels = {
+    # "run_1": "full method",
+    # "run_5": "no curriculum",
+}
+REFERENCE = "run_1"  # differences in the ablation table are to this run
+
+# ---------------------------------------------------------------------------------------------
+
+HERE = Path(__file__).resolve().parent
+K_VALUES = (1, 2, 5, 10, 20, 50)
+BOUNDS = {"tau_sel": (0.1, 0.5), "tau_pen": (0.05, 0.25), "gamma": (0.0, 0.3)}
+BAND = " (mean, range over runs)"
+GIVEN = "given baseline: untrained, zero weights"
+
+SINGLE, DOUBLE = 3.3, 6.8  # widths of a paper's column and page, inches
+# Okabe and Ito's colour-blind-safe palette. Black and grey are kept for references, and yellow is
+# left out: it's too faint for a line on white. From the seventh run on, a marker tells them apart.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
+MARKERS = ("", "s", "^", "o", "D")
+GREY = "#777777"
+STYLE = {
+    "font.size": 7, "axes.titlesize": 7.5, "axes.labelsize": 7, "legend.fontsize": 6.5,
+    "xtick.labelsize": 6.5, "ytick.labelsize": 6.5, "axes.linewidth": 0.6, "lines.linewidth": 1.0,
+    "lines.markersize": 3, "lines.markerfacecolor": "white",
+    "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "grid.color": "#e6e6e6", "grid.linewidth": 0.5, "axes.axisbelow": True,
+    "xtick.major.width": 0.6, "ytick.major.width": 0.6, "legend.frameon": False,
+    "pdf.fonttype": 42, "savefig.dpi": 220, "figure.constrained_layout.h_pad": 0.03,
+}
+
+# One row of panels each: metric of train_log.jsonl, axis label, axis scale.
+ADAPTATION = (
+    ("tau_sel", "selection\ntemperature $\\tau_{sel}$", "linear"),
+    ("tau_pen", "penalty\ntemperature $\\tau_{pen}$", "linear"),
+    ("gamma", "loss weight $\\gamma$", "linear"),
+    ("w", "penalty's weight\n$w = \\gamma\\,\\tau_{pen}$", "linear"),
+)
+LOSSES = (
+    ("loss", "loss", "log"),
+    ("loss_reconstruction", "reconstruction\n(part of the loss)", "log"),
+    ("loss_penalty", "penalty\n$\\gamma\\,L_{pen}$", "log"),
+    ("loss_reg", "regularization\n$L_{reg}$", "log"),
+    ("loss_aux", "auxiliary\n(dead features)", "log"),
+)
+SPARSITY = (
+    ("l0", "L0\n(active features)", "log"),
+    ("fvu", "fraction of variance\nunexplained", "log"),
+    ("dead_fraction", "dead features\n(fraction)", "linear"),
+)
+# Columns of the tables: metric, Markdown heading, heading in the figure (if there), decimals.
+COLUMNS = (
+    ("l0", "L0", "L0", 1),
+    ("fvu", "FVU", "FVU", 3),
+    ("ce_loss_score", "CE loss score", "CE\nscore", 3),
+    ("dead_fraction", "dead fraction", "dead", 3),
+    ("frac_alive", "frac alive", "", 3),
+    ("tau_sel", "tau_sel", "$\\tau_{sel}$", 3),
+    ("tau_pen", "tau_pen", "$\\tau_{pen}$", 3),
+    ("gamma", "gamma", "$\\gamma$", 3),
+    ("w", "w", "$w$", 4),
+)
+
+
+# ---- reading the records --------------------------------------------------------------------
+
+
+def complain(sentence):
+    print(f"plot.py: {sentence}", file=sys.stderr)
+
+
+def number(value):
+    """value as a float, or NaN when it's missing, null or not a number."""
+    usable = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if usable else math.nan
+
+
+def read_json(path):
+    """The JSON object in path; a ValueError in one sentence when there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} can't be read ({error.strerror})") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} should hold a JSON object and holds a {type(content).__name__}")
+    return content
+
+
+def read_log(path):
+    """train_log.jsonl as {layer: {seed: [entries in order of tokens]}}.
+
+    A resumed run may log a step twice; the later line counts. Raises ValueError, naming file and
+    line, for a line that isn't a JSON object with layer, seed and tokens.
+    """
+    steps = {}
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for i, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                entry = json.loads(line)
+                key = (int(entry["layer"]), int(entry["seed"]), float(entry["tokens"]))
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path}, line {i}, is not a JSON object with layer, seed and "
+                                 f"tokens ({type(error).__name__}: {error})") from error
+            steps[key] = entry
+    if not steps:
+        raise ValueError(f"{path} is empty")
+    log = {}
+    for layer, seed, tokens in sorted(steps):
+        log.setdefault(layer, {}).setdefault(seed, []).append(steps[layer, seed, tokens])
+    return log
+
+
+def load_run(folder):
+    """A run's records as a dict: name, label, profile, given, tests, settings, layers, log.
+
+    layers maps a layer's number to its {"means", "stderrs", "final_info_dict"}. log is None when
+    there is none to draw. Raises ValueError in one sentence for a run that can't be shown at all.
+    """
+    info, config = read_json(folder / "final_info.json"), read_json(folder / "config.json")
+    profile = config.get("profile")
+    if not isinstance(profile, str) or not re.fullmatch(r"\w[\w.-]*", profile):
+        raise ValueError(f"{folder / 'config.json'} should name a profile and has {profile!r}")
+    layers = {}
+    for key, record in info.items():
+        if match := re.fullmatch(r"layer_(\d+)", key):
+            parts = {part: record.get(part) if isinstance(record, dict) else None
+                     for part in ("means", "stderrs", "final_info_dict")}
+            if not isinstance(parts["means"], dict):
+                raise ValueError(f"{folder / 'final_info.json'} has no means under {key}")
+            layers[int(match[1])] = {part: values if isinstance(values, dict) else {}
+                                     for part, values in parts.items()}
+    if not layers:
+        raise ValueError(f"{folder / 'final_info.json'} has no layer_… key, so nothing to show")
+    settings = config.get("settings")
+    settings = settings if isinstance(settings, dict) else {}
+    tests = next((text for source in (settings, config) for key in ("description", "tests", "note")
+                  if isinstance(text := source.get(key), str) and text), "")
+    return {
+        "name": folder.name, "label": labels.get(folder.name, folder.name), "profile": profile,
+        "given": bool(config.get("given")), "tests": tests, "settings": settings,
+        "layers": dict(sorted(layers.items())), "log": load_log(folder, config),
+    }
+
+
+def load_log(folder, config):
+    path = folder / "train_log.jsonl"
+    if config.get("given") and not path.exists():
+        return None  # run_0 was never trained: there is nothing to log
+    try:
+        return read_log(path)
+    except OSError as error:
+        complain(f"{path} can't be read ({error.strerror}): {folder.name} stands in the tables "
+                 "and is left out of the curves.")
+    except ValueError as error:
+        complain(f"{error}: {folder.name} stands in the tables and is left out of the curves.")
+    return None
+
+
+def natural(name):
+    """Sort key that puts run_2 before run_10."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part)
+            for part in re.split(r"(\d+)", name) if part]
+
+
+def load_runs(root):
+    """The runs to show, in order, and the reference run of each profile (shown or not)."""
+    found = {folder.name: folder for folder in root.glob("run_*") if folder.is_dir()}
+    # run_3.1 is a complete run_3 that was set aside (harness.prepare_out_dir): only if asked for.
+    names = list(labels) or sorted((n for n in found if not re.search(r"\.\d+$", n)), key=natural)
+    shown, references = [], {}
+    for name in [*names, *({REFERENCE} & found.keys() - set(names))]:
+        if name not in found:
+            complain(f"labels names {name}, and there is no folder {root / name}: left out.")
+            continue
+        try:
+            run = load_run(found[name])
+        except ValueError as error:
+            complain(f"{error}: {name} is left out; run it again or remove its folder.")
+            continue
+        if name in names:
+            shown.append(run)
+        if name == REFERENCE:
+            references[run["profile"]] = run
+    return shown, references
+
+
+# ---- arithmetic -----------------------------------------------------------------------------
+
+
+def mean_over_layers(run, metric):
+    """A metric's mean over the run's layers; NaN unless every layer has it."""
+    return float(np.mean([number(r["means"].get(metric)) for r in run["layers"].values()]))
+
+
+def primary(run, who="sae"):
+    """Mean over layers of (top_1 + top_2 + top_5) / 3: who is sae, untrained or llm."""
+    return float(np.mean([mean_over_layers(run, f"{who}_top_{k}_test_accuracy")
+                          for k in harness.PRIMARY_KS]))
+
+
+def per_seed(run):
+    """Lists per seed under seed, primary and l0 (mean over layers), as harness.verdict wants them.
+
+    None when a layer lacks a value that the primary metric needs.
+    """
+    layers = [record["final_info_dict"] for record in run["layers"].values()]
+    needed = [f"sae_top_{k}_test_accuracy" for k in harness.PRIMARY_KS]
+    lists = [layer.get(metric) for layer in layers for metric in needed]
+    if not all(isinstance(values, list) and values for values in lists):
+        return None
+    if len({len(values) for values in lists}) > 1 or np.isnan(
+            [number(v) for values in lists for v in values]).any():
+        return None
+    seeds = run["settings"].get("seeds")
+    if not isinstance(seeds, list) or len(seeds) != len(lists[0]):
+        seeds = list(range(len(lists[0])))
+    l0s = [layer.get("l0") if isinstance(layer.get("l0"), list) else [] for layer in layers]
+    l0 = [harness.mean([number(v) for v in values]) for values in zip(*l0s)] or [math.nan]
+    return {"seed": seeds, "primary": harness.primary_metric(layers), "l0": l0}
+
+
+def compare(run, reference):
+    """The verdict's word against the reference, and its figures; ("-", {}) where there is none.
+
+    None for the reference itself, for the given baseline, and where the layers or the probing
+    tasks differ.
+    """
+    if reference is None or run["given"] or run["name"] == reference["name"]:
+        return "-", {}
+    mine, theirs = per_seed(run), per_seed(reference)
+    alike = (run["layers"].keys() == reference["layers"].keys() and
+             run["settings"].get("probe_sets") == reference["settings"].get("probe_sets"))
+    if mine is None or theirs is None or not alike or np.isnan(mine["l0"] + theirs["l0"]).any():
+        return "-", {}
+    sentence, figures = harness.verdict(mine, theirs, reference["name"])
+    return sentence.split(" (")[0], figures
+
+
+def curve(run, layer, metric):
+    """(tokens, mean, lowest, highest) over the seeds of a logged metric, or None.
+
+    Seeds share their forward passes, so their logging steps agree; where they don't, a seed is
+    read between its own steps, on the first seed's tokens, as far as all of them go.
+    """
+    lines = []
+    for entries in run["log"].get(layer, {}).values():
+        points = np.array([(e["tokens"], number(e.get(metric))) for e in entries])
+        points = points[np.isfinite(points).all(1)]
+        if len(points):
+            lines.append(points)
+    if not lines:
+        return None
+    tokens = lines[0][:, 0]
+    tokens = tokens[tokens <= min(line[-1, 0] for line in lines)]
+    tokens = tokens[tokens >= max(line[0, 0] for line in lines)]
+    if not len(tokens):
+        return None
+    values = np.array([np.interp(tokens, *line.T) for line in lines])
+    return tokens, values.mean(0), values.min(0), values.max(0)
+
+
+# ---- tables ---------------------------------------------------------------------------------
+
+
+def show(value, decimals, sign=False):
+    if not math.isfinite(value):
+        return "-"
+    return f"{value:{'+' if sign else ''}.{decimals}f}"
+
+
+def pm(value, error, decimals):
+    """value ± error; the value alone for one seed (error 0) or an unknown error."""
+    return show(value, decimals) + (f" ± {error:.{decimals}f}" if error > 0 else "")
+
+
+def is_fixed(run, metric):
+    """True where the settings hold a temperature or the weight constant."""
+    settings = run["settings"]
+    return metric in BOUNDS and (math.isfinite(number(settings.get(metric)))
+                                 or bool(settings.get("fix_at")))
+
+
+def ablation_rows(runs, reference):
+    """The ablation table: a dict per run, then the untrained SAE and the language model.
+
+    Numbers are means over the run's layers and seeds; a run's dict also keeps the run itself.
+    """
+    rows = []
+    for run in [r for r in runs if not r["given"]] + [r for r in runs if r["given"]]:
+        verdict, figures = compare(run, reference)
+        seeds = per_seed(run)
+        rows.append({
+            "kind": "given" if run["given"] else "run", "run": run, "label": run["label"],
+            "tests": GIVEN if run["given"] else run["tests"],
+            "primary": primary(run), "untrained": primary(run, "untrained"),
+            "stderr": harness.stderr(seeds["primary"]) if seeds else math.nan,
+            "seeds": len(seeds["seed"]) if seeds else "-", "verdict": verdict,
+            "difference": figures.get("difference", math.nan),
+            "low": figures.get("ci95_low", math.nan), "high": figures.get("ci95_high", math.nan),
+            **{metric: mean_over_layers(run, metric) for metric, *_ in COLUMNS},
+        })
+    made = [run for run in runs if not run["given"]]
+    for who, label, short in (
+            ("untrained", "untrained SAE", "untrained SAE"),
+            ("llm", "language model", "language model, best k dimensions")):
+        sources = [run for run in made if math.isfinite(primary(run, who))]
+        if not sources and who == "llm":  # the given baseline's figures of the model are sound
+            sources = [run for run in runs if math.isfinite(primary(run, who))]
+        values = [primary(run, who) for run in sources]
+        if values:
+            rows.append({"kind": "reference", "label": label, "primary": float(np.mean(values)),
+                         "range": (min(values), max(values)), "sources": sources,
+                         "tests": reference_text(who, sources), "short": short,
+                         **{metric: float(np.mean([mean_over_layers(run, f"{who}_{metric}")
+                                                   for run in sources]))
+                            for metric, *_ in COLUMNS}})
+    return rows
+
+
+def reference_text(who, sources):
+    if who == "untrained":
+        return "same width and L0, never trained"
+    full = np.mean([mean_over_layers(run, "llm_test_accuracy") for run in sources])
+    probe = f"; probe on all dimensions: {full:.4f}" if math.isfinite(full) else ""
+    return f"best k dimensions of the residual stream{probe}"
+
+
+def interval(row, decimals, gap=" "):
+    text = show(row["difference"], decimals, sign=True)
+    if math.isfinite(row["low"]):
+        text += f"{gap}[{row['low']:+.{decimals}f}, {row['high']:+.{decimals}f}]"
+    return text
+
+
+def spread(row):
+    """A reference's value, with its range where the runs don't agree on it."""
+    low, high = row["range"]
+    text = show(row["primary"], 4)
+    return text if high - low < 5e-5 else f"{text} ({low:.4f} to {high:.4f})"
+
+
+def markdown(header, lines):
+    lines = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
+    return "\n".join("| " + " | ".join(line) + " |"
+                     for line in [header, ["---"] * len(header), *lines])
+
+
+def tables(profile, runs, rows):
+    """Both tables of a profile as Markdown text: a row per run, and a row per run and layer."""
+    header = ["run", "what it tests", "primary", f"difference to {REFERENCE}", "verdict",
+              "untrained SAE",
+              *(heading for _, heading, _, _ in COLUMNS), "seeds"]
+    lines = []
+    for row in rows:
+        if row["kind"] == "reference":
+            lines.append([row["label"], row["tests"], spread(row), "-", "-", "-",
+                          *(show(row[metric], digits) for metric, _, _, digits in COLUMNS), "-"])
+            continue
+        lines.append([
+            row_name(row), row["tests"] or "-", pm(row["primary"], row["stderr"], 4),
+            interval(row, 4), row["verdict"], show(row["untrained"], 4),
+            *(show(row[metric], digits) + (" (fixed)" if is_fixed(row["run"], metric) else "")
+              for metric, _, _, digits in COLUMNS), row["seeds"]])
+    detail = [(metric, heading, digits) for metric, heading, _, digits in COLUMNS]
+    detail += [(f"{who}_top_{k}_test_accuracy", f"{who} top {k}", 4)
+               for who in ("sae", "untrained", "llm") for k in harness.PRIMARY_KS]
+    detail.append(("llm_test_accuracy", "llm all", 4))
+    by_layer = [[run["label"], layer, *(pm(number(record["means"].get(metric)),
+                                           number(record["stderrs"].get(metric)), digits)
+                                        for metric, _, digits in detail)]
+                for run in runs for layer, record in run["layers"].items()]
+    return "\n\n".join([
+        f"# Ablation, profile {profile}",
+        "primary: mean over layers of the sparse-probing test accuracy at k = 1, 2 and 5, ± "
+        f"standard error over seeds (none for one seed). Difference to {REFERENCE}: paired over "
+        f"the seeds that both have, from {harness.MIN_SEEDS} seeds on with its 95% interval "
+        "(Student's t) and a verdict, which is \"not comparable\" where L0 differs by over "
+        f"{100 * (harness.MAX_L0_RATIO - 1):.0f}%. The other columns are means over layers. A "
+        "dash: not recorded, or nothing to compare.",
+        markdown(header, lines), *task_sets(runs),
+        "## By layer",
+        markdown(["run", "layer", *(heading for _, heading, _ in detail)], by_layer),
+    ]) + "\n"
+
+
+def task_sets(runs):
+    """A sentence that warns when the runs were not probed on the same tasks."""
+    used = {run["label"]: ", ".join(map(str, sets)) for run in runs
+            if isinstance(sets := run["settings"].get("probe_sets"), list)}
+    if len(set(used.values())) < 2:
+        return []
+    return ["Not all on the same probing tasks, so not all comparable: "
+            + "; ".join(f"{label} on {sets}" for label, sets in used.items()) + "."]
+
+
+def row_name(row):
+    run = row["run"]
+    return row["label"] if row["label"] == run["name"] else f"{row['label']} ({run['name']})"
+
+
+# ---- figures --------------------------------------------------------------------------------
+
+
+def save(figure, path):
+    figure.savefig(path.with_suffix(".png"))
+    figure.set_layout_engine("none")  # the PDF keeps the PNG's layout: computed once
+    figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})  # same in, same out
+    plt.close(figure)
+
+
+def styles_of(runs):
+    """Colour and marker of each run, the same in every figure of a profile."""
+    made = [run["name"] for run in runs if not run["given"]]
+    return {name: (COLOURS[i % len(COLOURS)], MARKERS[i // len(COLOURS) % len(MARKERS)])
+            for i, name in enumerate(made)}
+
+
+def tokens_text(tokens, _=None):
+    return "0" if tokens == 0 else f"{tokens / 1e6:.6g}M"
+
+
+def plain_log_axis(axis, low, high):
+    """A handful of ticks on a log axis, as plain numbers."""
+    decades = np.arange(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in ([1], [1, 3], [1, 2, 5], range(1, 10), np.arange(10, 100) / 10):
+        ticks = [v for d in decades for s in steps if low <= (v := float(s * 10.0**d)) <= high]
+        if len(ticks) >= 3:
+            break
+    kept = ticks[:1]
+    for tick in ticks[1:]:  # no two labels closer than an eighth of the axis
+        if math.log(tick / kept[-1]) >= math.log(high / low) / 8:
+            kept.append(tick)
+    axis.set_ticks(kept or [low, high])
+    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.3g}" if 1e-3 < v < 1e4
+                                           else f"{v:.2g}".replace("e-0", "e-")))
+    axis.set_minor_locator(NullLocator())
+
+
+def legend_above(figure, handles, width):
+    """A legend over the panels, in as many columns as its longest label leaves room for."""
+    longest = max(len(handle.get_label()) for handle in handles)
+    columns = max(1, min(len(handles), 5, int(width * 19 / (longest + 7))))
+    figure.legend(handles=handles, loc="outside upper center", ncols=columns, handlelength=1.8,
+                  columnspacing=1.2)
+
+
+def run_label(run, longest=40):
+    """What a figure calls a run: its label, with what it tests where it has no label of its own."""
+    text = run["label"]
+    if run["tests"] and text == run["name"] and len(run["tests"]) <= longest:
+        text = f"{text}: {run['tests']}"
+    return text.replace("$", r"\$")  # no mathematics: a stray dollar sign would be an error
+
+
+def same_curves(curves, scale):
+    """Groups of positions in curves whose lines lie on each other, to within 1% of the panel."""
+    rescale = np.log if scale == "log" else np.asarray
+    values = np.concatenate([rescale(mean) for _, mean, _, _ in curves])
+    tolerance = 0.01 * (np.ptp(values) if np.ptp(values) > 0 else 1)
+    groups = []
+    for i, (tokens, mean, _, _) in enumerate(curves):
+        for group in groups:
+            first_tokens, first, _, _ = curves[group[0]]
+            if np.abs(np.interp(tokens, first_tokens, rescale(first))
+                      - rescale(mean)).max() <= tolerance:
+                group.append(i)
+                break
+        else:
+            groups.append([i])
+    return groups
+
+
+def draw_curves(axes, runs, layer, metric, scale, styles):
+    """One panel: a line per run (mean over seeds) with a band from lowest to highest seed."""
+    drawn = []
+    for run in runs:
+        line = curve(run, layer, metric)
+        if line is not None and scale == "log":
+            keep = line[1] > 0
+            line = tuple(part[keep] for part in line) if keep.any() else None
+        if line is not None:
+            drawn.append((run, line))
+    if not drawn:
+        return
+    for group in same_curves([line for _, line in drawn], scale):
+        for place, i in enumerate(group):
+            run, (tokens, mean, low, high) = drawn[i]
+            colour, marker = styles[run["name"]]
+            # Lines that lie on each other take turns, dash by dash, so that each can be seen.
+            n = len(group)
+            dashes = "solid" if n == 1 else (4 * place, (4, 4 * (n - 1)))
+            if len(tokens) == 1:  # a line of one point would not show
+                axes.plot(tokens, mean, color=colour, marker=marker or "o", zorder=3)
+                continue
+            axes.plot(tokens, mean, color=colour, linestyle=dashes, marker=marker,
+                      markevery=(0.1 * (place % 2), 0.2), zorder=3)
+            if scale == "log":
+                low = np.maximum(low, mean * 1e-3)
+            if (high > low).any():
+                axes.fill_between(tokens, low, high, color=colour, alpha=0.18, linewidth=0)
+
+
+def draw_panels(runs, rows, styles, path):
+    """A grid of curves against training tokens: a row of panels per metric, a column per layer."""
+    layers = sorted({layer for run in runs for layer in run["log"]})
+    width = SINGLE if len(layers) == 1 else max(DOUBLE, 1.7 * len(layers))
+    figure, grid = plt.subplots(
+        len(rows), len(layers), sharex=True, sharey="row", squeeze=False, layout="constrained",
+        figsize=(width, 0.55 + 1.15 * len(rows) + 0.13 * math.ceil(len(runs) / 3)))
+    handles = [Line2D([], [], color=styles[run["name"]][0], marker=styles[run["name"]][1],
+                      label=run_label(run)) for run in runs]
+    for (metric, label, scale), line in zip(rows, grid):
+        logged = [values for run in runs for layer in layers
+                  if (values := curve(run, layer, metric)) is not None]
+        positive = [v for _, mean, _, _ in logged for v in mean[mean > 0]]
+        if not positive:
+            scale = "linear"  # nothing to show on a log axis: a line at 0 is what was logged
+        for layer, axes in zip(layers, line):
+            draw_curves(axes, runs, layer, metric, scale, styles)
+            if metric == "l0":
+                draw_k_t(axes, runs, layer)
+            for bound in BOUNDS.get(metric, ()):
+                axes.axhline(bound, color=GREY, linestyle="--", linewidth=0.8, zorder=1)
+        first = line[0]
+        first.set_ylabel(label)
+        if metric in BOUNDS:
+            low, high = BOUNDS[metric]
+            first.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
+        elif scale == "log":
+            first.set_yscale("log")
+            plain_log_axis(first.yaxis, *first.get_ylim())
+        else:
+            first.set_ylim(bottom=0, top=None if positive else 1)
+            first.yaxis.set_major_locator(MaxNLocator(4))
+    if rows is ADAPTATION:
+        handles.append(Line2D([], [], color=GREY, linestyle="--", linewidth=0.8, label="bounds"))
+    if rows is SPARSITY and any(curve(run, layer, "k_t") for run in runs for layer in layers):
+        handles.append(Line2D([], [], color="black", linestyle="--", linewidth=0.8,
+                              label="$k_t$, the curriculum"))
+    for layer, axes in zip(layers, grid[0]):
+        axes.set_title(f"layer {layer}")
+    grid[0, 0].set_xlim(left=0)
+    grid[0, 0].xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
+    grid[0, 0].xaxis.set_major_formatter(FuncFormatter(tokens_text))
+    figure.supxlabel("training tokens", fontsize=7)
+    figure.align_ylabels(grid[:, 0])
+    legend_above(figure, handles, width)
+    save(figure, path)
+
+
+def draw_k_t(axes, runs, layer):
+    """The curriculum's k_t as a dashed black line; runs that share it share the line."""
+    drawn = set()
+    for run in runs:
+        line = curve(run, layer, "k_t")
+        if line is not None and (key := (line[0].tobytes(), line[1].tobytes())) not in drawn:
+            drawn.add(key)
+            axes.plot(line[0], line[1], color="black", linestyle="--", linewidth=0.8, zorder=4)
+
+
+def accuracies(run, layer, who):
+    """Arrays k, mean, stderr of who's (sae, untrained, llm) accuracy over the recorded k."""
+    record = run["layers"].get(layer, {"means": {}, "stderrs": {}})
+    points = [(k, *(number(record[part].get(f"{who}_top_{k}_test_accuracy"))
+                    for part in ("means", "stderrs"))) for k in K_VALUES]
+    return np.array([point for point in points if math.isfinite(point[1])]).reshape(-1, 3).T
+
+
+def draw_reference(axes, runs, layer, who, **look):
+    """Mean over runs of a reference's accuracy, with a band where runs don't agree on it.
+
+    Returns None when no run has it, otherwise whether there is a band.
+    """
+    lines = [accuracies(run, layer, who)[:2] for run in runs]
+    ks = sorted({k for line in lines for k in line[0]})
+    if not ks:
+        return None
+    values = [[v for line in lines for k, v in line.T if k == at] for at in ks]
+    axes.plot(ks, [np.mean(v) for v in values], zorder=2, **look)
+    low, high = [min(v) for v in values], [max(v) for v in values]
+    band = max(np.subtract(high, low)) > 5e-4
+    if band:
+        axes.fill_between(ks, low, high, color=look["color"], alpha=0.15, linewidth=0)
+    return band
+
+
+def draw_probing(runs, styles, path):
+    """Probing accuracy against k, a panel per layer: SAEs, untrained SAE, language model."""
+    layers = sorted({layer for run in runs for layer in run["layers"]})
+    made = [run for run in runs if not run["given"]]
+    given = [run for run in runs if run["given"]]
+    width = SINGLE if len(layers) == 1 else max(DOUBLE, 1.7 * len(layers))
+    figure, (line,) = plt.subplots(1, len(layers), sharey=True, squeeze=False,
+                                   layout="constrained",
+                                   figsize=(width, 2.4 + 0.13 * math.ceil((len(runs) + 3) / 3)))
+    handles = {}
+    for layer, axes in zip(layers, line):
+        for run in made:
+            k, mean, error = accuracies(run, layer, "sae")
+            colour, marker = styles[run["name"]]
+            if len(k):
+                handles[run["name"], run_label(run)] = axes.errorbar(
+                    k, mean, yerr=np.nan_to_num(error), color=colour, marker=marker or ".",
+                    markerfacecolor="white" if marker else colour, elinewidth=0.7, capsize=1.5,
+                    zorder=3)[0]
+        # The given baseline stands apart, also with its model's figures, where a run has its own.
+        here = [run for run in made if layer in run["layers"]] or given
+        for who, label, look in (
+                ("untrained", "untrained SAE", {"color": GREY, "linestyle": "-."}),
+                ("llm", "language model, best k dimensions", {"color": "black"})):
+            band = draw_reference(axes, here, layer, who, **look)
+            if band:
+                handles.pop(("", label), None)
+            if band is not None and ("", label + BAND) not in handles:
+                handles["", label + (BAND if band else "")] = Line2D([], [], **look)
+        full = [number(run["layers"][layer]["means"].get("llm_test_accuracy"))
+                for run in here if layer in run["layers"]]
+        if np.isfinite(full).any():
+            look = {"color": "black", "linestyle": ":"}
+            axes.axhline(np.nanmean(full), zorder=1, **look)
+            handles["", "language model, all dimensions"] = Line2D([], [], **look)
+        for run in given:
+            k, mean, _ = accuracies(run, layer, "sae")
+            if len(k):
+                handles["", GIVEN] = axes.plot(k, mean, color=GREY, linestyle="none", marker="x")[0]
+        axes.set_xscale("log")
+        axes.set_xticks(K_VALUES, [str(k) for k in K_VALUES])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_title(f"layer {layer}")
+    line[0].set_ylabel("probing accuracy (test)")
+    figure.supxlabel("k, features or dimensions that the probe reads", fontsize=7)
+    for (_, label), handle in handles.items():
+        handle.set_label(label)
+    if not handles:  # runs without a probing figure
+        plt.close(figure)
+        return
+    legend_above(figure, list(handles.values()), width)
+    save(figure, path)
+
+
+def draw_ablation(rows, styles, path):
+    """The ablation table as a figure: the primary metric as dots, the rest as numbers."""
+    step, top = 0.27, 0.4
+    height = top + step * len(rows) + 0.35
+    figure = plt.figure(figsize=(DOUBLE, height))
+    page = figure.add_axes((0, 0, 1, 1), xlim=(0, DOUBLE), ylim=(height, 0))
+    page.axis("off")
+    left, dots = 0.06, (1.5, 1.05)  # inches: label column; start and width of the dots' panel
+    shown = [column for column in COLUMNS if column[2]]
+    columns = [("primary", "primary\n(± s.e.)", 2.94),
+               ("difference", f"difference to\n{REFERENCE} [95%]", 3.68)]
+    columns += [(metric, heading, 4.31 + 0.328 * i)
+                for i, (metric, _, heading, _) in enumerate(shown)]
+    for _, heading, x in columns:
+        page.text(x, top - 0.12, heading, ha="center", va="bottom", fontsize=6)
+    page.plot([left, DOUBLE - left], [top - 0.06] * 2, color="black", linewidth=0.6)
+    panel = figure.add_axes((dots[0] / DOUBLE, 0.35 / height, dots[1] / DOUBLE,
+                             step * len(rows) / height), ylim=(len(rows) - 0.5, -0.5),
+                            facecolor="none")
+    panel.set_yticks([])
+    panel.spines["left"].set_visible(False)
+    panel.set_xlabel("primary metric: mean accuracy, k = 1, 2, 5", fontsize=6, loc="right")
+    panel.tick_params(labelsize=6)
+    panel.xaxis.set_major_locator(MaxNLocator(3))
+    for i, row in enumerate(rows):
+        y = top + step * (i + 0.5)
+        if i and row["kind"] != rows[i - 1]["kind"]:
+            page.plot([left, DOUBLE - left], [top + step * i] * 2, color=GREY, linewidth=0.5)
+        reference = row["kind"] == "reference"
+        name = row["short"] if reference else run_label(row["run"], longest=1000)
+        page.text(left, y, "\n".join(textwrap.wrap(name, 32, max_lines=2, placeholder=" …")),
+                  va="center", fontsize=5.8, linespacing=1.05)
+        colour, marker = ((GREY, "x") if row["kind"] == "given" else ("black", "D") if reference
+                          else styles[row["run"]["name"]])
+        error = 0 if reference or not row["stderr"] > 0 else row["stderr"]
+        panel.errorbar(row["primary"], i, xerr=error or None, color=colour, marker=marker or "o",
+                       markerfacecolor="white" if marker in MARKERS[1:] else colour,
+                       markersize=3.5, capsize=2, elinewidth=0.9)
+        if reference:
+            panel.axvline(row["primary"], color=GREY, linestyle=":", linewidth=0.8, zorder=1)
+        cells = {"primary": pm(row["primary"], error, 3),
+                 "difference": "" if reference else interval(row, 3, gap="\n")}
+        for metric, *_, digits in COLUMNS:
+            missing = reference and not math.isfinite(row[metric])  # nothing of the kind: blank
+            cells[metric] = "" if missing else show(row[metric], digits)
+        for key, _, x in columns:
+            grey = not reference and (row["verdict"] == "not comparable" if key == "difference"
+                                      else is_fixed(row["run"], key))
+            page.text(x, y, cells[key].replace("-", "−" if len(cells[key]) > 1 else "-"),
+                      ha="center", va="center", fontsize=5.8, color=GREY if grey else "black")
+    page.text(dots[0] + dots[1] + 0.15, height - 0.06,
+              "Grey: a difference that is not comparable (L0 differs by over "
+              f"{100 * (harness.MAX_L0_RATIO - 1):.0f}%, or fewer than {harness.MIN_SEEDS} seeds);"
+              "\na temperature or weight that was fixed, not learned.",
+              va="bottom", fontsize=5.5, color=GREY)
+    save(figure, path)
+
+
+# ---- all of it ------------------------------------------------------------------------------
+
+
+def draw_profile(profile, runs, reference, folder):
+    """Every figure and table of one profile into folder; returns the tables' text."""
+    for stale in ("adaptation", "training_losses", "training_sparsity", "probing"):
+        for suffix in (".png", ".pdf"):
+            (folder / stale).with_suffix(suffix).unlink(missing_ok=True)
+    styles = styles_of(runs)
+    logged = [run for run in runs if run["log"]]
+    if logged:
+        draw_panels(logged, ADAPTATION, styles, folder / "adaptation")
+        draw_panels(logged, LOSSES, styles, folder / "training_losses")
+        draw_panels(logged, SPARSITY, styles, folder / "training_sparsity")
+    draw_probing(runs, styles, folder / "probing")
+    rows = ablation_rows(runs, reference)
+    draw_ablation(rows, styles, folder / "ablation")
+    text = tables(profile, runs, rows)
+    (folder / "ablation.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def main(root=HERE):
+    """Draws everything found under root; returns the exit status, 1 if nothing could be drawn."""
+    runs, references = load_runs(root)
+    if not runs:
+        complain(f"no complete run found in {root}: expected folders run_* with final_info.json "
+                 "and config.json; make one with python experiment.py --out_dir=run_try.")
+        return 1
+    for profile in dict.fromkeys(run["profile"] for run in runs):
+        mine = [run for run in runs if run["profile"] == profile]
+        folder = root / "figures" / profile
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with plt.rc_context(STYLE):
+                text = draw_profile(profile, mine, references.get(profile), folder)
+        except OSError as error:
+            complain(f"{error.filename or folder} can't be written ({error.strerror}): make "
+                     "room or set its permissions, and run plot.py again.")
+            return 1
+        print(text)
+        print(f"figures of {profile}: {folder}" + (
+            "" if any(run["log"] for run in mine) else " (no training logs, so no curves)"))
+    return 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1:]:
+        sys.exit(f"plot.py: takes no argument and got {' '.join(sys.argv[1:])}: choose the runs "
+                 "in the dict labels at its top.")
+    sys.exit(main())

@@ -1,0 +1,376 @@
+"""The whole command on a toy model: what it leaves, what it prints, and how it fails."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import harness
+from tests.conftest import ROOT
+
+SCALARS = {
+    "l0", "mse", "cossim", "ce_loss_score", "kl_div_score", "frac_alive", "explained_variance",
+    "fvu", "tau_sel", "tau_pen", "gamma", "w", "loss", "loss_reconstruction", "loss_penalty",
+    "loss_reg", "training_tokens", "n_seeds", "seconds_total", "llm_test_accuracy", "dead_fraction",
+    *(f"{who}_top_{k}_test_accuracy" for k in (1, 2, 5, 10, 20, 50)
+      for who in ("sae", "llm", "untrained")),
+}  # fmt: skip
+
+
+def lines_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_final_info_is_flat_finite_and_has_a_value_per_seed(toy, toy_run: Path) -> None:
+    info = json.loads((toy_run / "final_info.json").read_text())
+    assert list(info) == ["layer_0", "layer_2", "verdict"]
+    for layer in ("layer_0", "layer_2"):
+        assert set(info[layer]) == {"means", "stderrs", "final_info_dict"}
+        means, values = info[layer]["means"], info[layer]["final_info_dict"]
+        assert SCALARS <= set(means)
+        for metric, mean in means.items():
+            assert isinstance(mean, float) and math.isfinite(mean), metric
+            assert values[metric] == [mean] and info[layer]["stderrs"][metric] == 0
+    top = [info[f"layer_{at}"]["means"][f"sae_top_{k}_test_accuracy"] for at in (0, 2)
+           for k in (1, 2, 5)]  # fmt: skip
+    assert info["verdict"]["means"]["primary"] == pytest.approx(sum(top) / 6)
+    assert json.loads((toy_run / "warnings.json").read_text()) is not None
+
+
+def test_config_names_what_the_results_depend_on(toy, toy_run: Path) -> None:
+    config = json.loads((toy_run / "config.json").read_text())
+    assert config["profile"] == "tinylm" and config["settings"]["k_min"] == 4
+    for file in ("experiment.py", "harness.py"):
+        code = (toy_run / file).read_bytes()
+        assert code == (ROOT / file).read_bytes()
+        assert config["sha256"][file] == hashlib.sha256(code).hexdigest()
+    assert config["versions"]["torch"] == torch.__version__
+    assert {"threads", "dtype", "hardware", "deterministic", "model"} <= set(config)
+
+
+def test_train_log_has_a_line_per_step_layer_and_seed(toy, toy_run: Path) -> None:
+    settings = toy.settings_of("run_1", "tinylm")
+    log = lines_of(toy_run / "train_log.jsonl")
+    steps = sorted({record["step"] for record in log})
+    assert steps == [0, 4, 8, 12, 16, 20, 24, 28, 31]
+    assert len(log) == 2 * len(steps)
+    for record in log:
+        assert record["tokens"] == record["step"] * settings.batch
+        assert record["k_t"] == toy.k_at(settings, record["step"] / 32)
+        assert record["l0"] <= record["k_t"]
+        assert record["w"] == pytest.approx(record["gamma"] * record["tau_pen"])
+        assert record["loss"] == pytest.approx(
+            sum(record[f"loss_{part}"] for part in ("reconstruction", "penalty", "reg", "aux")),
+            rel=1e-5,
+        )
+        assert record["tau_sel"] == pytest.approx(
+            0.1 + 0.4 / (1 + math.exp(-record["theta_1"])), rel=1e-5
+        )
+    last = [record for record in log if record["layer"] == 2][-1]
+    info = json.loads((toy_run / "final_info.json").read_text())
+    assert info["layer_2"]["means"]["tau_sel"] == last["tau_sel"]
+
+
+def test_same_command_same_weights_and_a_complete_run_is_set_aside(
+    toy, toy_run: Path, tmp_path: Path, capfd
+) -> None:
+    out_dir = tmp_path / "run_1"
+    assert toy.harness.main(toy.run, [f"--out_dir={out_dir}"]) == 0
+    weights = "sae/layer_2/seed_0/sae_weights.safetensors"
+    first = (toy_run / weights).read_bytes()
+    assert (out_dir / weights).read_bytes() == first
+    info = (out_dir / "final_info.json").read_bytes()
+    capfd.readouterr()
+    assert toy.harness.main(toy.run, [f"--out_dir={out_dir}"]) == 0
+    assert "set aside as" in capfd.readouterr().out
+    assert (tmp_path / "run_1.1" / "final_info.json").read_bytes() == info
+    assert (out_dir / weights).read_bytes() == first
+
+
+def test_seeds_share_text_and_differ_in_weights_and_order(toy, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(toy.PLAN, "run_1", {"seeds": (0, 1), "layers": (2,)})
+    settings = toy.settings_of("run_1", "tinylm")
+    lm = harness.load_language_model(settings.model)
+    read = []
+
+    class Counting(harness.TokenStream):
+        def contexts(self, n: int) -> torch.Tensor:
+            read.append(n)
+            return super().contexts(n)
+
+    def trained(seeds: tuple[int, ...]):
+        import dataclasses
+
+        s = dataclasses.replace(settings, seeds=seeds)
+        stream = Counting(harness.documents("toy", "train"), lm.tokenizer, s.context)
+        buffer = toy.ActivationBuffer(lm, stream, s.layers, s.harvest_contexts)
+        fixed = {(2, seed): {} for seed in seeds}
+        return toy.train(s, buffer, fixed, tmp_path / "log.jsonl")
+
+    both = trained((0, 1))
+    n_read = sum(read)
+    alone = trained((1,))
+    assert sum(read) == 2 * n_read  # two seeds cost no more text than one
+    assert torch.equal(both.saes[2, 1].W_dec, alone.saes[2, 1].W_dec)
+    assert not torch.allclose(both.saes[2, 0].W_dec, both.saes[2, 1].W_dec)
+    log = lines_of(tmp_path / "log.jsonl")
+    assert {record["seed"] for record in log} == {1}
+
+
+def test_activations_are_scaled_to_d(toy) -> None:
+    """E‖s x‖² = D on the first tokens, and b_dec starts at their scaled mean."""
+    settings = toy.settings_of("run_1", "tinylm")
+    lm = harness.load_language_model(settings.model)
+
+    def buffer():
+        stream = harness.TokenStream(
+            harness.documents("toy", "train"), lm.tokenizer, settings.context
+        )
+        return toy.ActivationBuffer(lm, stream, settings.layers, settings.harvest_contexts)
+
+    acts_LND = buffer().take(settings.buffer_tokens)
+    fixed = {(layer, 0): {} for layer in settings.layers}
+    result = toy.train(settings, buffer(), fixed, Path(os.devnull))
+    for layer, acts_ND in zip(settings.layers, acts_LND):
+        scale = result.saes[layer, 0].scale
+        assert float((scale * acts_ND).pow(2).sum(1).mean()) == pytest.approx(32, rel=1e-4)
+        assert torch.allclose(result.mean[layer], acts_ND.mean(0), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["run_2", "run_5", "run_6", "run_7", "run_9"])
+def test_planned_runs_train_as_the_plan_says(toy, toy_run: Path, name: str) -> None:
+    """Constants stay constant in the log; without curriculum there is no k_t."""
+    settings = toy.settings_of(name, "tinylm")
+    lm = harness.load_language_model(settings.model)
+    stream = harness.TokenStream(harness.documents("toy", "train"), lm.tokenizer, settings.context)
+    buffer = toy.ActivationBuffer(lm, stream, settings.layers, settings.harvest_contexts)
+    fixed = toy.constants(settings, toy_run.parent / name)
+    log_path = toy_run.parent / f"{name}.jsonl"
+    result = toy.train(settings, buffer, fixed, log_path)
+    log = [record for record in lines_of(log_path) if record["layer"] == 2]
+    info = json.loads((toy_run / "final_info.json").read_text())["layer_2"]["means"]
+    expected = {
+        "run_2": {"tau_sel": 0.3, "tau_pen": 0.1},
+        "run_5": {},
+        "run_6": {"tau_sel": 0.3, "tau_pen": 0.1, "gamma": 0.15},
+        "run_7": {},
+        "run_9": {metric: info[metric] for metric in ("tau_sel", "tau_pen", "gamma")},
+    }[name]
+    for metric, theta in (("tau_sel", "theta_1"), ("tau_pen", "theta_2"), ("gamma", "theta_3")):
+        values = {record[metric] for record in log}
+        if metric in expected:
+            assert len(values) == 1
+            assert values.pop() == pytest.approx(expected[metric])
+            assert {record[theta] for record in log} == {None}
+        else:
+            assert len(values) == len(log)
+    no_curriculum = name in ("run_5", "run_6", "run_7")
+    assert {record["k_t"] is None for record in log} == {no_curriculum}
+    assert (result.saes[2, 0].k is None) == no_curriculum
+
+
+# ------------------------------------------------------------------------------- the last words
+
+
+def run_expecting_failure(toy, capfd, out_dir: Path, *arguments: str) -> str:
+    """The last line on standard error of a run that must fail."""
+    status = toy.harness.main(toy.run, [f"--out_dir={out_dir}", *arguments])
+    error = capfd.readouterr().err
+    assert status == 1
+    assert "Traceback" not in error and len(error) < 1500
+    return error.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"k_min": 65}, "k_min must be at most d_sae = 64, but is 65"),
+        ({"k_min": 0}, "k_min must be a count above 0, but is 0"),
+        ({"k_min": "16"}, "k_min must be a count above 0, but is '16'"),
+        ({"training_tokens": -5}, "training_tokens must be a count above 0, but is -5"),
+        ({"training_tokens": 100}, "training_tokens must be at least one batch of 128"),
+        ({"layers": (0, 4)}, "layers must be below 4, the number of blocks"),
+        ({"layers": ()}, "layers must be different, 0 or above"),
+        ({"seeds": (1, 1)}, "seeds must be different"),
+        ({"tau_sel": -0.3}, "tau_sel must be None or above 0"),
+        ({"lr": 0.0}, "lr must be above 0"),
+        ({"form": "other"}, "form must be 'contrastive' or 'as_written'"),
+        ({"kmin": 3}, "sets kmin, but Settings has no such field"),
+        ({"device": "cuda"}, "needs a CUDA GPU, and none is available"),
+        ({"fix_at": "run_77"}, "needs the final values in .*run 'run_77' first|run run_77 first"),
+        ({"model": "no/such-model"}, "the language model 'no/such-model' can't be loaded"),
+        ({"probe_ks": (1, 2, 5, 100)}, "probe_ks must be between 1 and d_sae"),
+    ],
+)
+def test_impossible_settings_are_one_sentence(
+    toy, tmp_path: Path, monkeypatch, capfd, changes, says
+) -> None:
+    if "device" in changes and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    monkeypatch.setitem(toy.PLAN, "run_3", changes)
+    assert re.search(says, run_expecting_failure(toy, capfd, tmp_path / "run_3"))
+    assert not (tmp_path / "run_3").exists()
+
+
+def test_unknown_profile_and_gemma_without_gpu(toy, tmp_path: Path, monkeypatch, capfd) -> None:
+    monkeypatch.setenv("SAE_PROFILE", "gpt2")
+    says = run_expecting_failure(toy, capfd, tmp_path / "run_1")
+    assert "SAE_PROFILE must be tinylm or gemma-2-2b, but is 'gpt2'" in says
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("SAE_PROFILE", "gemma-2-2b")
+        says = run_expecting_failure(toy, capfd, tmp_path / "run_1")
+        assert "SAE_PROFILE=tinylm make run OUT=run_try" in says
+
+
+def test_unknown_argument_and_missing_out_dir(toy, tmp_path: Path, capfd) -> None:
+    says = run_expecting_failure(toy, capfd, tmp_path / "run_1", "--lr=1")
+    assert "--lr=1" in says and "no other argument" in says
+    assert toy.harness.main(toy.run, []) == 1
+    assert "--out_dir" in capfd.readouterr().err
+
+
+def test_out_dir_that_cannot_be_written(toy, tmp_path: Path, capfd) -> None:
+    (tmp_path / "file").write_text("mine")
+    says = run_expecting_failure(toy, capfd, tmp_path / "file" / "run_1")
+    assert "must be a folder that can be written" in says
+    says = run_expecting_failure(toy, capfd, tmp_path / "file")
+    assert "must be a folder that can be written" in says
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_failure_loses_nothing_that_existed(toy, tmp_path: Path, monkeypatch, capfd) -> None:
+    out_dir = tmp_path / "run_3"
+    out_dir.mkdir()
+    (out_dir / "final_info.json").write_text("{}")
+    monkeypatch.setitem(toy.PLAN, "run_3", {"k_min": -1})
+    run_expecting_failure(toy, capfd, out_dir)
+    assert (out_dir / "final_info.json").read_text() == "{}"
+
+
+def test_an_unexpected_error_names_itself_and_its_log(toy, tmp_path: Path, monkeypatch, capfd):
+    def breaks(*_: object) -> None:
+        raise RuntimeError("the edit was wrong")
+
+    monkeypatch.setattr(toy, "train", breaks)
+    says = run_expecting_failure(toy, capfd, tmp_path / "run_1")
+    assert "RuntimeError: the edit was wrong" in says
+    log = Path(re.search(r"end of (\S+)", says)[1])
+    assert "in breaks" in log.read_text()
+    log.unlink()
+
+
+def test_the_real_command_in_a_subprocess(tmp_path: Path) -> None:
+    """As a driver runs it: standard error in a pipe, its end read."""
+    result = subprocess.run(
+        [sys.executable, "experiment.py", "--out_dir", str(tmp_path / "run_1"), "extra"],
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 1 and result.stdout == ""
+    assert result.stderr.strip().splitlines()[-1] == (
+        "experiment.py: unrecognized arguments: extra; "
+        "the command is `python experiment.py --out_dir=run_i`, no other argument"
+    )
+
+
+# ------------------------------------------------------------------------------- the output
+
+
+def test_output_ends_with_the_block_of_figures(toy, tmp_path: Path, capfd) -> None:
+    assert toy.harness.main(toy.run, [f"--out_dir={tmp_path / 'run_try'}"]) == 0
+    captured = capfd.readouterr()
+    assert captured.err == ""
+    before, block = captured.out.split("---\n")
+    assert before.startswith("profile: tinylm on cpu\nrun_try: not in PLAN, defaults\n")
+    values = dict(line.split(": ", 1) for line in block.strip().splitlines())
+    assert {"run", "profile", "layer_0_fvu", "layer_2_l0", "seconds_total", "peak_memory_gb",
+            "primary", "verdict"} <= set(values)  # fmt: skip
+    assert block.strip().splitlines()[-1].startswith("verdict: not comparable (there is no")
+
+
+def test_progress_in_a_pipe_is_plain_lines(capsys) -> None:
+    progress = harness.Progress("stage", 100, "tokens", every=0.0)
+    progress.advance(50, "fvu 0.5")
+    progress.close()
+    out = capsys.readouterr().out
+    assert re.fullmatch(
+        r"stage:  50%, \d+ s left, fvu 0\.5\nstage: done in \d+ s, fvu 0\.5\n", out
+    )
+
+
+def test_quiet_catches_python_and_c_output(tmp_path: Path, capfd) -> None:
+    log = tmp_path / "log"
+    with harness.quiet(log):
+        print("from python")
+        os.write(2, b"from c\n")
+        print("an error", file=sys.stderr)
+    print("after")
+    captured = capfd.readouterr()
+    assert captured.out == "after\n" and captured.err == ""
+    assert {"from python", "from c", "an error"} <= set(log.read_text().splitlines())
+
+
+def test_records_are_whole_or_absent(tmp_path: Path) -> None:
+    path = tmp_path / "final_info.json"
+    harness.write_json(path, {"a": 1})
+    with pytest.raises(ValueError):
+        harness.write_json(path, {"a": float("nan")})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["final_info.json"]
+
+
+# ------------------------------------------------------------------------------- the verdict
+
+
+def of(primary: list[float], l0: float = 16.0, first_seed: int = 0) -> dict[str, list[float]]:
+    seeds = [float(first_seed + i) for i in range(len(primary))]
+    return {"seed": seeds, "primary": primary, "l0": [l0] * len(primary)}
+
+
+@pytest.mark.parametrize(
+    "run, reference, word",
+    [
+        (of([0.80, 0.81, 0.82]), of([0.70, 0.71, 0.73]), "better"),
+        (of([0.70, 0.71, 0.73]), of([0.80, 0.81, 0.82]), "worse"),
+        (of([0.70, 0.75, 0.72]), of([0.71, 0.73, 0.72]), "no difference"),
+        (of([0.80, 0.81]), of([0.70, 0.71]), "not comparable (2 seeds shared"),
+        (of([0.80, 0.81, 0.82], 20.0), of([0.70, 0.71, 0.73]), "not comparable (+0.0967"),
+        (of([0.80, 0.81, 0.82], 19.1), of([0.70, 0.71, 0.73]), "better"),
+        (of([0.80, 0.81, 0.82], 16.0, 1), of([0.70, 0.71, 0.73]), "not comparable (2 seeds"),
+        (of([0.80, 0.81, 0.82]), None, "not comparable (there is no complete run_1"),
+    ],
+)
+def test_verdict(run, reference, word) -> None:
+    sentence, numbers = harness.verdict(run, reference, "run_1")
+    assert sentence.startswith(word)
+    assert all(math.isfinite(value) for value in numbers.values())
+    assert numbers["primary"] == pytest.approx(sum(run["primary"]) / len(run["primary"]))
+
+
+def test_verdict_interval_worked_out_by_hand() -> None:
+    """Differences 0.10, 0.10, 0.09: mean 0.0966667, sd 0.0057735, t(0.975, 2) = 4.3027."""
+    _, numbers = harness.verdict(of([0.80, 0.81, 0.82]), of([0.70, 0.71, 0.73]), "run_1")
+    half = 4.302653 * 0.00577350 / math.sqrt(3)
+    assert numbers["difference"] == pytest.approx(0.0966667, abs=1e-6)
+    assert numbers["ci95_low"] == pytest.approx(0.0966667 - half, abs=1e-6)
+    assert numbers["ci95_high"] == pytest.approx(0.0966667 + half, abs=1e-6)
+
+
+def test_verdict_reads_only_runs_of_the_same_profile_and_task_set(toy, toy_run: Path) -> None:
+    settings = toy.settings_of("run_2", "tinylm")
+    found = harness.read_reference(settings, toy_run.parent / "run_2", "tinylm")
+    assert found["seed"] == [0.0] and len(found["primary"]) == 1
+    assert harness.read_reference(settings, toy_run.parent / "run_2", "gemma-2-2b") is None
+    assert harness.read_reference(settings, toy_run, "tinylm") is None  # itself
+    import dataclasses
+
+    other = dataclasses.replace(settings, probe_sets=("toy/halves",))
+    assert harness.read_reference(other, toy_run.parent / "run_2", "tinylm") is None
