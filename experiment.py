@@ -10,7 +10,6 @@ B is tokens or batch, L sequence, D model dimension, F features, K selected feat
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 import math
 import os
@@ -73,10 +72,8 @@ class Settings:
     lr_warmup: float = 0.02  # part of training over which it rises from 0
     lr_decay: float = 0.3  # part of training, at the end, over which it falls to 0
     theta_lr: float = 1e-2  # Adam's learning rate for θ: no warm-up, no decay
-    revive: str = "aux"  # dead features: "aux" (auxiliary loss), "resample" or "none"
-    dead_after: int = 50_000  # tokens without firing after which a feature counts as dead
-    aux_k: int = 32  # dead features that reconstruct the residual of each token
-    aux_coefficient: float = 1 / 32  # weight of the auxiliary loss
+    dead_after: int = 20_000  # tokens without firing after which a feature counts as dead
+    resample: bool = True  # bring dead features back, until the learning rate decays
     buffer_tokens: int = 262_144  # activations per layer held, and shuffled, at once
     harvest_contexts: int = 32  # contexts per forward pass of the language model
     log_every: int = 10  # steps between lines of train_log.jsonl
@@ -109,7 +106,6 @@ PROFILES: dict[str, dict[str, Any]] = {
         batch=2048,
         lr=3e-4,
         dead_after=2_500_000,
-        aux_k=512,
         log_every=100,
         core_text="Skylion007/openwebtext",
         core_reconstruction_batches=200,
@@ -290,20 +286,12 @@ class Loss:
     reconstruction: Tensor
     penalty: Tensor  # γ L_pen
     reg: Tensor
-    aux: Tensor
     used_BF: Tensor  # the features that reconstruct
     residual_BD: Tensor  # x − x̂
 
 
 def contrastive_loss(
-    sae: CustomSAE,
-    x_BD: Tensor,
-    k: int | None,
-    reg_lambda: float,
-    form: str = "contrastive",
-    dead_F: Tensor | None = None,
-    aux_k: int = 0,
-    aux_coefficient: float = 0.0,
+    sae: CustomSAE, x_BD: Tensor, k: int | None, reg_lambda: float, form: str = "contrastive"
 ) -> Loss:
     """The loss on a batch of scaled activations (DESIGN, the method).
 
@@ -318,13 +306,9 @@ def contrastive_loss(
         form: "as_written" is the method as it was first written down, kept as an ablation: no
             selection, tanh(f / τ_sel) averaged over tokens and features alike, and the
             reconstruction loss is mean ‖x − x̂‖.
-        dead_F: (F,) bool, the dead features; with it, the auxiliary loss of Gao et al. 2024
-            (arXiv:2406.04093, section A.2): the `aux_k` largest dead features of a token
-            reconstruct its residual, weighed by `aux_coefficient`.
     """
     tau_sel, tau_pen, gamma = (sae.bounded(name) for name in BOUNDED)
-    pre_BF = sae.preactivations(x_BD)
-    f_BF = torch.relu(pre_BF)
+    f_BF = torch.relu(sae.preactivations(x_BD))
     if form == "as_written":
         used_BF, penalised_BF = f_BF, f_BF
     elif k is None:
@@ -340,17 +324,8 @@ def contrastive_loss(
         reconstruction = residual_BD.pow(2).mean()
         penalty = gamma * tau_pen * saturated_BF.sum(-1).mean()
     reg = reg_lambda * sum((theta**2 for theta in sae.thetas()), torch.zeros_like(gamma))
-    aux = torch.zeros_like(gamma)
-    if dead_F is not None and (n_dead := int(dead_F.sum())):
-        # Pre-activations, not features: a dead feature's are negative, where a ReLU has no slope.
-        dead_pre_BN = pre_BF[:, dead_F]
-        dead_BN = select(dead_pre_BN, aux_k)[0] if aux_k < n_dead else dead_pre_BN
-        target_BD = residual_BD.detach()
-        left = (target_BD - dead_BN @ sae.W_dec[dead_F]).pow(2).mean()
-        aux = aux_coefficient * left / target_BD.pow(2).mean()
-        aux = torch.nan_to_num(aux)  # a residual of exactly zero has nothing left to explain
-    total = reconstruction + penalty + reg + aux
-    return Loss(total, reconstruction, penalty, reg, aux, used_BF, residual_BD)
+    total = reconstruction + penalty + reg
+    return Loss(total, reconstruction, penalty, reg, used_BF, residual_BD)
 
 
 def curriculum_k(progress: float, k_start: int, k_min: int, fraction: float) -> int:
@@ -389,8 +364,12 @@ class ActivationBuffer:
         self.lm, self.stream, self.layers, self.contexts = lm, stream, layers, contexts
         self._rest: Tensor | None = None  # harvested, not yet handed out
 
-    def take(self, n: int) -> Tensor:
-        """The activations of the next n tokens: (layers, n, D), on the model's device."""
+    def take(self, n: int, advance: Callable[[int], None] = lambda n: None) -> Tensor:
+        """The activations of the next n tokens: (layers, n, D), on the model's device.
+
+        Args:
+            advance: called with the number of tokens of each forward pass.
+        """
         parts = [] if self._rest is None else [self._rest]
         have = sum(part.shape[1] for part in parts)
         while have < n:
@@ -401,6 +380,7 @@ class ActivationBuffer:
             acts = self.lm.activations(tokens_BL, self.layers)
             parts.append(torch.stack([acts_BLD[keep_BL] for acts_BLD in acts]))
             have += parts[-1].shape[1]
+            advance(parts[-1].shape[1])
         everything = torch.cat(parts, dim=1)
         self._rest = everything[:, n:].clone()
         return everything[:, :n]
@@ -439,11 +419,7 @@ class Trainer:
         settings, sae = self.settings, self.sae
         x_BD = x_BD.to(sae.W_enc.dtype) * sae.scale
         k = k_at(settings, progress)
-        loss = contrastive_loss(
-            sae, x_BD, k, settings.reg_lambda, settings.form,
-            self.dead() if settings.revive == "aux" else None,
-            settings.aux_k, settings.aux_coefficient,
-        )  # fmt: skip
+        loss = contrastive_loss(sae, x_BD, k, settings.reg_lambda, settings.form)
         self.optimizer.zero_grad()
         loss.total.backward()
         sae.remove_parallel_gradient()
@@ -454,13 +430,17 @@ class Trainer:
         sae.normalize_decoder()
         fired_F = (loss.used_BF > 0).any(0)
         self.steps_since_active = torch.where(fired_F, 0, self.steps_since_active + 1)
-        if settings.revive == "resample" and progress < 1 - settings.lr_decay:
-            self.resample(x_BD, loss.residual_BD.detach())
+        if settings.resample and progress < 1 - settings.lr_decay:
+            self.resample(loss.residual_BD.detach())
         return record
 
     @torch.no_grad()
-    def resample(self, x_BD: Tensor, residual_BD: Tensor) -> None:
-        """Points dead features at badly reconstructed tokens (Bricken et al. 2023, appendix)."""
+    def resample(self, residual_BD: Tensor) -> None:
+        """Points dead features at what badly reconstructed tokens lack, x − x̂.
+
+        After Bricken et al. 2023 ("Towards Monosemanticity", appendix, neuron resampling), with
+        tokens drawn in proportion to their squared loss; but at every step, as features die.
+        """
         dead_N = self.dead().nonzero()[:, 0]
         if not len(dead_N):
             return
@@ -491,7 +471,6 @@ class Trainer:
             "loss_reconstruction": float(loss.reconstruction),
             "loss_penalty": float(loss.penalty),
             "loss_reg": float(loss.reg),
-            "loss_aux": float(loss.aux),
             **sae.adaptive(),
             "k_t": k,
             "l0": float((loss.used_BF > 0).sum(-1).float().mean()),
@@ -543,6 +522,23 @@ class Training:
     seconds: dict[str, float]
 
 
+def start_trainers(
+    settings: Settings, acts_LND: Tensor, fixed: dict[tuple[int, int], dict[str, float]]
+) -> tuple[dict[tuple[int, int], Trainer], dict[int, Tensor]]:
+    """A trainer per layer and seed, scaled and centred by the first activations; their means."""
+    trainers, means = {}, {}
+    for layer, acts_ND in zip(settings.layers, acts_LND):
+        means[layer] = acts_ND.double().mean(0).float()
+        scale = math.sqrt(acts_ND.shape[1] / acts_ND.double().pow(2).sum(1).mean())
+        for seed in settings.seeds:
+            at_the_end = k_at(settings, progress=1.0)
+            sae = new_sae(
+                settings, layer, seed, means[layer], scale, fixed[layer, seed], at_the_end
+            )
+            trainers[layer, seed] = Trainer(sae, settings, seed)
+    return trainers, means
+
+
 def train(
     settings: Settings, buffer: ActivationBuffer, fixed: dict[tuple[int, int], dict], log: Path
 ) -> Training:
@@ -553,53 +549,41 @@ def train(
         log: train_log.jsonl.
     """
     n_steps = settings.training_tokens // settings.batch
-    size = settings.buffer_tokens // settings.batch * settings.batch
+    portion = settings.buffer_tokens // settings.batch * settings.batch
     trainers: dict[tuple[int, int], Trainer] = {}
-    means: dict[int, Tensor] = {}
     last: dict[tuple[int, int], dict[str, Any]] = {}
-    orders = {seed: torch.Generator().manual_seed(seed) for seed in settings.seeds}
-    progress = harness.Progress("train", n_steps * settings.batch, "tokens")
+    shuffles = {seed: torch.Generator().manual_seed(seed) for seed in settings.seeds}
     seconds = {"seconds_harvest": 0.0, "seconds_training": 0.0}
-    began = time.monotonic()
+    # Each token counts twice: when it is read, and when it is trained on.
+    progress = harness.Progress("train", 2 * n_steps * settings.batch, "tokens read or learned")
     step = 0
     with log.open("w", encoding="utf-8") as log_file:
         while step < n_steps:
             started = time.monotonic()
-            acts_LND = buffer.take(min(size, (n_steps - step) * settings.batch))
+            n = min(portion, (n_steps - step) * settings.batch)
+            acts_LND = buffer.take(n, progress.advance)
             seconds["seconds_harvest"] += time.monotonic() - started
             started = time.monotonic()
             if not trainers:
-                for layer, acts_ND in zip(settings.layers, acts_LND):
-                    means[layer] = acts_ND.double().mean(0).float()
-                    scale = math.sqrt(acts_ND.shape[1] / acts_ND.double().pow(2).sum(1).mean())
-                    for seed in settings.seeds:
-                        key = layer, seed
-                        k = k_at(settings, progress=1.0)
-                        sae = new_sae(settings, layer, seed, means[layer], scale, fixed[key], k)
-                        trainers[key] = Trainer(sae, settings, seed)
-            order = {
-                seed: torch.randperm(acts_LND.shape[1], generator=generator)
-                for seed, generator in orders.items()
-            }
-            for rows in range(0, acts_LND.shape[1], settings.batch):
+                trainers, means = start_trainers(settings, acts_LND, fixed)
+            orders = {s: torch.randperm(n, generator=g) for s, g in shuffles.items()}
+            for start in range(0, n, settings.batch):
                 tokens = step * settings.batch
                 logging = step % settings.log_every == 0 or step == n_steps - 1
                 for (layer, seed), trainer in trainers.items():
-                    drawn = order[seed][rows : rows + settings.batch].to(acts_LND.device)
-                    x_BD = acts_LND[settings.layers.index(layer), drawn]
+                    rows = orders[seed][start : start + settings.batch].to(acts_LND.device)
+                    x_BD = acts_LND[settings.layers.index(layer), rows]
                     record = trainer.step(x_BD, step / n_steps, logging)
                     if record:
-                        speed = tokens / (time.monotonic() - began)
-                        record = {
-                            "step": step, "tokens": tokens, "layer": layer, "seed": seed,
-                            **record, "tokens_per_second": speed,
-                        }  # fmt: skip
-                        last[layer, seed] = record
-                        log_file.write(json.dumps(record) + "\n")
+                        where = {"step": step, "tokens": tokens, "layer": layer, "seed": seed}
+                        speed = {"tokens_per_second": tokens / progress.seconds()}
+                        last[layer, seed] = where | record | speed
+                        log_file.write(json.dumps(last[layer, seed]) + "\n")
                 step += 1
-                fvus = "/".join(f"{record['fvu']:.2f}" for record in last.values())
-                progress.advance(settings.batch, f"fvu {fvus}")
-            log_file.flush()
+                progress.advance(
+                    settings.batch,
+                    "fvu " + "/".join(f"{record['fvu']:.2f}" for record in last.values()),
+                )
             seconds["seconds_training"] += time.monotonic() - started
     progress.close()
     saes = {key: trainer.sae for key, trainer in trainers.items()}
@@ -718,9 +702,7 @@ def evaluate(
             twin = new_sae(settings, layer, seed, training.mean[layer], trained.scale, {}, k)
             saes[twin_name] = twin.folded()
             progress.advance(1)
-            core[twin_name] = core_evaluation(
-                saes[twin_name], twin_name, model, settings, out_dir
-            )
+            core[twin_name] = core_evaluation(saes[twin_name], twin_name, model, settings, out_dir)
         progress.advance(1, name)
     with harness.quiet(log):
         fvu = harness.fraction_unexplained(saes, model, settings)
@@ -818,16 +800,7 @@ def write_records(
     harness.write_json(out_dir / "warnings.json", warnings)
     harness.write_json(out_dir / "final_info.json", info)
 
-    print(f"---\nrun: {out_dir.name}\nprofile: {profile}")
-    for layer in layers:
-        for metric in SHOWN:
-            print(f"{layer}_{metric}: {info[layer]['means'][metric]:.4f}")
-    for stage, value in seconds.items():
-        print(f"{stage}: {value:.1f}")
-    print(f"peak_memory_gb: {harness.peak_memory_gb():.2f}")
-    for warning in warnings:
-        print(f"warning: {warning}")
-    print(f"results: {out_dir}\nprimary: {numbers['primary']:.4f}\nverdict: {sentence}")
+    harness.print_closing_block(out_dir, profile, info, SHOWN, seconds, warnings, sentence)
 
 
 # =============================================================================================
@@ -847,19 +820,6 @@ def choose_profile() -> str:
     return profile
 
 
-def choose_device(settings: Settings, profile: str) -> torch.device:
-    """The device that `settings.device` stands for: "auto" is a GPU for gemma-2-2b, else a CPU."""
-    wanted = settings.device
-    if wanted == "auto":
-        wanted = "cuda" if profile == "gemma-2-2b" else "cpu"
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ExperimentError(
-            f"the profile {profile} with device={settings.device!r} needs a CUDA GPU, and none is "
-            "available: set device='cpu', or use SAE_PROFILE=tinylm make run OUT=run_try"
-        )
-    return torch.device(wanted)
-
-
 def settings_of(name: str, profile: str) -> Settings:
     """The settings of the run called `name`, checked.
 
@@ -867,15 +827,16 @@ def settings_of(name: str, profile: str) -> Settings:
         ExperimentError: a field that doesn't exist, or a value that can't be.
     """
     chosen = PROFILES[profile] | PLAN.get(name, {})
-    if unknown := sorted(set(chosen) - {field.name for field in dataclasses.fields(Settings)}):
+    try:
+        s = Settings(**chosen)
+    except TypeError as error:
         raise ExperimentError(
-            f"PLAN[{name!r}] sets {', '.join(unknown)}, but Settings has no such field: "
+            f"PLAN[{name!r}] sets what Settings has no field for ({error}): "
             "see the list at the top of experiment.py"
-        )
-    s = Settings(**chosen)
+        ) from error
     counts = (
         "k_min d_sae training_tokens batch buffer_tokens harvest_contexts log_every dead_after "
-        "aux_k core_prompts core_reconstruction_batches core_sparsity_batches probe_train "
+        "core_prompts core_reconstruction_batches core_sparsity_batches probe_train "
         "probe_test probe_llm_batch probe_sae_batch"
     )
     rules: list[tuple[str, Callable[[Any], bool], str]] = [
@@ -885,14 +846,15 @@ def settings_of(name: str, profile: str) -> Settings:
             (field, lambda v: 0 <= v <= 1, "between 0 and 1")
             for field in ("curriculum_fraction", "lr_warmup", "lr_decay")
         ),
-        *((field, lambda v: v >= 0, "0 or above") for field in ("reg_lambda", "aux_coefficient")),
+        *((field, lambda v: v >= 0, "0 or above") for field in ("reg_lambda",)),
         *((field, lambda v: v is None or v > 0, "None or above 0") for field in BOUNDED),
         ("k_min", lambda v: v <= s.d_sae, f"at most d_sae = {s.d_sae}"),
         ("context", lambda v: v >= 2, "at least 2"),
         ("training_tokens", lambda v: v >= s.batch, f"at least one batch of {s.batch}"),
         ("buffer_tokens", lambda v: v >= s.batch, f"at least one batch of {s.batch}"),
         ("form", lambda v: v in ("contrastive", "as_written"), "'contrastive' or 'as_written'"),
-        ("revive", lambda v: v in ("aux", "resample", "none"), "'aux', 'resample' or 'none'"),
+        ("resample", lambda v: isinstance(v, bool), "True or False"),
+        ("curriculum", lambda v: isinstance(v, bool), "True or False"),
         ("device", lambda v: v in ("auto", "cpu", "cuda"), "'auto', 'cpu' or 'cuda'"),
         ("lm_dtype", lambda v: v in ("float32", "bfloat16"), "'float32' or 'bfloat16'"),
         ("seeds", lambda v: v and len(set(v)) == len(v) and min(v) >= 0, "different, 0 or above"),
@@ -904,17 +866,7 @@ def settings_of(name: str, profile: str) -> Settings:
             "between 1 and d_sae, with 1, 2 and 5 among them",
         ),
     ]
-    for field, holds, expected in rules:
-        value = getattr(s, field)
-        try:
-            passed = holds(value)
-        except (TypeError, ValueError):
-            passed = False
-        if not passed:
-            raise ExperimentError(
-                f"{name}: {field} must be {expected}, but is {value!r}: "
-                "change it at the top of experiment.py"
-            )
+    harness.check(name, s, rules)
     return s
 
 
@@ -954,7 +906,7 @@ def run(out_dir: Path, log: Path) -> None:
     name = out_dir.name
     profile = choose_profile()
     settings = settings_of(name, profile)
-    device = choose_device(settings, profile)
+    device = harness.choose_device(settings, profile)
     print(f"profile: {profile} on {device}")
     if name not in PLAN:
         print(f"{name}: not in PLAN, defaults")
@@ -980,7 +932,7 @@ def run(out_dir: Path, log: Path) -> None:
     training = train(settings, buffer, fixed, out_dir / "train_log.jsonl")
     for (layer, seed), sae in training.saes.items():
         folder = out_dir / "sae" / f"layer_{layer}" / f"seed_{seed}"
-        harness.export(sae.folded(), settings, folder)
+        harness.export(sae, settings, folder)
     with harness.quiet(log):
         model = lm.hooked()
     evaluation, seconds = evaluate(settings, training, model, out_dir, log)

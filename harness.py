@@ -175,6 +175,40 @@ def main(run: Callable[[Path, Path], None], argv: list[str] | None = None) -> in
     return 0
 
 
+def check(name: str, settings: Any, rules: Iterable[tuple[str, Callable, str]]) -> None:
+    """Holds settings against rules: (field, what must be true of its value, the same in words).
+
+    Raises:
+        ExperimentError: the first field that breaks its rule, or whose value is of a wrong type.
+    """
+    for field, holds, expected in rules:
+        value = getattr(settings, field)
+        try:
+            passed = holds(value)
+        except (TypeError, ValueError):
+            passed = False
+        if not passed:
+            raise ExperimentError(
+                f"{name}: {field} must be {expected}, but is {value!r}: "
+                "change it at the top of experiment.py"
+            )
+
+
+def choose_device(settings: Settings, profile: str) -> torch.device:
+    """The device that `settings.device` stands for: "auto" is a GPU for gemma-2-2b, else a CPU."""
+    import torch
+
+    wanted = settings.device
+    if wanted == "auto":
+        wanted = "cuda" if profile == "gemma-2-2b" else "cpu"
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ExperimentError(
+            f"the profile {profile} with device={settings.device!r} needs a CUDA GPU, and none is "
+            "available: set device='cpu', or use SAE_PROFILE=tinylm make run OUT=run_try"
+        )
+    return torch.device(wanted)
+
+
 # ---------------------------------------------------------------------------- output
 
 
@@ -228,22 +262,26 @@ class Progress:
 
     def advance(self, n: int, note: str = "") -> None:
         """Counts `n` more units as done; `note` is shown beside the figures."""
-        self.done += n
-        self.note = note
+        self.done = min(self.done + n, self.total)
+        self.note = note or self.note
         if self.bar is not None:
-            self.bar.set_postfix_str(note, refresh=False)
-            self.bar.update(n)
+            self.bar.set_postfix_str(self.note, refresh=False)
+            self.bar.update(self.done - self.bar.n)
         elif time.monotonic() - self.last >= self.every and self.done < self.total:
             self.last = time.monotonic()
             left = (self.last - self.started) * (self.total - self.done) / max(self.done, 1)
             self._line(f"{100 * self.done / self.total:3.0f}%, {left:.0f} s left")
+
+    def seconds(self) -> float:
+        """Since the stage began."""
+        return time.monotonic() - self.started
 
     def close(self) -> None:
         """Ends the bar, or prints the stage's last line."""
         if self.bar is not None:
             self.bar.close()
         else:
-            self._line(f"done in {time.monotonic() - self.started:.0f} s")
+            self._line(f"done in {self.seconds():.0f} s")
 
     def _line(self, state: str) -> None:
         note = f", {self.note}" if self.note else ""
@@ -262,9 +300,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write_config(
-    settings: Settings, profile: str, device: torch.device, out_dir: Path
-) -> None:
+def write_config(settings: Settings, profile: str, device: torch.device, out_dir: Path) -> None:
     """Writes what ran and where: config.json, and the code itself beside it."""
     import torch
 
@@ -324,6 +360,7 @@ def memory_gb() -> float:
 
 def documents(name: str, split: str) -> Callable[[], Iterator[str]]:
     """A function that starts an iterator over the texts of a data set, or of tinylm's corpus."""
+
     def corpus() -> Iterator[str]:
         with corpus_errors():
             from tinylm import corpus
@@ -361,9 +398,7 @@ class TokenStream:
         context: tokens per context, L.
     """
 
-    def __init__(
-        self, texts: Callable[[], Iterator[str]], tokenizer: Any, context: int
-    ) -> None:
+    def __init__(self, texts: Callable[[], Iterator[str]], tokenizer: Any, context: int) -> None:
         self.texts, self.tokenizer, self.context = texts, tokenizer, context
         self.epoch = 0
         self._texts = texts()
@@ -716,9 +751,7 @@ def fraction_unexplained(
                 if sae.cfg.hook_name == hook:
                     with torch.no_grad():
                         error[key] += float((x_ND - sae(x_ND)).double().pow(2).sum())
-    spread = {
-        hook: squares[hook] - float(total[hook].pow(2).sum()) / count for hook in hooks
-    }
+    spread = {hook: squares[hook] - float(total[hook].pow(2).sum()) / count for hook in hooks}
     return {key: error[key] / spread[sae.cfg.hook_name] for key, sae in saes.items()}
 
 
@@ -806,9 +839,7 @@ def probe(train: dict, test: dict, prefix: str, ks: tuple[int, ...]) -> dict[str
 
     results = {}
     for k in (None, *ks):
-        options = (
-            dict(use_sklearn=False, batch_size=250, epochs=100, lr=1e-2) if k is None else {}
-        )
+        options = dict(use_sklearn=False, batch_size=250, epochs=100, lr=1e-2) if k is None else {}
         _, accuracies = probe_training.train_probe_on_activations(
             train, test, select_top_k=k, **options
         )
@@ -908,9 +939,10 @@ def save_probing(
 
 
 def export(sae: CustomSAE, settings: Settings, folder: Path) -> None:
-    """Writes a folded SAE as SAELens stores it: as TopK where it selects, else as standard.
+    """Writes an SAE, folded, as SAELens stores it: as TopK where it selects, else as standard.
 
-    `sae_lens.SAE.load_from_disk(folder)` reads it; θ and the constants are in theta.json.
+    `sae_lens.SAE.load_from_disk(folder)` reads it. theta.json holds θ, what follows from it, and
+    the scale that was folded.
     """
     from sae_lens.saes.sae import SAEMetadata
     from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
@@ -929,10 +961,11 @@ def export(sae: CustomSAE, settings: Settings, folder: Path) -> None:
         stored: Any = StandardSAE(StandardSAEConfig(**shape))
     else:
         stored = TopKSAE(TopKSAEConfig(k=sae.k, **shape))
+    raw = sae.folded()
     for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
-        getattr(stored, name).data.copy_(getattr(sae, name).data)
+        getattr(stored, name).data.copy_(getattr(raw, name).data)
     stored.save_model(folder)
-    write_json(folder / "theta.json", sae.adaptive())
+    write_json(folder / "theta.json", {**sae.adaptive(), "scale": sae.scale})
 
 
 # ---------------------------------------------------------------------------- the verdict
@@ -967,10 +1000,7 @@ def primary_metric(layers: Iterable[dict[str, list[float]]]) -> list[float]:
         layers: for each layer {metric: a value per seed}, with `sae_top_{k}_test_accuracy`.
     """
     per_layer = [
-        [
-            mean(values)
-            for values in zip(*(layer[f"sae_top_{k}_test_accuracy"] for k in PRIMARY_KS))
-        ]
+        [mean(values) for values in zip(*(layer[f"sae_top_{k}_test_accuracy"] for k in PRIMARY_KS))]
         for layer in layers
     ]
     return [mean(values) for values in zip(*per_layer)]
@@ -1044,3 +1074,32 @@ def read_reference(
     if config.get("profile") != profile or not same_sets:
         return None
     return info["verdict"]["final_info_dict"]
+
+
+def print_closing_block(
+    out_dir: Path,
+    profile: str,
+    info: dict[str, dict],
+    shown: Iterable[str],
+    seconds: dict[str, float],
+    warnings: list[str],
+    sentence: str,
+) -> None:
+    """The last thing a run prints: `key: value` lines that grep can read, the verdict last.
+
+    Args:
+        info: final_info.json. shown: the metrics of a layer to print.
+    """
+    print(f"---\nrun: {out_dir.name}\nprofile: {profile}")
+    for layer, entry in info.items():
+        if layer != "verdict":
+            for metric in shown:
+                print(f"{layer}_{metric}: {entry['means'][metric]:.4f}")
+    for stage, value in seconds.items():
+        print(f"{stage}: {value:.1f}")
+    print(f"peak_memory_gb: {peak_memory_gb():.2f}")
+    for warning in warnings:
+        print(f"warning: {warning}")
+    print(f"results: {out_dir}")
+    print(f"primary: {info['verdict']['means']['primary']:.4f}")
+    print(f"verdict: {sentence}")

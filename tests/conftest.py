@@ -127,7 +127,6 @@ def set_to_toy_sizes(toy_model: Path, monkeypatch: pytest.MonkeyPatch):
         buffer_tokens=1024,
         harvest_contexts=8,
         dead_after=512,
-        aux_k=8,
         log_every=4,
         core_text="toy",
         core_prompts=4,

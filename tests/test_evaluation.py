@@ -92,9 +92,9 @@ def test_reported_figures_are_stock_sae_bench_on_the_stored_sae(scored, tmp_path
 
 
 def test_raw_outputs_have_sae_bench_s_own_form(scored) -> None:
+    from pydantic import TypeAdapter
     from sae_bench.evals.core.eval_output import CoreEvalOutput
     from sae_bench.evals.sparse_probing.eval_output import SparseProbingEvalOutput
-    from pydantic import TypeAdapter
 
     _, settings, out_dir = scored
     for kind, form in (("core", CoreEvalOutput), ("sparse_probing", SparseProbingEvalOutput)):
@@ -147,7 +147,7 @@ def test_exported_sae_gives_the_same_output(toy, toy_lm, tmp_path: Path, curricu
     settings = dataclasses.replace(toy.settings_of("run_1", "tinylm"), curriculum=curriculum)
     mean = torch.randn(32, generator=torch.Generator().manual_seed(1))
     sae = toy.new_sae(settings, 2, 0, mean, 0.7, {"gamma": 0.1}, toy.k_at(settings, 1.0))
-    harness.export(sae.folded(), settings, tmp_path)
+    harness.export(sae, settings, tmp_path)
     stored = SAE.load_from_disk(tmp_path)
     assert stored.cfg.architecture() == ("topk" if curriculum else "standard")
     x = 3 * torch.randn(50, 32, generator=torch.Generator().manual_seed(2))
@@ -156,6 +156,7 @@ def test_exported_sae_gives_the_same_output(toy, toy_lm, tmp_path: Path, curricu
     assert torch.allclose(stored(x), sae(0.7 * x) / 0.7, atol=1e-5)
     theta = json.loads((tmp_path / "theta.json").read_text())
     assert theta["theta_3"] is None and theta["gamma"] == pytest.approx(0.1)
+    assert theta["scale"] == 0.7
     assert theta["theta_1"] == 0.0 and theta["tau_sel"] == pytest.approx(0.3)
 
 

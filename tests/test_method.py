@@ -27,9 +27,7 @@ def make_sae(d_in=3, d_sae=5, k=2, fixed=None, dtype=torch.float64, scale=1.0, s
 
 
 def inputs(n=7, d_in=3, seed=5) -> torch.Tensor:
-    return torch.randn(
-        n, d_in, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
+    return torch.randn(n, d_in, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def sigmoid(theta: float) -> float:
@@ -109,49 +107,26 @@ def test_loss_worked_out_on_paper() -> None:
     )
 
 
-@pytest.mark.parametrize("k, form", [(2, "contrastive"), (None, "contrastive"), (None, "as_written")])
-@pytest.mark.parametrize("dead", [False, True])
-def test_gradients(k, form, dead) -> None:
+@pytest.mark.parametrize(
+    "k, form", [(2, "contrastive"), (None, "contrastive"), (None, "as_written")]
+)
+def test_gradients(k, form) -> None:
     class Objective(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.sae = make_sae()
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            dead_F = torch.tensor([False, True, False, True, True]) if dead else None
-            return contrastive_loss(self.sae, x, k, 0.01, form, dead_F, 2, 0.1).total
+            return contrastive_loss(self.sae, x, k, 0.01, form).total
 
     objective = Objective()
     names, values = zip(*objective.named_parameters())
     assert {"sae.theta_1", "sae.theta_2", "sae.theta_3"} <= set(names)
     x = inputs()
-    if dead:  # the auxiliary target is a constant by definition: check what has a gradient
-        loss = contrastive_loss(objective.sae, x, k, 0.0, form,
-                                torch.tensor([False, True, False, True, True]), 2, 0.1)  # fmt: skip
-        (gradient,) = torch.autograd.grad(loss.aux, objective.sae.W_dec)
-        assert gradient[[1, 3, 4]].abs().sum() > 0
-        assert gradient[[0, 2]].abs().sum() == 0
-        return
     assert torch.autograd.gradcheck(
         lambda *v: torch.func.functional_call(objective, dict(zip(names, v)), (x,)),
         tuple(v.detach().clone().requires_grad_() for v in values),
     )
-
-
-def test_auxiliary_loss_is_the_formula() -> None:
-    """Pre-activations of the aux_k largest dead features reconstruct the residual."""
-    sae, x = make_sae(), inputs()
-    dead = [1, 3, 4]
-    dead_F = torch.tensor([index in dead for index in range(5)])
-    loss = contrastive_loss(sae, x, 2, 0.01, dead_F=dead_F, aux_k=2, aux_coefficient=0.25)
-    residual = loss.residual_BD.detach().numpy()
-    W_enc, W_dec, b_enc, b_dec = (p.detach().numpy() for p in sae.weights())
-    left = []
-    for row, target in zip(x.numpy(), residual):
-        pre = (row - b_dec) @ W_enc + b_enc
-        best = sorted(dead, key=lambda i: -pre[i])[:2]
-        left.append(((target - sum(pre[i] * W_dec[i] for i in best)) ** 2).mean())
-    assert float(loss.aux) == pytest.approx(0.25 * np.mean(left) / (residual**2).mean(), rel=1e-12)
 
 
 @pytest.mark.parametrize("theta", [-1e4, -30.0, 0.0, 30.0, 1e4])
@@ -271,8 +246,7 @@ def test_folding_gives_raw_units(k) -> None:
 
 def small_settings(**changes) -> Settings:
     return Settings(
-        **dict(d_sae=32, k_min=4, batch=64, training_tokens=64 * 60, dead_after=64 * 5, aux_k=8)
-        | changes
+        **dict(d_sae=32, k_min=4, batch=64, training_tokens=64 * 60, dead_after=64 * 5) | changes
     )
 
 
@@ -319,29 +293,26 @@ def test_theta_has_its_own_learning_rate_without_schedule() -> None:
     assert trainer.optimizer.param_groups[1]["lr"] == 0.05
 
 
-@pytest.mark.parametrize("revive", ["aux", "resample"])
-def test_dead_features_are_counted_and_brought_back(revive) -> None:
-    def kill_half(trainer: Trainer) -> None:
-        with torch.no_grad():
-            trainer.sae.W_enc[:, :16] *= 0.1
-            trainer.sae.b_enc[:16] = -1.0
-
+def test_dead_features_are_counted_and_brought_back() -> None:
     left = {}
-    for how in ("none", revive):
-        settings = small_settings(revive=how, aux_coefficient=1.0, lr=1e-2)
+    for resample in (False, True):
+        settings = small_settings(resample=resample)
         trainer = trained(settings, steps=10)
-        kill_half(trainer)
+        with torch.no_grad():
+            trainer.sae.W_enc[:, :16] = 0.0
+            trainer.sae.b_enc[:16] = -1.0
         for step in range(10, 30):
             trainer.step(structured(64, seed=step), 0.1, log=False)
-        if how == "none":
+        if not resample:
             assert trainer.dead()[:16].all()
             assert (trainer.steps_since_active[:16] >= 20).all()
-        for step in range(30, 200):
+        for step in range(30, 100):
             trainer.step(structured(64, seed=step), 0.1, log=False)
+        assert torch.allclose(trainer.sae.W_dec.norm(dim=1), torch.ones(32), atol=1e-6)
         fired = (trainer.sae.encode(structured(5000, seed=7)) > 0).any(0)
-        left[how] = int((~fired[:16]).sum())
-    assert left["none"] == 16
-    assert left[revive] <= 4
+        left[resample] = int((~fired[:16]).sum())
+    assert left[False] == 16
+    assert left[True] <= 4
 
 
 def test_same_seed_same_weights_bit_for_bit() -> None:

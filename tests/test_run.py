@@ -69,7 +69,7 @@ def test_train_log_has_a_line_per_step_layer_and_seed(toy, toy_run: Path) -> Non
         assert record["l0"] <= record["k_t"]
         assert record["w"] == pytest.approx(record["gamma"] * record["tau_pen"])
         assert record["loss"] == pytest.approx(
-            sum(record[f"loss_{part}"] for part in ("reconstruction", "penalty", "reg", "aux")),
+            sum(record[f"loss_{part}"] for part in ("reconstruction", "penalty", "reg")),
             rel=1e-5,
         )
         assert record["tau_sel"] == pytest.approx(
@@ -204,7 +204,7 @@ def run_expecting_failure(toy, capfd, out_dir: Path, *arguments: str) -> str:
         ({"tau_sel": -0.3}, "tau_sel must be None or above 0"),
         ({"lr": 0.0}, "lr must be above 0"),
         ({"form": "other"}, "form must be 'contrastive' or 'as_written'"),
-        ({"kmin": 3}, "sets kmin, but Settings has no such field"),
+        ({"kmin": 3}, "PLAN.'run_3'. sets what Settings has no field for .*'kmin'"),
         ({"device": "cuda"}, "needs a CUDA GPU, and none is available"),
         ({"fix_at": "run_77"}, "needs the final values in .*run 'run_77' first|run run_77 first"),
         ({"model": "no/such-model"}, "the language model 'no/such-model' can't be loaded"),
@@ -301,9 +301,7 @@ def test_progress_in_a_pipe_is_plain_lines(capsys) -> None:
     progress.advance(50, "fvu 0.5")
     progress.close()
     out = capsys.readouterr().out
-    assert re.fullmatch(
-        r"stage:  50%, \d+ s left, fvu 0\.5\nstage: done in \d+ s, fvu 0\.5\n", out
-    )
+    assert re.fullmatch(r"stage:  50%, \d+ s left, fvu 0\.5\nstage: done in \d+ s, fvu 0\.5\n", out)
 
 
 def test_quiet_catches_python_and_c_output(tmp_path: Path, capfd) -> None:
