@@ -698,12 +698,13 @@ def evaluate(
         twin_name = f"{name}_untrained"
         with harness.quiet(log):
             core[name] = core_evaluation(saes[name], name, model, settings, out_dir)
-            k = min(max(round(core[name]["l0"]), 1), settings.d_sae)
-            twin = new_sae(settings, layer, seed, training.mean[layer], trained.scale, {}, k)
-            saes[twin_name] = twin.folded()
-            progress.advance(1)
-            core[twin_name] = core_evaluation(saes[twin_name], twin_name, model, settings, out_dir)
         progress.advance(1, name)
+        k = min(max(round(core[name]["l0"]), 1), settings.d_sae)
+        twin = new_sae(settings, layer, seed, training.mean[layer], trained.scale, {}, k)
+        saes[twin_name] = twin.folded()
+        with harness.quiet(log):
+            core[twin_name] = core_evaluation(saes[twin_name], twin_name, model, settings, out_dir)
+        progress.advance(1, twin_name)
     with harness.quiet(log):
         fvu = harness.fraction_unexplained(saes, model, settings)
     progress.close()
@@ -748,23 +749,6 @@ def layer_metrics(
     return per_seed
 
 
-def odd_results(settings: Settings, layers: dict[str, dict[str, list[float]]]) -> list[str]:
-    """What is odd but may be true, a sentence each."""
-    warnings = []
-    for layer, metrics in layers.items():
-        value = {metric: harness.mean(values) for metric, values in metrics.items()}
-        top, untrained = value["sae_top_5_test_accuracy"], value["untrained_top_5_test_accuracy"]
-        odd = {
-            f"the codes are dense, L0 is {value['l0']:.0f}": value["l0"] > settings.d_sae / 4,
-            "over half of the features are dead": value["frac_alive"] < 0.5,
-            "probing on the SAE's best 5 features is at chance": top < 0.55,
-            f"the SAE's best 5 features ({top:.3f}) tell less than those of an untrained SAE "
-            f"({untrained:.3f})": top < untrained,
-        }
-        warnings += [f"{layer}: {sentence}" for sentence, holds in odd.items() if holds]
-    return warnings
-
-
 SHOWN = (
     "l0", "fvu", "ce_loss_score", "frac_alive", "sae_top_1_test_accuracy",
     "sae_top_5_test_accuracy", "untrained_top_5_test_accuracy", "llm_top_5_test_accuracy",
@@ -796,7 +780,7 @@ def write_records(
     info = {name: harness.summarize(metrics) for name, metrics in layers.items()}
     info["verdict"] = harness.summarize(overall)
     info["verdict"]["means"] |= numbers
-    warnings = odd_results(settings, layers)
+    warnings = harness.odd_results(layers, settings.d_sae)
     harness.write_json(out_dir / "warnings.json", warnings)
     harness.write_json(out_dir / "final_info.json", info)
 
@@ -873,31 +857,13 @@ def settings_of(name: str, profile: str) -> Settings:
 def constants(settings: Settings, out_dir: Path) -> dict[tuple[int, int], dict[str, float]]:
     """By layer and seed: which of tau_sel, tau_pen and gamma are constants, and their values.
 
-    With `fix_at`, the final values that another run learned for this layer, and for this seed
-    where it has it (else their mean over its seeds).
+    With `fix_at`, all of them, at the final values that another run has for the layer and seed.
     """
     given = {n: getattr(settings, n) for n in BOUNDED if getattr(settings, n) is not None}
-    fixed = {(layer, seed): given for layer in settings.layers for seed in settings.seeds}
+    keys = [(layer, seed) for layer in settings.layers for seed in settings.seeds]
     if settings.fix_at is None:
-        return fixed
-    path = out_dir.parent / settings.fix_at / "final_info.json"
-    try:
-        info = json.loads(path.read_text())
-        seeds = info["verdict"]["final_info_dict"]["seed"]
-        for layer, seed in fixed:
-            learned = info[f"layer_{layer}"]
-            fixed[layer, seed] = {
-                name: learned["final_info_dict"][name][seeds.index(seed)]
-                if seed in seeds
-                else learned["means"][name]
-                for name in BOUNDED
-            }
-    except (OSError, ValueError, KeyError) as error:
-        raise ExperimentError(
-            f"fix_at={settings.fix_at!r} needs the final values in {path}, which can't be read "
-            f"({type(error).__name__}: {error}): run {settings.fix_at} first"
-        ) from error
-    return fixed
+        return dict.fromkeys(keys, given)
+    return harness.final_values(out_dir.parent / settings.fix_at, keys, tuple(BOUNDED))
 
 
 def run(out_dir: Path, log: Path) -> None:

@@ -1076,6 +1076,54 @@ def read_reference(
     return info["verdict"]["final_info_dict"]
 
 
+def final_values(
+    run: Path, keys: Iterable[tuple[int, int]], metrics: Sequence[str]
+) -> dict[tuple[int, int], dict[str, float]]:
+    """The final values of metrics in another run, by (layer, seed).
+
+    A seed that the run doesn't have gets the mean over those that it has.
+
+    Raises:
+        ExperimentError: the run isn't complete, or lacks a layer or a metric.
+    """
+    path = run / "final_info.json"
+    found = {}
+    try:
+        info = json.loads(path.read_text())
+        seeds = info["verdict"]["final_info_dict"]["seed"]
+        for layer, seed in keys:
+            entry = info[f"layer_{layer}"]
+            found[layer, seed] = {
+                metric: entry["final_info_dict"][metric][seeds.index(seed)]
+                if seed in seeds
+                else entry["means"][metric]
+                for metric in metrics
+            }
+    except (OSError, ValueError, KeyError) as error:
+        raise ExperimentError(
+            f"fix_at={run.name!r} needs the final values in {path}, which can't be read "
+            f"({type(error).__name__}: {error}): run {run.name} first"
+        ) from error
+    return found
+
+
+def odd_results(layers: dict[str, dict[str, list[float]]], d_sae: int) -> list[str]:
+    """What is odd in the metrics of the layers but may be true, a sentence each."""
+    warnings = []
+    for layer, metrics in layers.items():
+        value = {metric: mean(values) for metric, values in metrics.items()}
+        top, untrained = value["sae_top_5_test_accuracy"], value["untrained_top_5_test_accuracy"]
+        odd = {
+            f"the codes are dense, L0 is {value['l0']:.0f}": value["l0"] > d_sae / 4,
+            "over half of the features are dead": value["frac_alive"] < 0.5,
+            "probing on the SAE's best 5 features is at chance": top < 0.55,
+            f"the SAE's best 5 features ({top:.3f}) tell less than those of an untrained SAE "
+            f"({untrained:.3f})": top < untrained,
+        }
+        warnings += [f"{layer}: {sentence}" for sentence, holds in odd.items() if holds]
+    return warnings
+
+
 def print_closing_block(
     out_dir: Path,
     profile: str,

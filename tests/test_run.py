@@ -69,8 +69,7 @@ def test_train_log_has_a_line_per_step_layer_and_seed(toy, toy_run: Path) -> Non
         assert record["l0"] <= record["k_t"]
         assert record["w"] == pytest.approx(record["gamma"] * record["tau_pen"])
         assert record["loss"] == pytest.approx(
-            sum(record[f"loss_{part}"] for part in ("reconstruction", "penalty", "reg")),
-            rel=1e-5,
+            sum(record[f"loss_{part}"] for part in ("reconstruction", "penalty", "reg")), rel=1e-5
         )
         assert record["tau_sel"] == pytest.approx(
             0.1 + 0.4 / (1 + math.exp(-record["theta_1"])), rel=1e-5
