@@ -67,16 +67,16 @@ class Settings:
     # Training.
     seeds: tuple[int, ...] = (0,)  # each sets initialization and the order of the tokens
     training_tokens: int = 1_000_000
-    batch: int = 1024  # tokens per step
-    lr: float = 2e-3  # Adam's learning rate for weights and biases
+    batch: int = 256  # tokens per step
+    lr: float = 7e-4  # Adam's learning rate for weights and biases
     lr_warmup: float = 0.02  # part of training over which it rises from 0
     lr_decay: float = 0.3  # part of training, at the end, over which it falls to 0
     theta_lr: float = 1e-2  # Adam's learning rate for θ: no warm-up, no decay
-    dead_after: int = 20_000  # tokens without firing after which a feature counts as dead
+    dead_after: int = 10_000  # tokens without firing after which a feature counts as dead
     resample: bool = True  # bring dead features back, until the learning rate decays
     buffer_tokens: int = 262_144  # activations per layer held, and shuffled, at once
     harvest_contexts: int = 32  # contexts per forward pass of the language model
-    log_every: int = 10  # steps between lines of train_log.jsonl
+    log_every: int = 20  # steps between lines of train_log.jsonl
 
     # Evaluation, by SAE-Bench.
     core_text: str = "tinylm"  # a data set with a "text" column; "tinylm": its held-out text

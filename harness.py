@@ -565,6 +565,7 @@ def load_language_model(
 
         with corpus_errors():
             corpus.verify_files()
+            corpus.check_packages()
         path = str(HERE / "tinylm")
     try:
         config = AutoConfig.from_pretrained(path)

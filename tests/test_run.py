@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -217,6 +218,35 @@ def test_impossible_settings_are_one_sentence(
         pytest.skip("there is a GPU")
     monkeypatch.setitem(toy.PLAN, "run_3", changes)
     assert re.search(says, run_expecting_failure(toy, capfd, tmp_path / "run_3"))
+    assert not (tmp_path / "run_3").exists()
+
+
+@pytest.mark.parametrize("damage", ["missing", "flipped byte", "package"])
+def test_missing_or_damaged_tinylm_files(
+    toy, tmp_path: Path, monkeypatch, capfd, damage: str
+) -> None:
+    from tinylm import corpus
+
+    monkeypatch.setitem(toy.PLAN, "run_3", {"model": "tinylm"})
+    shutil.copytree(ROOT / "tinylm", tmp_path / "tinylm")
+    shutil.copy(ROOT / "constraints.txt", tmp_path)
+    for constant in ("HERE", "MANIFEST", "SUMS"):
+        moved = tmp_path / "tinylm" / getattr(corpus, constant).relative_to(ROOT / "tinylm")
+        monkeypatch.setattr(corpus, constant, moved)
+    weights = tmp_path / "tinylm" / "model.safetensors"
+    if damage == "missing":
+        weights.unlink()
+        expected = "model.safetensors, found nothing: bring it back with `git checkout -- tinylm`"
+    elif damage == "flipped byte":
+        content = bytearray(weights.read_bytes())
+        content[1_000_000] ^= 1
+        weights.write_bytes(content)
+        expected = "model.safetensors as in SHA256SUMS, found other contents"
+    else:
+        stock = corpus._root
+        monkeypatch.setattr(corpus, "_root", lambda p: None if p == "sympy" else stock(p))
+        expected = "sympy==1.14.0"
+    assert expected in run_expecting_failure(toy, capfd, tmp_path / "run_3")
     assert not (tmp_path / "run_3").exists()
 
 
