@@ -843,7 +843,11 @@ def settings_of(name: str, profile: str) -> Settings:
         ("lm_dtype", lambda v: v in ("float32", "bfloat16"), "'float32' or 'bfloat16'"),
         ("seeds", lambda v: v and len(set(v)) == len(v) and min(v) >= 0, "different, 0 or above"),
         ("layers", lambda v: v and len(set(v)) == len(v) and min(v) >= 0, "different, 0 or above"),
-        ("probe_sets", lambda v: len(v) > 0, "one or more data sets"),
+        (
+            "probe_sets",
+            lambda v: v and all(n in ("tinylm/A", "tinylm/B") or n[:7] != "tinylm/" for n in v),
+            "one or more data sets; of tinylm, 'tinylm/A' or 'tinylm/B'",
+        ),
         (
             "probe_ks",
             lambda v: set(harness.PRIMARY_KS) <= set(v) and 1 <= min(v) <= max(v) <= s.d_sae,

@@ -208,6 +208,7 @@ def run_expecting_failure(toy, capfd, out_dir: Path, *arguments: str) -> str:
         ({"device": "cuda"}, "needs a CUDA GPU, and none is available"),
         ({"fix_at": "run_77"}, "needs the final values in .*run 'run_77' first|run run_77 first"),
         ({"model": "no/such-model"}, "the language model 'no/such-model' can't be loaded"),
+        ({"probe_sets": ("tinylm/C",)}, "probe_sets must be one or more data sets; of tinylm"),
         ({"probe_ks": (1, 2, 5, 100)}, "probe_ks must be between 1 and d_sae"),
     ],
 )

@@ -1,0 +1,1 @@
+"""The built-in language model: corpus, labelled tasks, training script and weights."""
