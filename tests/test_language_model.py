@@ -174,3 +174,22 @@ def test_tinylm_tasks_are_registered_and_undone() -> None:
         raise ZeroDivisionError
     assert dataset_info.chosen_classes_per_dataset == before
     assert dataset_utils.get_multi_label_train_test_data is stock
+
+
+def test_tinylm_text_comes_mixed_and_whole() -> None:
+    """A buffer of the default size draws on hundreds of files; no passage is lost or repeated."""
+    from itertools import islice
+
+    from tinylm import corpus
+
+    first = list(islice(harness.documents("tinylm", "train")(), 400))
+    assert first == list(islice(harness.documents("tinylm", "train")(), 400))
+    whole = [passage for text in corpus.documents("heldout") for passage in harness.passages(text)]
+    mixed = list(harness.documents("tinylm", "heldout")())
+    assert Counter(mixed) == Counter(whole) and mixed != whole
+    text = SOURCES[0]
+    assert "".join(harness.passages(text)) == text
+    assert all(2000 <= len(passage) < 2200 for passage in harness.passages(text)[:-1])
+    files = list(islice(corpus.documents("train"), 1500))
+    of = [next(at for at, text in enumerate(files) if passage in text) for passage in first]
+    assert len(set(of)) > 200

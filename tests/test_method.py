@@ -246,7 +246,7 @@ def test_folding_gives_raw_units(k) -> None:
 
 def small_settings(**changes) -> Settings:
     return Settings(
-        **dict(d_sae=32, k_min=4, batch=64, training_tokens=64 * 60, dead_after=64 * 5) | changes
+        **dict(d_sae=32, k_min=4, batch=64, training_tokens=64 * 60, dead_after=64 * 5, lr=2e-3) | changes
     )
 
 
