@@ -69,7 +69,7 @@ class Settings:
     training_tokens: int = 1_000_000
     batch: int = 256  # tokens per step
     lr: float = 7e-4  # Adam's learning rate for weights and biases
-    lr_warmup: float = 0.02  # part of training over which it rises from 0
+    lr_warmup: float = 0.1  # part of training over which it rises from 0, while θ settles
     lr_decay: float = 0.3  # part of training, at the end, over which it falls to 0
     theta_lr: float = 1e-2  # Adam's learning rate for θ: no warm-up, no decay
     dead_after: int = 10_000  # tokens without firing after which a feature counts as dead
