@@ -13,6 +13,7 @@ import contextlib
 import copy
 import dataclasses
 import datetime
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -734,8 +735,12 @@ def core_store(settings: Settings, model: Any, sae: Any) -> Any:
 
 def core_text(settings: Settings) -> Any:
     """The text of the core evaluation in a form that SAELens takes: a data set, or its name."""
-    if settings.core_text != "tinylm":
-        return settings.core_text
+    return heldout_passages() if settings.core_text == "tinylm" else settings.core_text
+
+
+@functools.cache
+def heldout_passages() -> Any:
+    """tinylm's held-out text as a data set, read once: each SAE is evaluated on it."""
     import datasets
 
     return datasets.Dataset.from_dict({"text": list(documents("tinylm", "heldout")())})

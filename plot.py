@@ -69,7 +69,6 @@ LOSSES = (
     ("loss_reconstruction", "reconstruction\n(part of the loss)", "log"),
     ("loss_penalty", "penalty\n$\\gamma\\,L_{pen}$", "log"),
     ("loss_reg", "regularization\n$L_{reg}$", "log"),
-    ("loss_aux", "auxiliary\n(dead features)", "log"),
 )
 SPARSITY = (
     ("l0", "L0\n(active features)", "log"),

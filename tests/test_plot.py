@@ -47,8 +47,7 @@ def make_run(root, name, *, profile="tinylm", layers=(1, 2, 4), seeds=(0,), test
                 k_t = 16 * 4 ** max(0.0, 1 - done / 0.3) if curriculum else None
                 fvu = 0.2 + 0.03 * i + 0.5 * math.exp(-6 * done) + 0.004 * rng.normal() - gain / 4
                 parts = {"loss_reconstruction": fvu, "loss_reg": 0.01 * sum(t * t for t in theta),
-                         "loss_penalty": gamma * tau_pen * 9 * math.exp(-3 * done),
-                         "loss_aux": 0.03 * fvu}
+                         "loss_penalty": gamma * tau_pen * 9 * math.exp(-3 * done)}
                 entry = {"step": step, "tokens": round(total * done), "layer": layer, "seed": seed,
                          "loss": sum(parts.values()), **parts, "tau_sel": tau_sel,
                          "tau_pen": tau_pen, "gamma": gamma, "w": gamma * tau_pen,
