@@ -45,7 +45,8 @@ class Settings:
 
     # The language model and its text.
     model: str = "tinylm"  # a Hugging Face name or folder; "tinylm": the built-in model
-    lm_dtype: str = "float32"  # the precision of the language model
+    lm_dtype: str = "float32"  # the precision of the language model in evaluation
+    train_dtype: str = "auto"  # of training's matrix products; "auto": what the hardware has
     layers: tuple[int, ...] = (1, 2, 4)  # SAEs read blocks.L.hook_resid_post
     context: int = 128  # tokens per context, BOS first
     training_text: str = "tinylm"  # a data set with a "text" column; "tinylm": its corpus
@@ -230,13 +231,22 @@ class CustomSAE(BaseSAE):
         self.b_dec.copy_(mean_D)
 
     def preactivations(self, x: Tensor) -> Tensor:
-        """(…, D) -> (…, F): what the ReLU is applied to."""
-        return (x.to(self.W_enc.dtype) - self.b_dec) @ self.W_enc + self.b_enc
+        """(…, D) -> (…, F): what the ReLU is applied to, (x − b_dec) W_enc + b_enc.
+
+        b_dec gets its gradient through a term that is zero, a product with a vector where
+        (x − b_dec) W_enc would need one with a matrix. x gets none.
+        """
+        centred = x.to(self.W_enc.dtype) - self.b_dec.detach()
+        shift_F = (self.b_dec.detach() - self.b_dec) @ self.W_enc.detach()
+        return centred @ self.W_enc + (self.b_enc + shift_F)
 
     def encode(self, x: Tensor) -> Tensor:
         """(…, D) -> (…, F): the features, of which the k largest are kept."""
         f = torch.relu(self.preactivations(x))
-        return f if self.k is None else select(f, self.k)[0]
+        if self.k is None:
+            return f
+        values, indices = f.topk(self.k, dim=-1, sorted=False)
+        return torch.zeros_like(f).scatter_(-1, indices, values)
 
     def decode(self, feature_acts: Tensor) -> Tensor:
         """(…, F) -> (…, D)"""
@@ -395,12 +405,15 @@ class Trainer:
     """One SAE and what its training needs: Adam with a group for θ, and the count of dead features.
 
     Args:
-        sae: initialized, on its device.
+        sae: initialized, on its device, in float32.
         settings: the run's.
+        autocast: matrix products in bfloat16.
     """
 
-    def __init__(self, sae: CustomSAE, settings: Settings, seed: int) -> None:
-        self.sae, self.settings = sae, settings
+    def __init__(
+        self, sae: CustomSAE, settings: Settings, seed: int, autocast: bool = False
+    ) -> None:
+        self.sae, self.settings, self.autocast = sae, settings, autocast
         groups = [{"params": sae.weights(), "lr": settings.lr}]
         if sae.thetas():
             groups.append({"params": sae.thetas(), "lr": settings.theta_lr})
@@ -419,7 +432,8 @@ class Trainer:
         settings, sae = self.settings, self.sae
         x_BD = x_BD.to(sae.W_enc.dtype) * sae.scale
         k = k_at(settings, progress)
-        loss = contrastive_loss(sae, x_BD, k, settings.reg_lambda, settings.form)
+        with torch.autocast(x_BD.device.type, torch.bfloat16, enabled=self.autocast):
+            loss = contrastive_loss(sae, x_BD, k, settings.reg_lambda, settings.form)
         self.optimizer.zero_grad()
         loss.total.backward()
         sae.remove_parallel_gradient()
@@ -525,7 +539,10 @@ class Training:
 def start_trainers(
     settings: Settings, acts_LND: Tensor, fixed: dict[tuple[int, int], dict[str, float]]
 ) -> tuple[dict[tuple[int, int], Trainer], dict[int, Tensor]]:
-    """A trainer per layer and seed, scaled and centred by the first activations; their means."""
+    """A trainer per layer and seed, scaled and centred by the first activations; their means.
+
+    Where the activations are in bfloat16, so are the trainers' matrix products.
+    """
     trainers, means = {}, {}
     for layer, acts_ND in zip(settings.layers, acts_LND):
         means[layer] = acts_ND.double().mean(0).float()
@@ -535,7 +552,8 @@ def start_trainers(
             sae = new_sae(
                 settings, layer, seed, means[layer], scale, fixed[layer, seed], at_the_end
             )
-            trainers[layer, seed] = Trainer(sae, settings, seed)
+            autocast = acts_LND.dtype == torch.bfloat16
+            trainers[layer, seed] = Trainer(sae, settings, seed, autocast)
     return trainers, means
 
 
@@ -549,45 +567,85 @@ def train(
         log: train_log.jsonl.
     """
     n_steps = settings.training_tokens // settings.batch
-    portion = settings.buffer_tokens // settings.batch * settings.batch
+    portion = max(settings.buffer_tokens // settings.batch, 1)  # steps per filling of the buffer
     trainers: dict[tuple[int, int], Trainer] = {}
     last: dict[tuple[int, int], dict[str, Any]] = {}
     shuffles = {seed: torch.Generator().manual_seed(seed) for seed in settings.seeds}
     seconds = {"seconds_harvest": 0.0, "seconds_training": 0.0}
-    # Each token counts twice: when it is read, and when it is trained on.
-    progress = harness.Progress("train", 2 * n_steps * settings.batch, "tokens read or learned")
-    step = 0
+    n_saes = len(settings.layers) * len(settings.seeds)
+    # A token counts when it is read, and when an SAE learns from it.
+    total = (1 + n_saes) * n_steps * settings.batch
+    progress = harness.Progress("train", total, "tokens read or learned")
     with log.open("w", encoding="utf-8") as log_file:
-        while step < n_steps:
+        for begin in range(0, n_steps, portion):
+            steps = range(begin, min(begin + portion, n_steps))
             started = time.monotonic()
-            n = min(portion, (n_steps - step) * settings.batch)
-            acts_LND = buffer.take(n, progress.advance)
+            acts_LND = buffer.take(len(steps) * settings.batch, progress.advance)
             seconds["seconds_harvest"] += time.monotonic() - started
             started = time.monotonic()
             if not trainers:
                 trainers, means = start_trainers(settings, acts_LND, fixed)
-            orders = {s: torch.randperm(n, generator=g) for s, g in shuffles.items()}
-            for start in range(0, n, settings.batch):
-                tokens = step * settings.batch
-                logging = step % settings.log_every == 0 or step == n_steps - 1
-                for (layer, seed), trainer in trainers.items():
-                    rows = orders[seed][start : start + settings.batch].to(acts_LND.device)
-                    x_BD = acts_LND[settings.layers.index(layer), rows]
-                    record = trainer.step(x_BD, step / n_steps, logging)
-                    if record:
-                        where = {"step": step, "tokens": tokens, "layer": layer, "seed": seed}
-                        speed = {"tokens_per_second": tokens / progress.seconds()}
-                        last[layer, seed] = where | record | speed
-                        log_file.write(json.dumps(last[layer, seed]) + "\n")
-                step += 1
-                progress.advance(
-                    settings.batch,
-                    "fvu " + "/".join(f"{record['fvu']:.2f}" for record in last.values()),
-                )
+            orders = {
+                seed: torch.randperm(acts_LND.shape[1], generator=generator)
+                for seed, generator in shuffles.items()
+            }
+            records = take_steps(settings, trainers, acts_LND, orders, steps, n_steps, progress)
+            for record in records:
+                last[record["layer"], record["seed"]] = record
+                log_file.write(json.dumps(record) + "\n")
+            log_file.flush()
             seconds["seconds_training"] += time.monotonic() - started
     progress.close()
     saes = {key: trainer.sae for key, trainer in trainers.items()}
     return Training(saes, means, last, n_steps * settings.batch, seconds)
+
+
+def take_steps(
+    settings: Settings,
+    trainers: dict[tuple[int, int], Trainer],
+    acts_LND: Tensor,
+    orders: dict[int, Tensor],
+    steps: range,
+    n_steps: int,
+    progress: harness.Progress,
+) -> list[dict[str, Any]]:
+    """Every trainer's steps on one filling of the buffer; their records, in order of steps.
+
+    On a CPU trainers run side by side, each on its own cores: a step's operations are too small
+    to be worth sharing. What a trainer computes does not depend on when the others run.
+
+    Args:
+        orders: by seed, the order in which the tokens of the buffer are drawn.
+        steps: the steps to take, of n_steps in all.
+    """
+
+    def some_steps(key: tuple[int, int], part: range) -> list[dict[str, Any]]:
+        layer, seed = key
+        acts_ND = acts_LND[settings.layers.index(layer)]
+        records = []
+        for step in part:
+            start = (step - steps.start) * settings.batch
+            rows = orders[seed][start : start + settings.batch].to(acts_ND.device)
+            logging = step % settings.log_every == 0 or step == n_steps - 1
+            record = trainers[key].step(acts_ND[rows], step / n_steps, logging)
+            if record:
+                tokens = step * settings.batch
+                where = {"step": step, "tokens": tokens, "layer": layer, "seed": seed}
+                speed = {"tokens_per_second": tokens / progress.seconds()}
+                records.append(where | record | speed)
+        return records
+
+    records: list[dict[str, Any]] = []
+    fvu: dict[tuple[int, int], float] = {}
+    parts = [range(i, min(i + 32, steps.stop)) for i in range(steps.start, steps.stop, 32)]
+    for key, part, found in harness.in_threads(some_steps, list(trainers), parts, acts_LND.device):
+        records += found
+        if found:
+            fvu[key] = found[-1]["fvu"]
+        note = "fvu " + "/".join(f"{fvu[key]:.2f}" for key in trainers if key in fvu)
+        progress.advance(len(part) * settings.batch, note)
+    place = {key: index for index, key in enumerate(trainers)}
+    return sorted(records, key=lambda r: (r["step"], place[r["layer"], r["seed"]]))
 
 
 # =============================================================================================
@@ -596,9 +654,13 @@ def train(
 
 
 def core_evaluation(
-    sae: CustomSAE, name: str, model: Any, settings: Settings, out_dir: Path
-) -> dict[str, float]:
-    """SAE-Bench's core evaluation of a folded SAE: its scalars, by SAE-Bench's names.
+    saes: dict[str, CustomSAE],
+    model: Any,
+    settings: Settings,
+    out_dir: Path,
+    advance: Callable[[int], None] = lambda n: None,
+) -> dict[str, dict[str, float]]:
+    """SAE-Bench's core evaluation of folded SAEs: by name, its scalars by their names, and fvu.
 
     Calls `run_evals`: `multiple_evals` loads the model by name and swallows every exception.
     Writes eval_results/core/….json in SAE-Bench's own form.
@@ -608,26 +670,21 @@ def core_evaluation(
     """
     from sae_bench.evals.core import main as core
 
-    sae = harness.formatted(sae, settings)
-    config = harness.core_config(settings)
-    tokenizer = model.tokenizer
-    scalars, features = core.run_evals(
-        sae,
-        harness.core_store(settings, model, sae),
-        model,
-        config,
-        ignore_tokens={tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id},
-    )
-    scalars["misc_metrics"] = core.calculate_misc_metrics(features)
-    flat = {metric: value for group in scalars.values() for metric, value in group.items()}
-    for metric, value in flat.items():
-        if not math.isfinite(value) or value == -1:
-            raise ExperimentError(
-                f"core evaluation of {name}: {metric} is {value}, which can't be right; "
-                "look at the SAE's weights and at the evaluation text"
-            )
-    harness.save_core(name, sae, config, scalars, features, out_dir)
-    return flat
+    ready = {name: harness.formatted(sae, settings) for name, sae in saes.items()}
+    results = harness.run_core(ready, model, settings, advance)
+    found: dict[str, dict[str, float]] = {}
+    for name, (scalars, features, fvu) in results.items():
+        scalars["misc_metrics"] = core.calculate_misc_metrics(features)
+        flat = {metric: value for group in scalars.values() for metric, value in group.items()}
+        found[name] = flat | {"fvu": fvu}
+        for metric, value in found[name].items():
+            if not math.isfinite(value) or value == -1:
+                raise ExperimentError(
+                    f"core evaluation of {name}: {metric} is {value}, which can't be right; "
+                    "look at the SAE's weights and at the evaluation text"
+                )
+        harness.save_core(name, ready[name], scalars, features, settings, out_dir)
+    return found
 
 
 def sparse_probing(
@@ -636,7 +693,6 @@ def sparse_probing(
     settings: Settings,
     out_dir: Path,
     progress: harness.Progress,
-    log: Path,
 ) -> dict[str, dict[str, float]]:
     """SAE-Bench's sparse probing of folded SAEs: by name, sae_… and llm_… mean accuracies.
 
@@ -657,27 +713,24 @@ def sparse_probing(
         return results
 
     for dataset in harness.probe_names(settings):
-        with harness.quiet(log):
-            texts = harness.probe_tokens(dataset, model, settings)
-            (llm_train, sae_train), (llm_test, sae_test) = (
-                harness.pooled_features(tokens, model, ready, settings) for tokens in texts
-            )
-            llm = {
-                layer: probes(layer, llm_train[layer], llm_test[layer], "llm")
-                for layer in settings.layers
-            }
+        texts = harness.probe_tokens(dataset, model, settings)
+        (llm_train, sae_train), (llm_test, sae_test) = (
+            harness.pooled_features(tokens, model, ready, settings) for tokens in texts
+        )
+        llm = {
+            layer: probes(layer, llm_train[layer], llm_test[layer], "llm")
+            for layer in settings.layers
+        }
         for name, sae in ready.items():
-            with harness.quiet(log):
-                results = probes(name, sae_train[name], sae_test[name], "sae")
+            results = probes(name, sae_train[name], sae_test[name], "sae")
             # SAE-Bench's order: the SAE's full probe, the language model's, the SAE's top k.
             full = {"sae_test_accuracy": results.pop("sae_test_accuracy")}
             per_class[name][f"{dataset}_results"] = full | llm[sae.cfg.hook_layer] | results
             progress.advance(1, dataset)
-    with harness.quiet(log):
-        return {
-            name: harness.save_probing(name, ready[name], per_class[name], settings, out_dir)
-            for name in saes
-        }
+    return {
+        name: harness.save_probing(name, ready[name], per_class[name], settings, out_dir)
+        for name in saes
+    }
 
 
 def evaluate(
@@ -688,35 +741,32 @@ def evaluate(
     The twin has the same initialization, width and L0 (it keeps as many features per token as
     the trained SAE has active), and was never trained. Its name ends in "_untrained".
     """
-    saes = {sae_name(*key): sae.folded() for key, sae in training.saes.items()}
     seconds = {}
     started = time.monotonic()
-    progress = harness.Progress("core evaluation", 2 * len(saes), "SAEs")
-    core: dict[str, dict[str, float]] = {}
-    for (layer, seed), trained in training.saes.items():
-        name = sae_name(layer, seed)
-        twin_name = f"{name}_untrained"
-        with harness.quiet(log):
-            core[name] = core_evaluation(saes[name], name, model, settings, out_dir)
-        progress.advance(1, name)
-        k = min(max(round(core[name]["l0"]), 1), settings.d_sae)
-        twin = new_sae(settings, layer, seed, training.mean[layer], trained.scale, {}, k)
-        saes[twin_name] = twin.folded()
-        with harness.quiet(log):
-            core[twin_name] = core_evaluation(saes[twin_name], twin_name, model, settings, out_dir)
-        progress.advance(1, twin_name)
+    n_batches = settings.core_reconstruction_batches + settings.core_sparsity_batches
+    progress = harness.Progress("core evaluation", n_batches, "batches")
+    trained = {key: sae.folded() for key, sae in training.saes.items()}
     with harness.quiet(log):
-        fvu = harness.fraction_unexplained(saes, model, settings)
+        l0 = harness.mean_l0(trained, model, settings)
+        saes = {}
+        for (layer, seed), sae in trained.items():
+            k = min(max(round(l0[layer, seed]), 1), settings.d_sae)
+            scale = training.saes[layer, seed].scale
+            twin = new_sae(settings, layer, seed, training.mean[layer], scale, {}, k)
+            name = sae_name(layer, seed)
+            saes |= {name: sae, f"{name}_untrained": twin.folded()}
+        core = core_evaluation(saes, model, settings, out_dir, progress.advance)
     progress.close()
     seconds["seconds_core"] = time.monotonic() - started
     started = time.monotonic()
     with harness.tinylm_tasks(settings):
         n_probed = len(harness.probe_names(settings)) * len(saes)
         progress = harness.Progress("sparse probing", n_probed, "SAEs x sets")
-        probing = sparse_probing(saes, model, settings, out_dir, progress, log)
+        with harness.quiet(log):
+            probing = sparse_probing(saes, model, settings, out_dir, progress)
         progress.close()
     seconds["seconds_sparse_probing"] = time.monotonic() - started
-    return {"core": core, "fvu": fvu, "probing": probing}, seconds
+    return {"core": core, "probing": probing}, seconds
 
 
 # =============================================================================================
@@ -733,13 +783,11 @@ def layer_metrics(
         name, twin = sae_name(layer, seed), f"{sae_name(layer, seed)}_untrained"
         last = training.last[layer, seed]
         row = evaluation["core"][name] | evaluation["probing"][name]
-        row["fvu"] = evaluation["fvu"][name]
         for metric, value in evaluation["probing"][twin].items():
             if metric.startswith("sae_"):
                 row[f"untrained_{metric.removeprefix('sae_')}"] = value
-        for metric in ("l0", "ce_loss_score"):
+        for metric in ("l0", "ce_loss_score", "fvu"):
             row[f"untrained_{metric}"] = evaluation["core"][twin][metric]
-        row["untrained_fvu"] = evaluation["fvu"][twin]
         row |= {m: last[m] for m in (*BOUNDED, "w", "dead_fraction")}
         row |= {m: value for m, value in last.items() if m.startswith("loss")}
         row["training_tokens"] = training.tokens
@@ -841,6 +889,11 @@ def settings_of(name: str, profile: str) -> Settings:
         ("curriculum", lambda v: isinstance(v, bool), "True or False"),
         ("device", lambda v: v in ("auto", "cpu", "cuda"), "'auto', 'cpu' or 'cuda'"),
         ("lm_dtype", lambda v: v in ("float32", "bfloat16"), "'float32' or 'bfloat16'"),
+        (
+            "train_dtype",
+            lambda v: v in ("auto", "float32", "bfloat16"),
+            "'auto', 'float32' or 'bfloat16'",
+        ),
         ("seeds", lambda v: v and len(set(v)) == len(v) and min(v) >= 0, "different, 0 or above"),
         ("layers", lambda v: v and len(set(v)) == len(v) and min(v) >= 0, "different, 0 or above"),
         (
@@ -883,6 +936,7 @@ def run(out_dir: Path, log: Path) -> None:
     fixed = constants(settings, out_dir)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # no result depends on it
     torch.backends.cudnn.benchmark = False
     with harness.quiet(log):
         lm = harness.load_language_model(settings.model, settings.lm_dtype, device)
@@ -894,11 +948,14 @@ def run(out_dir: Path, log: Path) -> None:
         )
     if moved := harness.prepare_out_dir(out_dir):
         print(moved)
-    harness.write_config(settings, profile, device, out_dir)
+    train_dtype = harness.choose_train_dtype(settings, device)
+    harness.write_config(settings, profile, device, train_dtype, out_dir)
 
     texts = harness.documents(settings.training_text, "train")
     stream = harness.TokenStream(texts, lm.tokenizer, settings.context)
-    buffer = ActivationBuffer(lm, stream, settings.layers, settings.harvest_contexts)
+    buffer = ActivationBuffer(
+        lm.cast(train_dtype), stream, settings.layers, settings.harvest_contexts
+    )
     training = train(settings, buffer, fixed, out_dir / "train_log.jsonl")
     for (layer, seed), sae in training.saes.items():
         folder = out_dir / "sae" / f"layer_{layer}" / f"seed_{seed}"

@@ -28,6 +28,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -212,7 +213,49 @@ def choose_device(settings: Settings, profile: str) -> torch.device:
     return torch.device(wanted)
 
 
+def choose_train_dtype(settings: Settings, device: torch.device) -> str:
+    """What `settings.train_dtype` stands for: "auto" is bfloat16 where the hardware multiplies it.
+
+    On processors that don't, bfloat16 is emulated and many times slower than float32.
+    """
+    import torch
+
+    if settings.train_dtype != "auto":
+        return settings.train_dtype
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        cpu = torch.cpu.get_capabilities()
+        native = any(cpu.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16"))
+    return "bfloat16" if native else "float32"
+
+
 # ---------------------------------------------------------------------------- output
+
+
+class _Console:
+    """Standard output, also while `quiet` sends it elsewhere: progress is shown all the time."""
+
+    encoding = "utf-8"
+    outer: Any = None  # standard output as it was before `quiet`
+
+    def _stream(self) -> Any:
+        return self.outer or sys.stdout
+
+    def write(self, text: str) -> None:
+        self._stream().write(text)
+
+    def flush(self) -> None:
+        self._stream().flush()
+
+    def fileno(self) -> int:
+        return self._stream().fileno()
+
+    def isatty(self) -> bool:
+        return self._stream().isatty()
+
+
+CONSOLE = _Console()
 
 
 @contextlib.contextmanager
@@ -226,17 +269,64 @@ def quiet(log: Path) -> Iterator[None]:
     streams = sys.stdout, sys.stderr
     text = open(target, "w", buffering=1, encoding="utf-8", errors="replace", closefd=False)
     try:
+        own_stdout = sys.stdout.fileno() != 1
+    except (OSError, ValueError, AttributeError):
+        own_stdout = True
+    try:
+        CONSOLE.outer = streams[0] if own_stdout else open(saved[0], "w", closefd=False)
         os.dup2(target, 1)
         os.dup2(target, 2)
         sys.stdout = sys.stderr = text
         yield
     finally:
+        CONSOLE.flush()
+        CONSOLE.outer = None
         sys.stdout, sys.stderr = streams
         text.flush()
         for number, descriptor in zip((1, 2), saved):
             os.dup2(descriptor, number)
             os.close(descriptor)
         os.close(target)
+
+
+def in_threads(
+    function: Callable[[Any, Any], Any], keys: list, parts: list, device: torch.device
+) -> Iterator[tuple[Any, Any, Any]]:
+    """Calls function(key, part) for every key and part, several keys at once on a CPU.
+
+    A key's parts come one after the other, in order; each call has its own share of the cores,
+    the same one every time, so that its results are reproducible bit for bit.
+
+    Yields:
+        key, part and result, as calls end.
+    """
+    import torch
+
+    cores = torch.get_num_threads()
+    n_workers = min(len(keys), cores) if device.type == "cpu" else 1
+    if n_workers == 1:
+        for part in parts:
+            for key in keys:
+                yield key, part, function(key, part)
+        return
+    share = cores // n_workers
+    ready, next_part = list(keys), dict.fromkeys(keys, 0)
+    running: dict[Future, Any] = {}
+    with ThreadPoolExecutor(n_workers, "steps", torch.set_num_threads, (share,)) as pool:
+        try:
+            while ready or running:
+                while ready and len(running) < n_workers:
+                    key = ready.pop(0)
+                    running[pool.submit(function, key, parts[next_part[key]])] = key
+                for done in wait(running, return_when=FIRST_COMPLETED).done:
+                    key = running.pop(done)
+                    yield key, parts[next_part[key]], done.result()
+                    next_part[key] += 1
+                    if next_part[key] < len(parts):
+                        ready.append(key)
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(cores)
 
 
 class Progress:
@@ -255,11 +345,11 @@ class Progress:
         self.note = ""
         self.started = self.last = time.monotonic()
         self.bar = None
-        if sys.stdout.isatty():
+        if CONSOLE.isatty():
             from tqdm import tqdm
 
             self.bar = tqdm(
-                total=total, desc=stage, unit=f" {unit}", unit_scale=True, file=sys.stdout,
+                total=total, desc=stage, unit=f" {unit}", unit_scale=True, file=CONSOLE,
                 dynamic_ncols=True,
             )  # fmt: skip
 
@@ -288,7 +378,7 @@ class Progress:
 
     def _line(self, state: str) -> None:
         note = f", {self.note}" if self.note else ""
-        print(f"{self.stage}: {state}{note}", flush=True)
+        print(f"{self.stage}: {state}{note}", file=CONSOLE, flush=True)
 
 
 # ---------------------------------------------------------------------------- what ran, and where
@@ -303,7 +393,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write_config(settings: Settings, profile: str, device: torch.device, out_dir: Path) -> None:
+def write_config(
+    settings: Settings, profile: str, device: torch.device, train_dtype: str, out_dir: Path
+) -> None:
     """Writes what ran and where: config.json, and the code itself beside it."""
     import torch
 
@@ -326,6 +418,7 @@ def write_config(settings: Settings, profile: str, device: torch.device, out_dir
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cudnn_benchmark": torch.backends.cudnn.benchmark,
         "dtype": settings.lm_dtype,
+        "train_dtype": train_dtype,
         "device": str(device),
         "hardware": {
             "machine": platform.machine(),
@@ -471,6 +564,11 @@ class TokenStream:
             self._pending.extend(ids)
 
 
+def special_ids(tokenizer: Any) -> set[int]:
+    """The ids of BOS, EOS and padding."""
+    return {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+
+
 class _LastLayerReached(Exception):
     """Ends a forward pass after the last layer that is wanted."""
 
@@ -480,9 +578,7 @@ class LanguageModel:
 
     def __init__(self, hf: nn.Module, tokenizer: Any, name: str) -> None:
         self.hf, self.tokenizer, self.name = hf, tokenizer, name
-        self.special_ids = {
-            tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-        }  # fmt: skip
+        self.special_ids = special_ids(tokenizer)
 
     def activations(self, tokens_BL: Tensor, layers: tuple[int, ...]) -> list[Tensor]:
         """Residual streams after the given blocks, from one forward pass that stops at the last.
@@ -517,6 +613,15 @@ class LanguageModel:
             for hook in hooks:
                 hook.remove()
         return [found[layer] for layer in layers]
+
+    def cast(self, dtype: str) -> LanguageModel:
+        """The same model in another precision; itself where it has that precision."""
+        import torch
+
+        if self.hf.dtype == getattr(torch, dtype):
+            return self
+        hf = copy.deepcopy(self.hf).to(getattr(torch, dtype))
+        return LanguageModel(hf, self.tokenizer, self.name)
 
     def hooked(self) -> Any:
         """The same model as TransformerLens' HookedTransformer, unprocessed, for SAE-Bench."""
@@ -756,42 +861,233 @@ def formatted(sae: CustomSAE, settings: Settings) -> CustomSAE:
     return general_utils.load_and_format_sae("", sae, str(sae.W_enc.device))[1]
 
 
-def fraction_unexplained(
-    saes: dict[Any, CustomSAE], model: Any, settings: Settings
-) -> dict[Any, float]:
-    """fvu = Σ‖x − x̂‖² / Σ‖x − x̄‖² over the evaluation tokens, for folded SAEs by any key.
+def side_by_side(jobs: dict[Any, Callable[[], Any]]) -> dict[Any, Any]:
+    """Runs functions in turns, each until it returns or calls `give_way`: {name: its result}.
 
-    Reported because SAE-Bench 0.6.0's `explained_variance` averages x² where it should average x
-    (evals/core/main.py, mean_act_per_dimension), so a constant prediction doesn't score 0.
+    One thread, one order: what they compute is reproducible. An exception of one ends all.
+    """
+    from greenlet import greenlet
+
+    running = {name: greenlet(job) for name, job in jobs.items()}
+    results = {}
+    try:
+        while running:
+            for name, turn in list(running.items()):
+                result = turn.switch()
+                if turn.dead:
+                    results[name] = result
+                    del running[name]
+    finally:
+        for turn in running.values():  # after an exception: leave their with blocks now
+            turn.throw()
+    return results
+
+
+def give_way() -> None:
+    """Lets the other functions of `side_by_side` catch up."""
+    from greenlet import getcurrent
+
+    getcurrent().parent.switch()
+
+
+class SharedPasses:
+    """The batches, and the language model's passes, of core evaluations that run side by side.
+
+    SAE-Bench's `run_evals` asks a store for batches and a model for passes over them, and makes
+    every pass anew for each SAE. Here SAEs advance together, and a batch costs one pass of the
+    unchanged model for all of them, one from each ablated layer on, and for each SAE one from its
+    own layer on. The tensors are the stock ones bit for bit. Only one batch is held.
+
+    Args:
+        model: a HookedTransformer. store: SAELens' ActivationsStore of the evaluation text.
+        layers: those of the SAEs.
+        advance: called with 1 after each batch.
+    """
+
+    def __init__(
+        self, model: Any, store: Any, layers: Iterable[int], advance: Callable[[int], None]
+    ) -> None:
+        self.model, self.store, self.advance = model, store, advance
+        self.layers = sorted(set(layers))
+        self.hooks = {f"blocks.{layer}.hook_resid_post": layer for layer in self.layers}
+        self.n_batches = self.n_resets = 0
+        self.tokens_BL: Tensor | None = None
+        self.passes: dict[Any, Any] = {}
+        # Sums over the tokens of the sparsity batches, for fvu: {hook: …}.
+        self.count = 0
+        self.sum_D: dict[str, Any] = dict.fromkeys(self.hooks, 0.0)
+        self.squares: dict[str, float] = dict.fromkeys(self.hooks, 0.0)
+
+    def batch(self, number: int, n_prompts: int) -> Tensor:
+        """The batch of this number, from 1 on: the last one, or the next."""
+        if number > self.n_batches:
+            self.n_batches = number
+            self.tokens_BL = self.store.get_batch_tokens(n_prompts)
+            self.passes = {}
+            self.advance(1)
+        return self.tokens_BL
+
+    def reset(self, number: int) -> None:
+        """The store's reset of this number, from 1 on."""
+        if number > self.n_resets:
+            self.n_resets = number
+            self.store.reset_input_dataset()
+
+    def once(self, key: Any, compute: Callable[[], Any]) -> Any:
+        """What `compute` returns, computed once for the batch."""
+        if key not in self.passes:
+            self.passes[key] = compute()
+        return self.passes[key]
+
+    def original(self) -> tuple[Any, Any]:
+        """Logits and losses of the unchanged model; its residual streams by hook."""
+        return self.once(
+            "original",
+            lambda: self.model.run_with_cache(
+                self.tokens_BL, return_type="both", loss_per_token=True,
+                names_filter=list(self.hooks),
+            ),
+        )  # fmt: skip
+
+    def residuals(self) -> Any:
+        """The residual streams by hook, and the count of what fvu needs of them."""
+
+        def compute() -> Any:
+            _, cache = self.model.run_with_cache(
+                self.tokens_BL, prepend_bos=False, names_filter=list(self.hooks),
+                stop_at_layer=self.layers[-1] + 1,
+            )  # fmt: skip
+            keep_BL = self.keep()
+            self.count += int(keep_BL.sum())
+            for hook in self.hooks:
+                x_ND = cache[hook][keep_BL].double()
+                self.sum_D[hook] = self.sum_D[hook] + x_ND.sum(0)
+                self.squares[hook] += float(x_ND.pow(2).sum())
+            return cache
+
+        return self.once("residuals", compute)
+
+    def keep(self) -> Tensor:
+        """(B, L) bool: neither BOS nor EOS nor padding."""
+        import torch
+
+        special = torch.tensor(sorted(special_ids(self.model.tokenizer)))
+        return ~torch.isin(self.tokens_BL, special.to(self.tokens_BL.device))
+
+    def spread(self, hook: str) -> float:
+        """Σ‖x − x̄‖² over the tokens of the sparsity batches."""
+        return self.squares[hook] - float(self.sum_D[hook].pow(2).sum()) / self.count
+
+
+class SharedView:
+    """SharedPasses for one SAE: what `run_evals` takes for a store and for a model."""
+
+    def __init__(self, shared: SharedPasses, sae: CustomSAE) -> None:
+        self.shared, self.hook = shared, sae.cfg.hook_name
+        self.n_batches = self.n_resets = 0
+        self.error = 0.0  # Σ‖x − x̂‖² over the tokens of the sparsity batches
+        self.x_BLD: Tensor | None = None  # what the SAE is to reconstruct, in those batches
+        self.context_size = shared.store.context_size
+        decode = sae.decode
+
+        def decode_and_count(feature_acts: Tensor) -> Tensor:
+            out_BLD = decode(feature_acts)
+            if self.x_BLD is not None:
+                error_BLD = (self.x_BLD - out_BLD)[shared.keep()].double()
+                self.error += float(error_BLD.pow(2).sum())
+                self.x_BLD = None
+            return out_BLD
+
+        sae.decode = decode_and_count
+
+    def get_batch_tokens(self, n_prompts: int) -> Tensor:
+        give_way()
+        self.n_batches += 1
+        return self.shared.batch(self.n_batches, n_prompts)
+
+    def reset_input_dataset(self) -> None:
+        self.n_resets += 1
+        self.shared.reset(self.n_resets)
+
+    def __call__(self, tokens_BL: Tensor, return_type: str, loss_per_token: bool) -> Any:
+        return self.shared.original()[0]
+
+    def run_with_hooks(
+        self, tokens_BL: Tensor, return_type: str, fwd_hooks: list, loss_per_token: bool
+    ) -> Any:
+        ((name, hook),) = fwd_hooks
+        changed_BLD = hook(self.shared.original()[1][name], hook=None)
+
+        def compute() -> Any:
+            return self.shared.model(
+                changed_BLD, start_at_layer=self.shared.hooks[name] + 1, tokens=tokens_BL,
+                return_type=return_type, loss_per_token=loss_per_token,
+            )  # fmt: skip
+
+        return compute() if changed_BLD.any() else self.shared.once(("ablated", name), compute)
+
+    def run_with_cache(self, tokens_BL: Tensor, **kwargs: Any) -> tuple[None, Any]:
+        cache = self.shared.residuals()
+        self.x_BLD = cache[self.hook]
+        return None, cache
+
+    def fvu(self) -> float:
+        """Σ‖x − x̂‖² / Σ‖x − x̄‖² over the tokens of the sparsity batches.
+
+        Reported because SAE-Bench 0.6.0's `explained_variance` averages x² where it should
+        average x (evals/core/main.py, mean_act_per_dimension): a constant doesn't score 0.
+        """
+        return self.error / self.shared.spread(self.hook)
+
+
+def run_core(
+    saes: dict[Any, CustomSAE], model: Any, settings: Settings, advance: Callable[[int], None]
+) -> dict[Any, tuple[dict, dict, float]]:
+    """SAE-Bench's `run_evals` of SAEs that `formatted` has prepared, side by side.
+
+    Returns:
+        by the SAEs' keys: scalars by group, metrics of each feature, and fvu.
     """
     import torch
+    from sae_bench.evals.core import main as core
 
-    first = formatted(next(iter(saes.values())), settings)
-    store = core_store(settings, model, first)
-    special = torch.tensor(
-        [model.tokenizer.pad_token_id, model.tokenizer.eos_token_id, model.tokenizer.bos_token_id]
-    )
-    hooks = sorted({sae.cfg.hook_name for sae in saes.values()})
-    last = max(sae.cfg.hook_layer for sae in saes.values())
-    error = dict.fromkeys(saes, 0.0)
-    count, total, squares = 0, dict.fromkeys(hooks, 0.0), dict.fromkeys(hooks, 0.0)
-    for _ in range(settings.core_sparsity_batches):
-        tokens_BL = store.get_batch_tokens(settings.core_prompts)
-        keep_BL = ~torch.isin(tokens_BL, special.to(tokens_BL.device))
-        _, cache = model.run_with_cache(
-            tokens_BL, prepend_bos=False, names_filter=hooks, stop_at_layer=last + 1
+    config = core_config(settings)
+    store = core_store(settings, model, next(iter(saes.values())))
+    shared = SharedPasses(model, store, (sae.cfg.hook_layer for sae in saes.values()), advance)
+    views = {key: SharedView(shared, sae) for key, sae in saes.items()}
+
+    def job(key: Any) -> Callable[[], tuple[dict, dict]]:
+        return lambda: core.run_evals(
+            saes[key], views[key], views[key], config, ignore_tokens=special_ids(model.tokenizer)
         )
-        count += int(keep_BL.sum())
-        for hook in hooks:
-            x_ND = cache[hook][keep_BL].float()
-            total[hook] = total[hook] + x_ND.double().sum(0)
-            squares[hook] += float(x_ND.double().pow(2).sum())
-            for key, sae in saes.items():
-                if sae.cfg.hook_name == hook:
-                    with torch.no_grad():
-                        error[key] += float((x_ND - sae(x_ND)).double().pow(2).sum())
-    spread = {hook: squares[hook] - float(total[hook].pow(2).sum()) / count for hook in hooks}
-    return {key: error[key] / spread[sae.cfg.hook_name] for key, sae in saes.items()}
+
+    # Around all of them: each run_evals restores, when it ends, the mode that it began in.
+    with torch.no_grad():
+        results = side_by_side({key: job(key) for key in saes})
+    return {
+        key: (scalars, features, views[key].fvu()) for key, (scalars, features) in results.items()
+    }
+
+
+def mean_l0(
+    saes: dict[Any, CustomSAE], model: Any, settings: Settings, n_batches: int = 4
+) -> dict[Any, float]:
+    """Active features per token, on the first batches of the evaluation text, by any key."""
+    import torch
+
+    ready = {key: formatted(sae, settings) for key, sae in saes.items()}
+    store = core_store(settings, model, next(iter(ready.values())))
+    layers = (sae.cfg.hook_layer for sae in ready.values())
+    shared = SharedPasses(model, store, layers, advance=lambda n: None)
+    active = dict.fromkeys(saes, 0)
+    with torch.no_grad():
+        for number in range(1, n_batches + 1):
+            shared.batch(number, settings.core_prompts)
+            cache, keep_BL = shared.residuals(), shared.keep()
+            for key, sae in ready.items():
+                f_NF = sae.encode(cache[sae.cfg.hook_name][keep_BL])
+                active[key] += int((f_NF > 0).sum())
+    return {key: count / shared.count for key, count in active.items()}
 
 
 def probe_tokens(dataset: str, model: Any, settings: Settings) -> list[dict[str, Any]]:
@@ -888,7 +1184,7 @@ def probe(train: dict, test: dict, prefix: str, ks: tuple[int, ...]) -> dict[str
 
 
 def save_core(
-    name: str, sae: CustomSAE, config: Any, scalars: dict, features: dict, out_dir: Path
+    name: str, sae: CustomSAE, scalars: dict, features: dict, settings: Settings, out_dir: Path
 ) -> None:
     """Writes an SAE's core results as SAE-Bench's multiple_evals does."""
     from sae_bench.evals.core import main as core
@@ -905,7 +1201,7 @@ def save_core(
         {
             "sae_set": name,
             "sae_id": "custom_sae",
-            "eval_cfg": config,
+            "eval_cfg": core_config(settings),
             "metrics": scalars,
             # Features that never fire have no such ratio; this is SAE-Bench's own step.
             "feature_metrics": core.replace_nans_with_negative_one(features),

@@ -116,30 +116,79 @@ def test_untrained_twin_has_equal_width_and_l0_and_was_never_trained(scored) -> 
             assert 0 <= means[f"untrained_top_{k}_test_accuracy"] <= 1
 
 
-def test_fvu_is_the_formula(scored) -> None:
-    """A constant prediction scores 1, a perfect one 0, and the run's SAE what numpy says."""
-    toy, settings, out_dir = scored
-    lm = harness.load_language_model(settings.model)
-    model = lm.hooked()
-    layer = settings.layers[1]
-    stored = SAE.load_from_disk(out_dir / "sae" / f"layer_{layer}" / "seed_0")
-    sae = toy.CustomSAE(32, settings.d_sae, settings.model, layer, k=settings.k_min)
-    sae.load_state_dict(stored.state_dict(), strict=False)
-    store = harness.core_store(settings, model, harness.formatted(sae, settings))
-    parts = []
-    for _ in range(settings.core_sparsity_batches):
-        tokens_BL = store.get_batch_tokens(settings.core_prompts)
-        acts = lm.activations(tokens_BL, (layer,))[0]
-        parts.append(acts[tokens_BL > 2])
-    x = torch.cat(parts).double()
+def two_saes(toy, settings, model) -> dict:
+    """SAEs of layers 0 and 2, prepared for SAE-Bench."""
+    generator = torch.Generator().manual_seed(3)
+    saes = {}
+    for layer in (0, 2):
+        mean = torch.randn(32, generator=generator)
+        sae = toy.new_sae(settings, layer, layer, mean, 1.0, {}, 4)
+        saes[f"layer_{layer}"] = harness.formatted(sae, settings)
+    return saes
+
+
+def stock_core(sae, settings, model) -> tuple[dict, dict]:
+    from sae_bench.evals.core import main as core
+
+    store = harness.core_store(settings, model, sae)
+    return core.run_evals(sae, store, model, harness.core_config(settings), ignore_tokens={0, 1, 2})
+
+
+def test_core_side_by_side_is_stock_core_one_by_one(toy, toy_lm) -> None:
+    """Shared passes change no figure, not even in the last bit, and each batch is read once."""
+    settings = dataclasses.replace(toy.settings_of("run_1", "tinylm"), layers=(0, 2))
+    model = toy_lm.hooked()
+    saes = two_saes(toy, settings, model)
+    seen = []
+    together = harness.run_core(saes, model, settings, seen.append)
+    assert len(seen) == settings.core_reconstruction_batches + settings.core_sparsity_batches
+    for name, sae in saes.items():
+        scalars, features = stock_core(sae, settings, model)
+        assert together[name][0] == scalars
+        # As text, since a feature that never fires has a NaN, which equals nothing.
+        assert json.dumps(together[name][1]) == json.dumps(features)
+
+
+def test_an_error_in_one_core_evaluation_ends_all(toy, toy_lm) -> None:
+    settings = dataclasses.replace(toy.settings_of("run_1", "tinylm"), layers=(0, 2))
+    model = toy_lm.hooked()
+    saes = two_saes(toy, settings, model)
+
+    def broken(features):
+        raise RuntimeError("broken decoder")
+
+    saes["layer_2"].decode = broken
+    with pytest.raises(RuntimeError, match="broken decoder"):
+        harness.run_core(saes, model, settings, lambda n: None)
+    assert torch.is_grad_enabled()
+
+
+def test_fvu_is_the_formula(toy, toy_lm) -> None:
+    """A constant scores 1, and an SAE what the formula says of the tokens that stock core sees."""
+    settings = dataclasses.replace(toy.settings_of("run_1", "tinylm"), layers=(2,))
+    model = toy_lm.hooked()
+    sae = two_saes(toy, settings, model)["layer_2"]
+    seen = []
+    encode = sae.encode
+    sae.encode = lambda x: (seen.append(x), encode(x))[1]
+    store = harness.core_store(settings, model, sae)
+    tokens = []
+    take = store.get_batch_tokens
+    store.get_batch_tokens = lambda n: (tokens.append(take(n)), tokens[-1])[1]
+    from sae_bench.evals.core import main as core
+
+    core.run_evals(sae, store, model, harness.core_config(settings), ignore_tokens={0, 1, 2})
+    n = settings.core_sparsity_batches  # its passes come last
+    x = torch.cat([acts[ids > 2] for acts, ids in zip(seen[-n:], tokens[-n:])]).double()
+    sae.encode = encode
     error = (x - sae(x.float()).detach().double()).pow(2).sum()
     expected = float(error / (x - x.mean(0)).pow(2).sum())
-    info = json.loads((out_dir / "final_info.json").read_text())
-    assert info[f"layer_{layer}"]["means"]["fvu"] == pytest.approx(expected, rel=1e-4)
-    constant = toy.CustomSAE(32, settings.d_sae, settings.model, layer, k=1)
+    constant = toy.CustomSAE(32, settings.d_sae, settings.model, 2, k=1)
     constant.b_dec.data = x.mean(0).float()
-    fvu = harness.fraction_unexplained({"constant": constant}, model, settings)
-    assert fvu["constant"] == pytest.approx(1.0, rel=1e-5)
+    both = {"sae": sae, "constant": harness.formatted(constant, settings)}
+    results = harness.run_core(both, model, settings, lambda n: None)
+    assert results["sae"][2] == pytest.approx(expected, rel=1e-6)
+    assert results["constant"][2] == pytest.approx(1.0, rel=1e-5)
 
 
 @pytest.mark.parametrize("curriculum", [True, False])
@@ -177,7 +226,7 @@ def test_a_nan_in_core_stops_the_run_and_is_not_recorded_as_minus_one(
     sae = toy.new_sae(settings, 2, 0, torch.zeros(32), 1.0, {}, 4)
     sae.b_dec.data[0] = float("nan")
     with pytest.raises(ExperimentError, match="core evaluation of broken: .* is nan"):
-        toy.core_evaluation(sae, "broken", toy_lm.hooked(), settings, tmp_path)
+        toy.core_evaluation({"broken": sae}, toy_lm.hooked(), settings, tmp_path)
     assert not list(tmp_path.rglob("*.json"))
 
 

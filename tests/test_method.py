@@ -245,9 +245,8 @@ def test_folding_gives_raw_units(k) -> None:
 
 
 def small_settings(**changes) -> Settings:
-    return Settings(
-        **dict(d_sae=32, k_min=4, batch=64, training_tokens=64 * 60, dead_after=64 * 5, lr=2e-3) | changes
-    )
+    small = dict(d_sae=32, k_min=4, batch=64, training_tokens=64 * 60, dead_after=64 * 5, lr=2e-3)
+    return Settings(**small | changes)
 
 
 def structured(n: int, seed: int = 0, d_in: int = 8, n_true: int = 24) -> torch.Tensor:
@@ -313,6 +312,20 @@ def test_dead_features_are_counted_and_brought_back() -> None:
         left[resample] = int((~fired[:16]).sum())
     assert left[False] == 16
     assert left[True] <= 4
+
+
+def test_bfloat16_products_leave_float32_weights_and_nearly_the_same_training() -> None:
+    """Gradients differ by bfloat16's rounding (2^-9 per factor), and only by that."""
+    grads = {}
+    for autocast in (False, True):
+        settings = small_settings()
+        sae = experiment.new_sae(settings, 0, 0, torch.zeros(8), 1.0, {}, settings.k_min)
+        trainer = Trainer(sae, settings, 0, autocast)
+        trainer.step(structured(64), 0.5, log=False)
+        grads[autocast] = torch.cat([p.grad.flatten() for p in sae.weights()])
+        assert all(p.dtype == torch.float32 for p in sae.parameters())
+    difference = (grads[True] - grads[False]).norm() / grads[False].norm()
+    assert 0 < difference < 0.02
 
 
 def test_same_seed_same_weights_bit_for_bit() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -332,6 +333,51 @@ def test_progress_in_a_pipe_is_plain_lines(capsys) -> None:
     progress.close()
     out = capsys.readouterr().out
     assert re.fullmatch(r"stage:  50%, \d+ s left, fvu 0\.5\nstage: done in \d+ s, fvu 0\.5\n", out)
+
+
+def test_threads_take_the_parts_of_a_key_in_order_with_a_share_of_the_cores() -> None:
+    torch.set_num_threads(2)
+    seen: dict[str, list] = {"a": [], "b": [], "c": []}
+
+    def work(key: str, part: int) -> tuple[str, int]:
+        seen[key].append((part, torch.get_num_threads()))
+        return key, part
+
+    results = list(harness.in_threads(work, ["a", "b", "c"], [0, 1, 2, 3], torch.device("cpu")))
+    assert all(result == (key, part) for key, part, result in results)
+    assert sorted(results) == [(k, p, (k, p)) for k in "abc" for p in range(4)]
+    assert all(calls == [(part, 1) for part in range(4)] for calls in seen.values())
+    assert torch.get_num_threads() == 2
+
+    def broken(key: str, part: int) -> None:
+        if (key, part) == ("b", 1):
+            raise RuntimeError("step failed")
+
+    with pytest.raises(RuntimeError, match="step failed"):
+        list(harness.in_threads(broken, ["a", "b", "c"], [0, 1, 2, 3], torch.device("cpu")))
+    assert torch.get_num_threads() == 2
+
+
+def test_train_dtype_is_what_the_hardware_multiplies(toy, monkeypatch) -> None:
+    settings = toy.settings_of("run_1", "tinylm")
+    for capabilities, expected in (({"avx512_bf16": True}, "bfloat16"), ({}, "float32")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
+        assert harness.choose_train_dtype(settings, torch.device("cpu")) == expected
+    forced = dataclasses.replace(settings, train_dtype="bfloat16")
+    assert harness.choose_train_dtype(forced, torch.device("cpu")) == "bfloat16"
+
+
+def test_progress_is_shown_while_libraries_are_quiet(tmp_path: Path, capfd) -> None:
+    log = tmp_path / "log"
+    log.touch()
+    with harness.quiet(log):
+        progress = harness.Progress("stage", 10, "batches", every=0.0)
+        print("noise")
+        progress.advance(4, "halfway")
+        progress.close()
+    out = capfd.readouterr().out
+    assert "stage:  40%" in out and "halfway" in out and "noise" not in out
+    assert "noise" in log.read_text() and "stage" not in log.read_text()
 
 
 def test_quiet_catches_python_and_c_output(tmp_path: Path, capfd) -> None:
