@@ -62,21 +62,21 @@ class Settings:
     reg_lambda: float = 0.01  # λ of L_reg, on the learned θ
     curriculum: bool = True  # False: no selection, all active features reconstruct (k_min = 1)
     k_min: int = 16  # features selected per token at the end of the curriculum
-    k_start_factor: float = 4.0  # the curriculum starts at k_start = k_start_factor · k_min
-    curriculum_fraction: float = 0.3  # part of training after which k_t = k_min
+    k_start_factor: float = 2.0  # the curriculum starts at k_start = k_start_factor · k_min
+    curriculum_fraction: float = 0.1  # part of training after which k_t = k_min
 
     # Training.
     seeds: tuple[int, ...] = (0,)  # each sets initialization and the order of the tokens
-    training_tokens: int = 1_000_000
-    batch: int = 256  # tokens per step
-    lr: float = 7e-4  # Adam's learning rate for weights and biases
-    lr_warmup: float = 0.1  # part of training over which it rises from 0, while θ settles
-    lr_decay: float = 0.3  # part of training, at the end, over which it falls to 0
+    training_tokens: int = 1_400_000
+    batch: int = 640  # tokens per step
+    lr: float = 1.5e-3  # Adam's learning rate for weights and biases
+    lr_warmup: float = 0.2  # part of training over which it rises from 0, while θ settles
+    lr_decay: float = 0.2  # part of training, at the end, over which it falls to 0
     theta_lr: float = 1e-2  # Adam's learning rate for θ: no warm-up, no decay
     dead_after: int = 10_000  # tokens without firing after which a feature counts as dead
     resample: bool = True  # bring dead features back, until the learning rate decays
     buffer_tokens: int = 262_144  # activations per layer held, and shuffled, at once
-    harvest_contexts: int = 32  # contexts per forward pass of the language model
+    harvest_contexts: int = 16  # contexts per forward pass of the language model
     log_every: int = 20  # steps between lines of train_log.jsonl
 
     # Evaluation, by SAE-Bench.
@@ -103,10 +103,14 @@ PROFILES: dict[str, dict[str, Any]] = {
         training_text="monology/pile-uncopyrighted",
         d_sae=2304,  # 16384 is the next step up
         k_min=64,
+        k_start_factor=4.0,
+        curriculum_fraction=0.3,
         training_tokens=50_000_000,
         batch=2048,
         lr=3e-4,
+        lr_warmup=0.02,
         dead_after=2_500_000,
+        harvest_contexts=64,
         log_every=100,
         core_text="Skylion007/openwebtext",
         core_reconstruction_batches=200,
@@ -382,15 +386,26 @@ class ActivationBuffer:
         """
         parts = [] if self._rest is None else [self._rest]
         have = sum(part.shape[1] for part in parts)
-        while have < n:
-            tokens_BL = self.stream.contexts(self.contexts).to(self.lm.hf.device)
-            keep_BL = ~torch.isin(
-                tokens_BL, torch.tensor(sorted(self.lm.special_ids), device=tokens_BL.device)
-            )
+        special = torch.tensor(sorted(self.lm.special_ids))
+
+        def harvest(tokens_BL: Tensor) -> Tensor:
+            keep_BL = ~torch.isin(tokens_BL, special)
             acts = self.lm.activations(tokens_BL, self.layers)
-            parts.append(torch.stack([acts_BLD[keep_BL] for acts_BLD in acts]))
-            have += parts[-1].shape[1]
-            advance(parts[-1].shape[1])
+            return torch.stack([acts_BLD[keep_BL.to(acts_BLD.device)] for acts_BLD in acts])
+
+        while have < n:
+            per_pass = self.contexts * (self.stream.context - 1)
+            n_passes = max(1, (n - have) // per_pass)
+            passes = self.stream.contexts(n_passes * self.contexts).split(self.contexts)
+            found = {}
+            for index, _, part in harness.in_threads(
+                lambda index, _: harvest(passes[index]),
+                list(range(n_passes)), [None], self.lm.hf.device,
+            ):  # fmt: skip
+                found[index] = part
+                advance(part.shape[1])
+            parts += [found[index] for index in range(n_passes)]
+            have = sum(part.shape[1] for part in parts)
         everything = torch.cat(parts, dim=1)
         self._rest = everything[:, n:].clone()
         return everything[:, :n]

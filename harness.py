@@ -25,6 +25,7 @@ import resource
 import shutil
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -579,6 +580,9 @@ class LanguageModel:
     def __init__(self, hf: nn.Module, tokenizer: Any, name: str) -> None:
         self.hf, self.tokenizer, self.name = hf, tokenizer, name
         self.special_ids = special_ids(tokenizer)
+        self._pass = threading.local()  # passes run side by side, each with its own results
+        for layer, block in enumerate(hf.model.layers):
+            block.register_forward_hook(lambda _m, _i, out, at=layer: self._keep(at, out))
 
     def activations(self, tokens_BL: Tensor, layers: tuple[int, ...]) -> list[Tensor]:
         """Residual streams after the given blocks, from one forward pass that stops at the last.
@@ -590,29 +594,24 @@ class LanguageModel:
         """
         import torch
 
-        found: dict[int, Tensor] = {}
-        last = max(layers)
-
-        def keep(layer: int, output: Any) -> None:
-            # transformers 4 returns a tuple here, transformers 5 the tensor.
-            found[layer] = output[0] if isinstance(output, tuple) else output
-            if layer == last:
-                raise _LastLayerReached
-
-        blocks = self.hf.model.layers
-        hooks = [
-            blocks[layer].register_forward_hook(lambda _m, _i, out, at=layer: keep(at, out))
-            for layer in layers
-        ]
+        self._pass.found, self._pass.layers = {}, layers
         try:
             with torch.no_grad():
                 self.hf.model(input_ids=tokens_BL.to(self.hf.device), use_cache=False)
         except _LastLayerReached:
             pass
         finally:
-            for hook in hooks:
-                hook.remove()
+            found, self._pass.found, self._pass.layers = self._pass.found, {}, ()
         return [found[layer] for layer in layers]
+
+    def _keep(self, layer: int, output: Any) -> None:
+        """Called after each block: keeps its output if this thread's pass is to have it."""
+        layers = getattr(self._pass, "layers", ())
+        if layer in layers:
+            # transformers 4 returns a tuple here, transformers 5 the tensor.
+            self._pass.found[layer] = output[0] if isinstance(output, tuple) else output
+            if layer == max(layers):
+                raise _LastLayerReached
 
     def cast(self, dtype: str) -> LanguageModel:
         """The same model in another precision; itself where it has that precision."""
@@ -620,7 +619,9 @@ class LanguageModel:
 
         if self.hf.dtype == getattr(torch, dtype):
             return self
-        hf = copy.deepcopy(self.hf).to(getattr(torch, dtype))
+        hf = type(self.hf)(self.hf.config).to(self.hf.device).requires_grad_(False).eval()
+        for target, source in zip(hf.parameters(), self.hf.parameters()):
+            target.data = source.data.to(getattr(torch, dtype))  # buffers: RoPE needs float32
         return LanguageModel(hf, self.tokenizer, self.name)
 
     def hooked(self) -> Any:
