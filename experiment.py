@@ -388,23 +388,19 @@ class ActivationBuffer:
         have = sum(part.shape[1] for part in parts)
         special = torch.tensor(sorted(self.lm.special_ids))
 
-        def harvest(tokens_BL: Tensor) -> Tensor:
-            keep_BL = ~torch.isin(tokens_BL, special)
-            acts = self.lm.activations(tokens_BL, self.layers)
+        def harvest(index: int, passes: tuple[Tensor, ...]) -> Tensor:
+            keep_BL = ~torch.isin(passes[index], special)
+            acts = self.lm.activations(passes[index], self.layers)
             return torch.stack([acts_BLD[keep_BL.to(acts_BLD.device)] for acts_BLD in acts])
 
         while have < n:
-            per_pass = self.contexts * (self.stream.context - 1)
-            n_passes = max(1, (n - have) // per_pass)
+            n_passes = max(1, (n - have) // (self.contexts * (self.stream.context - 1)))
             passes = self.stream.contexts(n_passes * self.contexts).split(self.contexts)
-            found = {}
-            for index, _, part in harness.in_threads(
-                lambda index, _: harvest(passes[index]),
-                list(range(n_passes)), [None], self.lm.hf.device,
-            ):  # fmt: skip
+            found, indices, device = {}, list(range(n_passes)), self.lm.hf.device
+            for index, _, part in harness.in_threads(harvest, indices, [passes], device):
                 found[index] = part
                 advance(part.shape[1])
-            parts += [found[index] for index in range(n_passes)]
+            parts += [found[index] for index in indices]
             have = sum(part.shape[1] for part in parts)
         everything = torch.cat(parts, dim=1)
         self._rest = everything[:, n:].clone()
@@ -704,6 +700,7 @@ def core_evaluation(
 
 def sparse_probing(
     saes: dict[str, CustomSAE],
+    texts: dict[str, list[dict]],
     model: Any,
     settings: Settings,
     out_dir: Path,
@@ -727,10 +724,9 @@ def sparse_probing(
         states[key] = torch.get_rng_state()
         return results
 
-    for dataset in harness.probe_names(settings):
-        texts = harness.probe_tokens(dataset, model, settings)
+    for dataset, split in texts.items():
         (llm_train, sae_train), (llm_test, sae_test) = (
-            harness.pooled_features(tokens, model, ready, settings) for tokens in texts
+            harness.pooled_features(tokens, model, ready, settings) for tokens in split
         )
         llm = {
             layer: probes(layer, llm_train[layer], llm_test[layer], "llm")
@@ -749,7 +745,12 @@ def sparse_probing(
 
 
 def evaluate(
-    settings: Settings, training: Training, model: Any, out_dir: Path, log: Path
+    settings: Settings,
+    training: Training,
+    texts: dict[str, list[dict]],
+    model: Any,
+    out_dir: Path,
+    log: Path,
 ) -> tuple[dict[str, dict[str, dict]], dict[str, float]]:
     """Scores every SAE and its untrained twin: {kind: {name: results}}, and each kind's seconds.
 
@@ -774,12 +775,10 @@ def evaluate(
     progress.close()
     seconds["seconds_core"] = time.monotonic() - started
     started = time.monotonic()
-    with harness.tinylm_tasks(settings):
-        n_probed = len(harness.probe_names(settings)) * len(saes)
-        progress = harness.Progress("sparse probing", n_probed, "SAEs x sets")
-        with harness.quiet(log):
-            probing = sparse_probing(saes, model, settings, out_dir, progress)
-        progress.close()
+    progress = harness.Progress("sparse probing", len(texts) * len(saes), "SAEs x sets")
+    with harness.quiet(log):
+        probing = sparse_probing(saes, texts, model, settings, out_dir, progress)
+    progress.close()
     seconds["seconds_sparse_probing"] = time.monotonic() - started
     return {"core": core, "probing": probing}, seconds
 
@@ -949,6 +948,9 @@ def run(out_dir: Path, log: Path) -> None:
     if name not in PLAN:
         print(f"{name}: not in PLAN, defaults")
     fixed = constants(settings, out_dir)
+    with harness.quiet(log):
+        needs = harness.preflight(settings, device)
+    print("\n".join(needs), end="\n" if needs else "")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # no result depends on it
@@ -967,6 +969,8 @@ def run(out_dir: Path, log: Path) -> None:
     harness.write_config(settings, profile, device, train_dtype, out_dir)
 
     texts = harness.documents(settings.training_text, "train")
+    with harness.quiet(log):
+        probe_texts = harness.read_probe_texts(settings, lm.tokenizer, device)
     stream = harness.TokenStream(texts, lm.tokenizer, settings.context)
     buffer = ActivationBuffer(
         lm.cast(train_dtype), stream, settings.layers, settings.harvest_contexts
@@ -977,7 +981,7 @@ def run(out_dir: Path, log: Path) -> None:
         harness.export(sae, settings, folder)
     with harness.quiet(log):
         model = lm.hooked()
-    evaluation, seconds = evaluate(settings, training, model, out_dir, log)
+    evaluation, seconds = evaluate(settings, training, probe_texts, model, out_dir, log)
     seconds = training.seconds | seconds | {"seconds_total": time.monotonic() - began}
     write_records(settings, profile, training, evaluation, seconds, out_dir)
 

@@ -16,11 +16,14 @@ import datetime
 import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import math
 import os
 import platform
+import queue
 import random
+import re
 import resource
 import shutil
 import sys
@@ -44,6 +47,14 @@ HERE = Path(__file__).resolve().parent
 PRIMARY_KS = (1, 2, 5)  # the primary metric averages the SAE's probes of 1, 2 and 5 features
 MAX_L0_RATIO = 1.2  # runs whose L0 differ by more than 20% are not compared
 MIN_SEEDS = 3  # nor are runs that share fewer seeds
+LOWER = {  # by stage, the settings that take less memory there
+    "train": "batch, harvest_contexts or buffer_tokens",
+    "core evaluation": "core_prompts",
+    "sparse probing": "probe_llm_batch or probe_sae_batch",
+}
+DATA_GB = 5.0  # set aside for the probing data sets, which datasets stores twice
+STREAM_RETRIES = 6  # of a broken connection in a row: a minute in all
+NETWORK_LIBRARIES = ("httpx", "httpcore", "requests", "urllib3", "aiohttp")
 POOL_FILES = 512  # files of tinylm's corpus from which passages are drawn at a time
 VERSIONED = (
     "torch", "transformers", "sae-bench", "sae-lens", "transformer-lens", "datasets",
@@ -171,13 +182,27 @@ def main(run: Callable[[Path, Path], None], argv: list[str] | None = None) -> in
     except Exception as error:
         with log.open("a", encoding="utf-8") as file:
             traceback.print_exc(file=file)
+        cause = f"{type(error).__name__}: {str(error)[:1000]}"
+        if is_out_of_memory(error):
+            cause = f"out of memory during {Progress.stage_now} ({first_line(error)}): lower " + (
+                LOWER.get(Progress.stage_now, "d_sae or the number of layers and seeds")
+            )
         print(
-            f"experiment.py: {type(error).__name__}: {str(error)[:1000]}; "
+            f"experiment.py: {cause}; what was written so far is in {out_dir}, "
             f"the traceback is at the end of {log}",
             file=sys.stderr,
         )
         return 1
     return 0
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, on a GPU or a CPU."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
 
 
 def check(name: str, settings: Any, rules: Iterable[tuple[str, Callable, str]]) -> None:
@@ -229,6 +254,161 @@ def choose_train_dtype(settings: Settings, device: torch.device) -> str:
         cpu = torch.cpu.get_capabilities()
         native = any(cpu.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16"))
     return "bfloat16" if native else "float32"
+
+
+# ---------------------------------------------------------------------------- pre-flight
+
+
+def preflight(settings: Settings, device: torch.device) -> list[str]:
+    """Checks what a run needs, in seconds, before anything large is downloaded or computed.
+
+    The hub reachable or the files in its local cache, access to gated weights, every data set
+    there, disk and memory enough. tinylm needs none of it.
+
+    Returns:
+        lines that say what is needed and what there is.
+    Raises:
+        ExperimentError: what is missing, and what to do.
+    """
+    texts = [settings.training_text, settings.core_text, *settings.probe_sets]
+    wanted = [("model", settings.model)] if settings.model != "tinylm" else []
+    wanted += [("dataset", hub_name(text)) for text in texts if not text.startswith("tinylm")]
+    if not wanted:
+        return []
+    wanted = list(dict.fromkeys(wanted))
+    with ThreadPoolExecutor(len(wanted)) as pool:
+        problems = [p for p in pool.map(lambda kind_name: hub_problem(*kind_name), wanted) if p]
+    if problems:
+        more = f" (and {len(problems) - 1} more of the kind)" if len(problems) > 1 else ""
+        raise ExperimentError(problems[0] + more)
+    if settings.model == "tinylm":
+        return []
+    parts = memory_estimate(settings)
+    return [check_disk(settings, parts["language model"]), check_memory(parts, device)]
+
+
+def hub_name(text: str) -> str:
+    """The hub's name of a data set; SAE-Bench gives variants of one a suffix of its own."""
+    return text.removesuffix("_sentiment")
+
+
+def hub_problem(kind: str, name: str) -> str | None:
+    """Why a model or data set can't be had, in a sentence; None if it can.
+
+    Args:
+        kind: "model" or "dataset".
+    """
+    import huggingface_hub
+    from huggingface_hub import constants, errors
+
+    if os.path.isdir(name) or in_local_cache(kind, name):
+        return None
+    if constants.HF_HUB_OFFLINE:
+        return (
+            f"the {kind} {name!r} is not in the local cache {constants.HF_HOME} and HF_HUB_OFFLINE "
+            "is set: unset it, or set HF_HOME to a cache that holds it"
+        )
+    try:
+        huggingface_hub.HfApi().auth_check(name, repo_type=kind)
+    except errors.GatedRepoError:
+        return (
+            f"the {kind} {name!r} is gated and this account has no access: accept its licence on "
+            "its Hugging Face page, and log in with `hf auth login` (or set HF_TOKEN); "
+            "SAE_PROFILE=tinylm make run OUT=run_try works now"
+        )
+    except errors.RepositoryNotFoundError:
+        return (
+            f"the {kind} {name!r} is not on the hub, or is private: check the name at the top of "
+            "experiment.py, and log in with `hf auth login` (or set HF_TOKEN) if it is private"
+        )
+    except Exception as error:
+        return (
+            f"the hub can't be reached for the {kind} {name!r} ({type(error).__name__}), and it is "
+            f"not in the local cache {constants.HF_HOME}: connect to the network, or set HF_HOME "
+            "to a cache that holds it; SAE_PROFILE=tinylm make run OUT=run_try works now"
+        )
+    return None
+
+
+def in_local_cache(kind: str, name: str) -> bool:
+    """Whether the hub's cache, or that of `datasets`, holds files of it."""
+    import datasets
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE) / f"{kind}s--{name.replace('/', '--')}" / "snapshots"
+    prepared = Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")
+    if kind == "model":
+        return any(folder.glob("*/*.safetensors"))
+    return prepared.is_dir() or any(folder.glob("*/*"))
+
+
+def memory_estimate(settings: Settings) -> dict[str, float]:
+    """Bytes that the parts of a run need on its device, from the shapes of their largest tensors.
+
+    Training and evaluation follow each other: beside the language model and the SAEs, a run needs
+    the larger of the two.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = language_model_config(settings.model)
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    size = {"float32": 4, "bfloat16": 2}
+    lm_bytes = size[settings.lm_dtype]
+    D, F, V = config.hidden_size, settings.d_sae, config.vocab_size
+    n_saes = len(settings.layers) * len(settings.seeds)
+    n_tokens = settings.harvest_contexts * settings.context
+    core_tokens = settings.core_prompts * settings.context
+    return {
+        "language model": parameters * lm_bytes,
+        # Weights, gradient, two moments and the untrained twin, in float32.
+        "SAEs": n_saes * 2 * D * F * 4 * 5,
+        # The buffer, its parts while they are joined; a pass; ten tensors (B, F) of a step.
+        "training": 2 * settings.buffer_tokens * len(settings.layers) * D * lm_bytes
+        + n_tokens * (3 * config.intermediate_size + 6 * D) * lm_bytes
+        + 10 * settings.batch * F * 4,
+        # Logits: unchanged, ablated (a layer each), reconstructed, and six terms of the KL.
+        "evaluation": core_tokens * V * lm_bytes * (8 + len(settings.layers)),
+    }
+
+
+def check_memory(parts: dict[str, float], device: torch.device) -> str:
+    """A line with the estimate and what the device has free; ExperimentError if that is less."""
+    import torch
+
+    fixed = parts["language model"] + parts["SAEs"]
+    needed = (fixed + max(parts["training"], parts["evaluation"])) / 1e9
+    free = torch.cuda.mem_get_info(device)[0] / 1e9 if device.type == "cuda" else memory_gb()
+    listed = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in parts.items())
+    line = f"memory, estimated in GB: {listed}; {needed:.1f} at once, {free:.1f} free on {device}"
+    if needed > free:
+        lower = "batch or buffer_tokens" if parts["training"] > parts["evaluation"] else (
+            "core_prompts"
+        )
+        raise ExperimentError(f"{line}: lower {lower}, or free memory on the device")
+    return line
+
+
+def check_disk(settings: Settings, weights: float) -> str:
+    """A line with the space needed and free; ExperimentError if that is less.
+
+    Args:
+        weights: bytes of the language model in its precision.
+    """
+    from huggingface_hub import constants
+
+    cached = os.path.isdir(settings.model) or in_local_cache("model", settings.model)
+    # The hub stores Gemma-2-2b in float32: twice its size in bfloat16.
+    needed = (0 if cached else 2 * weights / 1e9) + DATA_GB
+    place = Path(constants.HF_HOME)
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free / 1e9
+    line = f"disk: up to {needed:.1f} GB for weights and data sets, {free:.1f} free in {place}"
+    if needed > free:
+        raise ExperimentError(f"{line}: free some, or set HF_HOME to a folder on a larger disk")
+    return line
 
 
 # ---------------------------------------------------------------------------- output
@@ -340,7 +520,10 @@ class Progress:
         every: least seconds between two plain lines.
     """
 
+    stage_now = "start-up"  # the stage that began last
+
     def __init__(self, stage: str, total: int, unit: str, every: float = 15.0) -> None:
+        Progress.stage_now = stage
         self.stage, self.total, self.unit, self.every = stage, total, unit, every
         self.done = 0
         self.note = ""
@@ -495,13 +678,76 @@ def documents(name: str, split: str) -> Callable[[], Iterator[str]]:
             pool.pop()
         return passage
 
-    def stream() -> Iterator[str]:
-        import datasets
+    return corpus if name == "tinylm" else functools.partial(streamed_texts, name)
 
-        for row in datasets.load_dataset(name, split="train", streaming=True):
-            yield row["text"]
 
-    return corpus if name == "tinylm" else stream
+def streamed_texts(name: str) -> Iterator[str]:
+    """The column "text" of a data set's split "train", streamed; texts of white space left out.
+
+    A broken connection is tried again, after 1, 2, 4, … seconds, and the stream goes on where it
+    stopped.
+
+    Raises:
+        ExperimentError: it can't be read, has no such column, or the connection stays broken.
+    """
+    import datasets
+
+    def rows() -> Any:
+        return datasets.load_dataset(name, split="train", streaming=True, trust_remote_code=True)
+
+    stream, failures = None, 0
+    while True:
+        try:
+            if stream is None:
+                stream = rows()
+            for row in stream:
+                failures = 0
+                if row["text"].strip():
+                    yield row["text"]
+            return
+        except KeyError as error:
+            raise ExperimentError(
+                f"the text {name!r} must have a column {error}, but has {sorted(row)}: "
+                "choose another data set, or rename its column"
+            ) from error
+        except UnicodeDecodeError as error:
+            raise ExperimentError(
+                f"the text {name!r} must be UTF-8, but is not ({error}): convert it"
+            ) from error
+        except Exception as error:
+            if not is_connection_error(error):
+                raise ExperimentError(
+                    f"the text {name!r} can't be read ({type(error).__name__}: "
+                    f"{first_line(error)}): check its name, and that the hub can be reached"
+                ) from error
+            failures += 1
+            if failures > STREAM_RETRIES:
+                raise ExperimentError(
+                    f"the connection to the text {name!r} broke {failures} times in a row "
+                    f"({type(error).__name__}): try again when the network is back"
+                ) from error
+            time.sleep(2.0 ** (failures - 1))
+            if stream is not None:
+                state, stream = stream.state_dict(), rows()
+                stream.load_state_dict(state)
+
+
+def is_connection_error(error: BaseException) -> bool:
+    """Whether the network is behind it: worth another try."""
+    seen: BaseException | None = error
+    while seen is not None:
+        library = type(seen).__module__.split(".")[0]
+        if isinstance(seen, (ConnectionError, TimeoutError)) or library in NETWORK_LIBRARIES:
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its name; without anything that looks like a token."""
+    text = str(error).strip()
+    line = text.splitlines()[0] if text else type(error).__name__
+    return re.sub(r"hf_\w{8,}|(?i:bearer)\s+\S+", "[token]", line)[:300]
 
 
 @contextlib.contextmanager
@@ -518,19 +764,28 @@ def corpus_errors() -> Iterator[None]:
 class TokenStream:
     """Packs texts into contexts of token ids: BOS, then text; BOS also stands between two texts.
 
-    It holds no padding. A corpus that runs out starts again, with a line that says so.
+    It holds no padding. A corpus that runs out starts again, with a line that says so. A thread
+    reads and tokenizes ahead, so that the language model needn't wait for text.
 
     Args:
         texts: starts an iterator over the corpus.
         tokenizer: a fast tokenizer with a BOS token.
         context: tokens per context, L.
+        ahead: batches of 32 texts that are read ahead at most.
     """
 
-    def __init__(self, texts: Callable[[], Iterator[str]], tokenizer: Any, context: int) -> None:
+    def __init__(
+        self,
+        texts: Callable[[], Iterator[str]],
+        tokenizer: Any,
+        context: int,
+        ahead: int = 64,
+    ) -> None:
         self.texts, self.tokenizer, self.context = texts, tokenizer, context
         self.epoch = 0
-        self._texts = texts()
         self._pending: list[int] = []
+        self._ready: queue.Queue = queue.Queue(maxsize=ahead)
+        self._reader: threading.Thread | None = None
 
     def contexts(self, n: int) -> Tensor:
         """The next n contexts, (n, L) int64, the corpus in its own order."""
@@ -543,26 +798,45 @@ class TokenStream:
             while len(self._pending) - start < width + 1:
                 del self._pending[:start]
                 start = 0
-                self._read()
+                self._take()
             start += self._pending[start] == bos  # the context's own BOS separates already
             rows[row, 1:] = torch.tensor(self._pending[start : start + width])
             start += width
         del self._pending[:start]
         return rows
 
-    def _read(self, n_texts: int = 32) -> None:
-        """Tokenizes the next texts to the end of what is pending."""
-        batch = [text for text, _ in zip(self._texts, range(n_texts))]
-        if not batch:
+    def _take(self) -> None:
+        """Adds the next texts to the end of what is pending."""
+        if self._reader is None:
+            self._reader = threading.Thread(target=self._read, name="text", daemon=True)
+            self._reader.start()
+        item = self._ready.get()
+        if isinstance(item, BaseException):
+            self._reader = None
+            raise item
+        if item is None:
             if not self._pending and self.epoch == 0:
                 raise ExperimentError("the training text holds no text: check training_text")
             self.epoch += 1
             print(f"training text: all of it used {self.epoch} times, starting again", flush=True)
-            self._texts = self.texts()
-            return
-        for ids in self.tokenizer(batch, add_special_tokens=False)["input_ids"]:
-            self._pending.append(self.tokenizer.bos_token_id)
-            self._pending.extend(ids)
+        else:
+            self._pending += item
+
+    def _read(self, n_texts: int = 32) -> None:
+        """The thread: texts as token ids, None at each end of the corpus, an exception at last."""
+        bos = self.tokenizer.bos_token_id
+        try:
+            while True:
+                texts, some = self.texts(), False
+                while batch := list(itertools.islice(texts, n_texts)):
+                    ids = self.tokenizer(batch, add_special_tokens=False)["input_ids"]
+                    self._ready.put([token for text in ids for token in (bos, *text)])
+                    some = True
+                self._ready.put(None)
+                if not some:
+                    return
+        except BaseException as error:
+            self._ready.put(error)
 
 
 def special_ids(tokenizer: Any) -> set[int]:
@@ -685,6 +959,32 @@ def hooked_config(hf_config: Any, dtype: torch.dtype, device: Any, name: str) ->
     )
 
 
+def model_path(name: str) -> str:
+    """What transformers loads: the hub's name, or a folder; "tinylm": the built-in model's."""
+    return str(HERE / "tinylm") if name == "tinylm" else name
+
+
+@contextlib.contextmanager
+def access_errors(name: str) -> Iterator[None]:
+    """Makes what transformers raises for a model that can't be loaded an ExperimentError."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ExperimentError(
+            f"the language model {name!r} can't be loaded ({first_line(error)}); for the gated "
+            "google/gemma-2-2b, accept the licence on its Hugging Face page and log in with "
+            "`hf auth login` (or set HF_TOKEN); SAE_PROFILE=tinylm make run OUT=run_try works now"
+        ) from error
+
+
+def language_model_config(name: str) -> Any:
+    """A model's config.json, as transformers reads it."""
+    from transformers import AutoConfig
+
+    with access_errors(name):
+        return AutoConfig.from_pretrained(model_path(name))
+
+
 def load_language_model(
     name: str, dtype: str = "float32", device: torch.device | str = "cpu"
 ) -> LanguageModel:
@@ -697,32 +997,23 @@ def load_language_model(
     Raises:
         ExperimentError: it is not there, not readable, not allowed, or not a Gemma-2 model.
     """
-    from transformers import AutoConfig, AutoTokenizer, Gemma2ForCausalLM
+    from transformers import AutoTokenizer, Gemma2ForCausalLM
 
-    path = name
     if name == "tinylm":
         from tinylm import corpus
 
         with corpus_errors():
             corpus.verify_files()
             corpus.check_packages()
-        path = str(HERE / "tinylm")
-    try:
-        config = AutoConfig.from_pretrained(path)
-        if config.model_type != "gemma2":
-            raise ExperimentError(
-                f"model {name!r} must be of the Gemma-2 architecture, but its config.json says "
-                f"{config.model_type!r}: set Settings.model to a Gemma-2 model"
-            )
+    config, path = language_model_config(name), model_path(name)
+    if config.model_type != "gemma2":
+        raise ExperimentError(
+            f"model {name!r} must be of the Gemma-2 architecture, but its config.json says "
+            f"{config.model_type!r}: set Settings.model to a Gemma-2 model"
+        )
+    with access_errors(name):
         hf = Gemma2ForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager")
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise ExperimentError(
-            f"the language model {name!r} can't be loaded ({reason}); for the gated "
-            "google/gemma-2-2b, accept the licence on its Hugging Face page and log in with "
-            "`hf auth login` (or set HF_TOKEN); SAE_PROFILE=tinylm make run OUT=run_try works now"
-        ) from error
     hf.requires_grad_(False)
     return LanguageModel(hf.eval().to(device), tokenizer, name)
 
@@ -1091,23 +1382,58 @@ def mean_l0(
     return {key: count / shared.count for key, count in active.items()}
 
 
-def probe_tokens(dataset: str, model: Any, settings: Settings) -> list[dict[str, Any]]:
-    """The token ids of a probing data set, train and test, as SAE-Bench draws and tokenizes it."""
+def probe_tokens(
+    dataset: str, tokenizer: Any, device: torch.device, settings: Settings
+) -> list[dict[str, Any]]:
+    """The token ids of a probing data set, train and test, as SAE-Bench draws and tokenizes it.
+
+    Raises:
+        ExperimentError: it has other columns or classes, or too few rows.
+    """
     from sae_bench.sae_bench_utils import dataset_info, dataset_utils
 
-    split = dataset_utils.get_multi_label_train_test_data(
-        dataset, settings.probe_train, settings.probe_test, settings.probe_seed
-    )
+    try:
+        split = dataset_utils.get_multi_label_train_test_data(
+            dataset, settings.probe_train, settings.probe_test, settings.probe_seed
+        )
+    except ExperimentError:
+        raise
+    except KeyError as error:
+        raise ExperimentError(
+            f"the probing data set {dataset!r} has no {error}, which SAE-Bench reads: its columns "
+            "or classes have changed; take it out of probe_sets, or pin an older copy"
+        ) from error
+    except (AssertionError, ValueError) as error:
+        raise ExperimentError(
+            f"the probing data set {dataset!r} has too few rows for probe_train = "
+            f"{settings.probe_train} and probe_test = {settings.probe_test} "
+            f"({first_line(error)}): lower them"
+        ) from error
     classes = dataset_info.chosen_classes_per_dataset[dataset]
     return [
         dataset_utils.tokenize_data_dictionary(
             dataset_utils.filter_dataset(texts, classes),
-            model.tokenizer,
+            tokenizer,
             settings.context,
-            str(model.cfg.device),
+            str(device),
         )
         for texts in split
     ]
+
+
+def read_probe_texts(
+    settings: Settings, tokenizer: Any, device: torch.device
+) -> dict[str, list[dict[str, Any]]]:
+    """`probe_tokens` of each data set: read before training, so that what is wrong shows early."""
+    with tinylm_tasks(settings):
+        names = probe_names(settings)
+        progress = Progress("probing texts", len(names), "data sets")
+        texts = {}
+        for name in names:
+            texts[name] = probe_tokens(name, tokenizer, device, settings)
+            progress.advance(1, name)
+    progress.close()
+    return texts
 
 
 def pooled_features(

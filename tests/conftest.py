@@ -115,6 +115,7 @@ def set_to_toy_sizes(toy_model: Path, monkeypatch: pytest.MonkeyPatch):
     text = datasets.Dataset.from_dict({"text": SOURCES})
     monkeypatch.setattr(harness, "documents", lambda name, split: lambda: iter(SOURCES))
     monkeypatch.setattr(harness, "core_text", lambda settings: text)
+    monkeypatch.setattr(harness, "hub_problem", lambda kind, name: None)  # all is in memory
     toy_settings = dict(
         model=str(toy_model),
         layers=(0, 2),

@@ -217,3 +217,66 @@ def test_passes_run_side_by_side(toy_lm) -> None:
         together = list(pool.map(toy_lm.activations, tokens, wanted))
     for one, other in zip(alone, together):
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(one, other))
+
+
+@pytest.fixture()
+def broken_stream(monkeypatch):
+    """Makes harness.streamed_texts read 100 rows over a connection that breaks; [seconds slept]."""
+    import datasets
+
+    def install(break_at: list[int], error: Exception) -> list[float]:
+        left, slept = list(break_at), []
+
+        def rows():
+            for number in range(100):
+                if left and number == left[0]:
+                    left.pop(0)
+                    raise error
+                yield {"text": f"text {number}"}
+
+        monkeypatch.setattr(
+            datasets, "load_dataset",
+            lambda *_, **__: datasets.IterableDataset.from_generator(rows),
+        )  # fmt: skip
+        monkeypatch.setattr(harness.time, "sleep", slept.append)
+        return slept
+
+    return install
+
+
+def test_a_broken_stream_goes_on_where_it_stopped(broken_stream) -> None:
+    slept = broken_stream([10, 10, 40], ConnectionError("reset by peer"))
+    assert list(harness.streamed_texts("some/text")) == [f"text {i}" for i in range(100)]
+    assert slept == [1.0, 2.0, 1.0]
+
+
+def test_a_connection_that_stays_broken_is_one_sentence(broken_stream) -> None:
+    error = ConnectionError("https://user hf_abcdefghijklmnop refused")
+    slept = broken_stream([3] * 50, error)
+    with pytest.raises(ExperimentError, match="connection to the text 'some/text' broke 7 times"):
+        list(harness.streamed_texts("some/text"))
+    assert slept == [1, 2, 4, 8, 16, 32]
+
+
+def test_what_an_error_says_holds_no_token() -> None:
+    error = OSError("401: header Authorization: Bearer abc.def, hf_abcdefghijklmnop\nmore")
+    said = harness.first_line(error)
+    assert "hf_abc" not in said and "abc.def" not in said and "more" not in said
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"body": "a"}\n', "must have a column 'text', but has \\['body'\\]"),
+        (b'{"text": " "}\n{"text": "\\n"}\n', "the training text holds no text"),
+        (b'{"text": "\xff\xfe"}\n', "can't be read|must be UTF-8"),
+    ],
+)
+def test_unusable_text_is_one_sentence(toy_lm, tmp_path, monkeypatch, content, message) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "train.jsonl").write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    stream = TokenStream(harness.documents("own", "train"), toy_lm.tokenizer, 16)
+    with pytest.raises(ExperimentError, match=message) as caught:
+        stream.contexts(1)
+    assert "\n" not in str(caught.value)

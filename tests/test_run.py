@@ -448,3 +448,40 @@ def test_verdict_reads_only_runs_of_the_same_profile_and_task_set(toy, toy_run: 
 
     other = dataclasses.replace(settings, probe_sets=("toy/halves",))
     assert harness.read_reference(other, toy_run.parent / "run_2", "tinylm") is None
+
+
+@pytest.mark.parametrize(
+    ("stage", "setting"),
+    [("train", "harvest_contexts"), ("core evaluation", "core_prompts"), ("start-up", "d_sae")],
+)
+def test_out_of_memory_names_the_setting_to_lower(
+    tmp_path: Path, monkeypatch, capsys, stage, setting
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(harness.Progress, "stage_now", stage)
+
+    def run(out_dir: Path, log: Path) -> None:
+        torch.empty(2**50)
+
+    assert harness.main(run, [f"--out_dir={tmp_path / 'run_1'}"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"out of memory during {stage}" in line and setting in line
+
+
+def test_probing_data_that_does_not_fit_stops_the_run_before_training(
+    toy, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    from sae_bench.sae_bench_utils import dataset_utils
+
+    monkeypatch.setattr(toy, "train", lambda *_: pytest.fail("training began"))
+    for error, said in (
+        (KeyError("hard_text"), "has no 'hard_text', which SAE-Bench reads"),
+        (ValueError("Cannot take a larger sample"), "too few rows for probe_train = 40"),
+    ):
+        def load(*_, raised=error):
+            raise raised
+
+        monkeypatch.setattr(dataset_utils, "get_multi_label_train_test_data", load)
+        assert toy.harness.main(toy.run, [f"--out_dir={tmp_path / 'run_1'}"]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert said in line and "'toy/modules'" in line
