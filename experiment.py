@@ -68,6 +68,7 @@ class Settings:
     # Training.
     seeds: tuple[int, ...] = (0,)  # each sets initialization and the order of the tokens
     training_tokens: int = 1_400_000
+    budget_minutes: float | None = None  # training is shortened once if the command would take more
     batch: int = 640  # tokens per step
     lr: float = 1.5e-3  # Adam's learning rate for weights and biases
     lr_warmup: float = 0.2  # part of training over which it rises from 0, while θ settles
@@ -106,6 +107,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         k_start_factor=4.0,
         curriculum_fraction=0.3,
         training_tokens=50_000_000,
+        budget_minutes=110.0,
         batch=2048,
         lr=3e-4,
         lr_warmup=0.02,
@@ -545,6 +547,7 @@ class Training:
     last: dict[tuple[int, int], dict[str, Any]]  # the last line of the log
     tokens: int
     seconds: dict[str, float]
+    shortened: str | None  # why it took fewer tokens than the settings say
 
 
 def start_trainers(
@@ -569,13 +572,21 @@ def start_trainers(
 
 
 def train(
-    settings: Settings, buffer: ActivationBuffer, fixed: dict[tuple[int, int], dict], log: Path
+    settings: Settings,
+    buffer: ActivationBuffer,
+    fixed: dict[tuple[int, int], dict],
+    log: Path,
+    evaluation_seconds: Callable[[dict[tuple[int, int], CustomSAE]], float],
 ) -> Training:
     """Trains an SAE per layer and seed, all on the same text and the same forward passes.
+
+    Learning rate and k_t are functions of tokens / total. With `budget_minutes`, the total is
+    reduced once, after 5% of it, if training and evaluation would not fit.
 
     Args:
         fixed: by layer and seed, the constants among tau_sel, tau_pen and gamma.
         log: train_log.jsonl.
+        evaluation_seconds: estimates how long the evaluation of these SAEs will take.
     """
     n_steps = settings.training_tokens // settings.batch
     portion = max(settings.buffer_tokens // settings.batch, 1)  # steps per filling of the buffer
@@ -587,9 +598,10 @@ def train(
     # A token counts when it is read, and when an SAE learns from it.
     total = (1 + n_saes) * n_steps * settings.batch
     progress = harness.Progress("train", total, "tokens read or learned")
+    shortened, timed, done = None, settings.budget_minutes is None, 0
     with log.open("w", encoding="utf-8") as log_file:
-        for begin in range(0, n_steps, portion):
-            steps = range(begin, min(begin + portion, n_steps))
+        while done < n_steps:
+            steps = range(done, min(done + portion, n_steps))
             started = time.monotonic()
             acts_LND = buffer.take(len(steps) * settings.batch, progress.advance)
             seconds["seconds_harvest"] += time.monotonic() - started
@@ -606,9 +618,17 @@ def train(
                 log_file.write(json.dumps(record) + "\n")
             log_file.flush()
             seconds["seconds_training"] += time.monotonic() - started
+            done = steps.stop
+            if not timed and done >= 0.05 * n_steps:
+                timed, spent = True, progress.seconds()
+                evaluation = evaluation_seconds({key: t.sae for key, t in trainers.items()})
+                n_steps, shortened = harness.fit_budget(
+                    n_steps, done, spent, evaluation, settings.budget_minutes * 60
+                )
+                progress.total = (1 + n_saes) * n_steps * settings.batch
     progress.close()
     saes = {key: trainer.sae for key, trainer in trainers.items()}
-    return Training(saes, means, last, n_steps * settings.batch, seconds)
+    return Training(saes, means, last, n_steps * settings.batch, seconds, shortened)
 
 
 def take_steps(
@@ -843,10 +863,17 @@ def write_records(
     info["verdict"] = harness.summarize(overall)
     info["verdict"]["means"] |= numbers
     warnings = harness.odd_results(layers, settings.d_sae)
+    if training.shortened:
+        warnings.insert(0, training.shortened)
+    baseline, differing = harness.against_given_baseline(settings, layers)
+    warnings += differing
+    notes = [baseline] if baseline else []
     harness.write_json(out_dir / "warnings.json", warnings)
     harness.write_json(out_dir / "final_info.json", info)
 
-    harness.print_closing_block(out_dir, profile, info, SHOWN, seconds, warnings, sentence)
+    harness.print_closing_block(
+        out_dir, profile, info, SHOWN, seconds, warnings, notes, sentence
+    )
 
 
 # =============================================================================================
@@ -893,7 +920,10 @@ def settings_of(name: str, profile: str) -> Settings:
             for field in ("curriculum_fraction", "lr_warmup", "lr_decay")
         ),
         *((field, lambda v: v >= 0, "0 or above") for field in ("reg_lambda",)),
-        *((field, lambda v: v is None or v > 0, "None or above 0") for field in BOUNDED),
+        *(
+            (field, lambda v: v is None or v > 0, "None or above 0")
+            for field in (*BOUNDED, "budget_minutes")
+        ),
         ("k_min", lambda v: v <= s.d_sae, f"at most d_sae = {s.d_sae}"),
         ("context", lambda v: v >= 2, "at least 2"),
         ("training_tokens", lambda v: v >= s.batch, f"at least one batch of {s.batch}"),
@@ -975,7 +1005,12 @@ def run(out_dir: Path, log: Path) -> None:
     buffer = ActivationBuffer(
         lm.cast(train_dtype), stream, settings.layers, settings.harvest_contexts
     )
-    training = train(settings, buffer, fixed, out_dir / "train_log.jsonl")
+
+    def evaluation_seconds(saes: dict) -> float:
+        with harness.quiet(log):
+            return harness.evaluation_seconds(saes, lm, probe_texts, settings)
+
+    training = train(settings, buffer, fixed, out_dir / "train_log.jsonl", evaluation_seconds)
     for (layer, seed), sae in training.saes.items():
         folder = out_dir / "sae" / f"layer_{layer}" / f"seed_{seed}"
         harness.export(sae, settings, folder)

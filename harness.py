@@ -52,6 +52,7 @@ LOWER = {  # by stage, the settings that take less memory there
     "core evaluation": "core_prompts",
     "sparse probing": "probe_llm_batch or probe_sae_batch",
 }
+LOOSE = ("llm_top_1_test_accuracy", "llm_top_2_test_accuracy")  # probes of few dimensions vary
 DATA_GB = 5.0  # set aside for the probing data sets, which datasets stores twice
 STREAM_RETRIES = 6  # of a broken connection in a row: a minute in all
 NETWORK_LIBRARIES = ("httpx", "httpcore", "requests", "urllib3", "aiohttp")
@@ -1510,6 +1511,86 @@ def probe(train: dict, test: dict, prefix: str, ks: tuple[int, ...]) -> dict[str
     return results
 
 
+def evaluation_seconds(
+    saes: dict[Any, CustomSAE], lm: LanguageModel, texts: dict[str, list], settings: Settings
+) -> float:
+    """How long the evaluation of SAEs and of their untrained twins will take, from a sample.
+
+    Times a few batches of core, and the first `probe_sae_batch` texts of a class of one data set;
+    what is downloaded meanwhile doesn't count.
+    """
+    import torch
+
+    model = lm.hooked()
+    ready = {
+        (key, twin): formatted(sae.folded(), settings)
+        for key, sae in saes.items()
+        for twin in (False, True)
+    }
+    batches = settings.core_reconstruction_batches, settings.core_sparsity_batches
+
+    def core_seconds(reconstruction: int, sparsity: int) -> float:
+        sample = dataclasses.replace(
+            settings,
+            core_reconstruction_batches=min(reconstruction, batches[0]),
+            core_sparsity_batches=min(sparsity, batches[1]),
+        )
+        began = time.monotonic()
+        run_core(ready, model, sample, lambda n: None)
+        return time.monotonic() - began
+
+    core_seconds(1, 1)  # reads the text's beginning, and warms up
+    one, more_sparsity, more_reconstruction = (
+        core_seconds(1, 1), core_seconds(1, 4), core_seconds(3, 1)
+    )  # fmt: skip
+    total = batches[0] * max(more_reconstruction - one, 0.0) / 2
+    total += batches[1] * max(more_sparsity - one, 0.0) / 3
+
+    def size(split: dict[str, Any]) -> int:
+        return sum(len(encoded["input_ids"]) for encoded in split.values())
+
+    _, test = next(iter(texts.values()))
+    some = slice(settings.probe_sae_batch)
+    sample = {label: {"input_ids": encoded["input_ids"][some]} for label, encoded in test.items()}
+    began = time.monotonic()
+    features = pooled_features(sample, model, ready, settings)[1]
+    n_texts = sum(size(train) + size(test) for train, test in texts.values())
+    total += (time.monotonic() - began) * n_texts / size(sample)
+    state = torch.get_rng_state()
+    began = time.monotonic()
+    probe(next(iter(features.values())), next(iter(features.values())), "sae", settings.probe_ks)
+    torch.set_rng_state(state)
+    n_trained = sum(size(train) for train, _ in texts.values())
+    return total + (time.monotonic() - began) * len(ready) * n_trained / size(sample)
+
+
+def fit_budget(
+    n_steps: int, done: int, spent: float, evaluation: float, budget: float
+) -> tuple[int, str | None]:
+    """The steps that fit into a budget: a multiple of 5% of `n_steps`; why they are fewer, or None.
+
+    Never under twice the steps done, so that the schedules that depend on the total come to their
+    ends.
+
+    Args:
+        spent: seconds that the steps done took. evaluation, budget: seconds.
+    """
+    whole = spent * n_steps / done
+    if whole + evaluation <= budget:
+        return n_steps, None
+    least = math.ceil(20 * 2 * done / n_steps)
+    twentieths = min(max(math.floor(20 * (budget - evaluation) / whole), least), 20)
+    if twentieths == 20:
+        return n_steps, None
+    reason = (
+        f"training is shortened to {5 * twentieths}% of training_tokens: all of it would take "
+        f"{whole / 60:.0f} minutes, and evaluation about {evaluation / 60:.0f}, "
+        f"of {budget / 60:.0f} (budget_minutes)"
+    )
+    print(reason, flush=True)
+    return n_steps * twentieths // 20, reason
+
+
 def save_core(
     name: str, sae: CustomSAE, scalars: dict, features: dict, settings: Settings, out_dir: Path
 ) -> None:
@@ -1769,6 +1850,46 @@ def final_values(
     return found
 
 
+def against_given_baseline(
+    settings: Settings, layers: dict[str, dict[str, list[float]]]
+) -> tuple[str, list[str]]:
+    """The language model's own probes against those in run_0/, which don't depend on an SAE.
+
+    Compared where model, layer and probing settings are the baseline's.
+
+    Returns:
+        a line with the largest difference, empty where there is nothing to compare; and warnings
+        of what differs by over 0.01 (for the best 1 and 2 dimensions by over 0.02).
+    """
+    try:
+        info = json.loads((HERE / "run_0" / "final_info.json").read_text())
+        config = json.loads((HERE / "run_0" / "config.json").read_text())
+    except (OSError, ValueError):
+        return "", []
+    if settings.model != config["model"]:
+        return "", []
+    if dataclasses.asdict(probing_config(settings)) != config["sparse_probing"]:
+        return "", []
+    differences, warnings = {}, []
+    for layer in layers.keys() & info.keys():
+        for metric, given in info[layer]["means"].items():
+            if not metric.startswith("llm_"):
+                continue
+            found = mean(layers[layer][metric])
+            differences[f"{layer} {metric}"] = found - given
+            allowed = 0.02 if metric in LOOSE else 0.01
+            if abs(found - given) > allowed:
+                warnings.append(
+                    f"{layer}: {metric} is {found:.4f}, but {given:.4f} in the given baseline: "
+                    f"more than {allowed} apart, so model, data or versions differ"
+                )
+    if not differences:
+        return "", []
+    where = max(differences, key=lambda key: abs(differences[key]))
+    line = f"largest difference to the given baseline: {differences[where]:+.4f} ({where})"
+    return line, warnings
+
+
 def odd_results(layers: dict[str, dict[str, list[float]]], d_sae: int) -> list[str]:
     """What is odd in the metrics of the layers but may be true, a sentence each."""
     warnings = []
@@ -1793,6 +1914,7 @@ def print_closing_block(
     shown: Iterable[str],
     seconds: dict[str, float],
     warnings: list[str],
+    notes: list[str],
     sentence: str,
 ) -> None:
     """The last thing a run prints: `key: value` lines that grep can read, the verdict last.
@@ -1810,6 +1932,8 @@ def print_closing_block(
     print(f"peak_memory_gb: {peak_memory_gb():.2f}")
     for warning in warnings:
         print(f"warning: {warning}")
+    for note in notes:
+        print(note)
     print(f"results: {out_dir}")
     print(f"primary: {info['verdict']['means']['primary']:.4f}")
     print(f"verdict: {sentence}")

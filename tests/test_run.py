@@ -485,3 +485,48 @@ def test_probing_data_that_does_not_fit_stops_the_run_before_training(
         assert toy.harness.main(toy.run, [f"--out_dir={tmp_path / 'run_1'}"]) == 1
         (line,) = capsys.readouterr().err.splitlines()
         assert said in line and "'toy/modules'" in line
+
+
+def test_a_budget_shortens_training_once_and_the_schedules_still_end(
+    toy, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    run_1 = {**toy.PLAN["run_1"], "budget_minutes": 1e-6}
+    monkeypatch.setitem(toy.PLAN, "run_1", run_1)
+    out_dir = tmp_path / "run_1"
+    assert toy.harness.main(toy.run, [f"--out_dir={out_dir}"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("training is shortened to 50% of training_tokens") == 2  # then, and at the end
+    info = json.loads((out_dir / "final_info.json").read_text())
+    assert info["layer_0"]["means"]["training_tokens"] == 2048
+    last = lines_of(out_dir / "train_log.jsonl")[-1]
+    assert last["k_t"] == 4 and last["lr"] < 0.5 * toy.settings_of("run_1", "tinylm").lr
+    assert "shortened to 50%" in json.loads((out_dir / "warnings.json").read_text())[0]
+
+
+def test_the_steps_that_fit_a_budget() -> None:
+    hour = 3600.0
+    # 5% took 6 minutes: 120 for all, and 20 of evaluation.
+    assert harness.fit_budget(1000, 50, 360.0, 1200.0, 2.5 * hour) == (1000, None)
+    steps, reason = harness.fit_budget(1000, 50, 360.0, 1200.0, 110 * 60.0)
+    assert steps == 750 and "shortened to 75%" in reason and "120 minutes" in reason
+    assert harness.fit_budget(1000, 50, 360.0, 2 * hour, hour)[0] == 100  # twice what is done
+
+
+def test_the_language_model_s_probes_are_held_against_the_given_baseline() -> None:
+    import experiment
+
+    settings = experiment.settings_of("run_1", "gemma-2-2b")
+    settings = dataclasses.replace(settings, layers=(5, 12))
+    given = json.loads((ROOT / "run_0" / "final_info.json").read_text())["layer_5"]["means"]
+    ours = {metric: [value + 0.008] for metric, value in given.items()}
+    ours["llm_top_1_test_accuracy"][0] = 0.6843 + 0.015
+    layers = {"layer_5": ours, "layer_12": ours}
+    line, warnings = harness.against_given_baseline(settings, layers)
+    assert "+0.0150 (layer_5 llm_top_1_test_accuracy)" in line and warnings == []
+    ours["llm_test_accuracy"][0] = 0.9393 - 0.012
+    _, (warning,) = harness.against_given_baseline(settings, layers)
+    assert "llm_test_accuracy is 0.9273, but 0.9393" in warning
+    for other in (dict(layers=(12,)), dict(probe_train=1000), dict(model="tinylm")):
+        changed = dataclasses.replace(settings, **other)
+        found = {f"layer_{layer}": ours for layer in changed.layers}
+        assert harness.against_given_baseline(changed, found) == ("", [])
