@@ -729,31 +729,33 @@ def sparse_probing(
     """SAE-Bench's sparse probing of folded SAEs: by name, sae_… and llm_… mean accuracies.
 
     Stock SAE-Bench draws all probes of an SAE from one generator, seeded once. This keeps a
-    generator state per SAE, and one per layer for the language model's probes, so that an SAE's
-    figures are those of a stock call that finds the activations stored (the second call of
-    `run_eval_single_sae`). Writes eval_results/sparse_probing/….json in SAE-Bench's own form.
+    generator state per SAE, so that an SAE's figures are those of a stock call that finds the
+    activations stored (the second call of `run_eval_single_sae`). The language model's probes
+    begin at the seed for each data set and are kept from run to run: no SAE changes them. Writes
+    eval_results/sparse_probing/….json in SAE-Bench's own form.
+
+    Args:
+        texts: by data set, the token ids of the train and the test split.
     """
     torch.manual_seed(settings.probe_seed)
-    states: dict[Any, Tensor] = dict.fromkeys((*settings.layers, *saes), torch.get_rng_state())
+    seeded = torch.get_rng_state()
+    states = dict.fromkeys(saes, seeded)
     per_class: dict[str, dict] = {name: {} for name in saes}
     ready = {name: harness.formatted(sae, settings) for name, sae in saes.items()}
-
-    def probes(key: Any, train: dict, test: dict, prefix: str) -> dict[str, dict]:
-        torch.set_rng_state(states[key])
-        results = harness.probe(train, test, prefix, settings.probe_ks)
-        states[key] = torch.get_rng_state()
-        return results
-
     for dataset, split in texts.items():
         (llm_train, sae_train), (llm_test, sae_test) = (
             harness.pooled_features(tokens, model, ready, settings) for tokens in split
         )
-        llm = {
-            layer: probes(layer, llm_train[layer], llm_test[layer], "llm")
-            for layer in settings.layers
-        }
+        llm = {}
+        for layer in settings.layers:
+            torch.set_rng_state(seeded)
+            key = harness.llm_probes_key(dataset, layer, split, settings)
+            acts = llm_train[layer], llm_test[layer], "llm", settings.probe_ks
+            llm[layer] = harness.kept("llm_probes", key, harness.probe, *acts)
         for name, sae in ready.items():
-            results = probes(name, sae_train[name], sae_test[name], "sae")
+            torch.set_rng_state(states[name])
+            results = harness.probe(sae_train[name], sae_test[name], "sae", settings.probe_ks)
+            states[name] = torch.get_rng_state()
             # SAE-Bench's order: the SAE's full probe, the language model's, the SAE's top k.
             full = {"sae_test_accuracy": results.pop("sae_test_accuracy")}
             per_class[name][f"{dataset}_results"] = full | llm[sae.cfg.hook_layer] | results

@@ -151,6 +151,33 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def kept(kind: str, key: dict[str, Any], compute: Callable[..., Any], *arguments: Any) -> Any:
+    """What `compute(*arguments)` returns, from the cache where an earlier run has left it.
+
+    Args:
+        kind: the folder in the cache. key: all that the result depends on, as JSON.
+    Returns:
+        the result as JSON has it. A damaged file is set aside and made again.
+    """
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    path = cache_dir() / kind / f"{name[:32]}.json"
+    if path.exists():
+        try:
+            stored = json.loads(path.read_text())
+            digest = hashlib.sha256(json.dumps(stored["value"]).encode()).hexdigest()
+            if stored["key"] == key and stored["sha256"] == digest:
+                return stored["value"]
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        print(f"{path} is damaged: set aside as {path.name}.damaged, and made again", file=CONSOLE)
+        path.replace(path.with_name(f"{path.name}.damaged"))
+    value = json.loads(json.dumps(compute(*arguments)))
+    digest = hashlib.sha256(json.dumps(value).encode()).hexdigest()
+    with contextlib.suppress(OSError):  # a cache that can't be written costs time, not results
+        write_json(path, {"key": key, "sha256": digest, "value": value})
+    return value
+
+
 # ---------------------------------------------------------------------------- the command
 
 
@@ -285,7 +312,7 @@ def preflight(settings: Settings, device: torch.device) -> list[str]:
     if settings.model == "tinylm":
         return []
     parts = memory_estimate(settings)
-    return [check_disk(settings, parts["language model"]), check_memory(parts, device)]
+    return [check_disk(settings), check_memory(parts, device)]
 
 
 def hub_name(text: str) -> str:
@@ -349,12 +376,7 @@ def memory_estimate(settings: Settings) -> dict[str, float]:
     Training and evaluation follow each other: beside the language model and the SAEs, a run needs
     the larger of the two.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    config = language_model_config(settings.model)
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    config, parameters = language_model_config(settings.model), n_parameters(settings.model)
     size = {"float32": 4, "bfloat16": 2}
     lm_bytes = size[settings.lm_dtype]
     D, F, V = config.hidden_size, settings.d_sae, config.vocab_size
@@ -362,7 +384,8 @@ def memory_estimate(settings: Settings) -> dict[str, float]:
     n_tokens = settings.harvest_contexts * settings.context
     core_tokens = settings.core_prompts * settings.context
     return {
-        "language model": parameters * lm_bytes,
+        # With its embedding twice: TransformerLens scales it.
+        "language model": (parameters + V * D) * lm_bytes,
         # Weights, gradient, two moments and the untrained twin, in float32.
         "SAEs": n_saes * 2 * D * F * 4 * 5,
         # The buffer, its parts while they are joined; a pass; ten tensors (B, F) of a step.
@@ -372,6 +395,16 @@ def memory_estimate(settings: Settings) -> dict[str, float]:
         # Logits: unchanged, ablated (a layer each), reconstructed, and six terms of the KL.
         "evaluation": core_tokens * V * lm_bytes * (8 + len(settings.layers)),
     }
+
+
+def n_parameters(name: str) -> int:
+    """Of a language model, from its config.json."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(language_model_config(name))
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def check_memory(parts: dict[str, float], device: torch.device) -> str:
@@ -391,17 +424,13 @@ def check_memory(parts: dict[str, float], device: torch.device) -> str:
     return line
 
 
-def check_disk(settings: Settings, weights: float) -> str:
-    """A line with the space needed and free; ExperimentError if that is less.
-
-    Args:
-        weights: bytes of the language model in its precision.
-    """
+def check_disk(settings: Settings) -> str:
+    """A line with the space needed and free; ExperimentError if that is less."""
     from huggingface_hub import constants
 
     cached = os.path.isdir(settings.model) or in_local_cache("model", settings.model)
-    # The hub stores Gemma-2-2b in float32: twice its size in bfloat16.
-    needed = (0 if cached else 2 * weights / 1e9) + DATA_GB
+    # The hub stores Gemma-2-2b in float32.
+    needed = (0 if cached else 4 * n_parameters(settings.model) / 1e9) + DATA_GB
     place = Path(constants.HF_HOME)
     while not place.exists():
         place = place.parent
@@ -906,13 +935,10 @@ class LanguageModel:
 
         cfg = hooked_config(self.hf.config, self.hf.dtype, self.hf.device, self.name)
         model = HookedTransformer(cfg, self.tokenizer, move_to_device=False)
-        model.load_and_process_state_dict(
-            convert_gemma_weights(self.hf, cfg),
-            fold_ln=False,
-            center_writing_weights=False,
-            center_unembed=False,
-            fold_value_biases=False,
-        )
+        # Its parameters are views of this model's, but for the embedding, which it scales: with
+        # load_and_process_state_dict there would be two copies of the weights.
+        weights = model.fill_missing_keys(convert_gemma_weights(self.hf, cfg))
+        model.load_state_dict(weights, strict=False, assign=True)
         model.move_model_modules_to_device()
         model.requires_grad_(False)
         return model.eval()
@@ -1494,6 +1520,48 @@ def pooled_features(
             for key, tensors in parts.items():
                 result[key][label] = torch.cat(tensors)
     return llm, features
+
+
+def llm_probes_key(
+    dataset: str, layer: int, split: list[dict[str, Any]], settings: Settings
+) -> dict[str, Any]:
+    """All that the language model's probes of a layer and a data set depend on.
+
+    Args:
+        split: {class: {"input_ids": (N, L)}}, for train and for test.
+    """
+    import torch
+
+    tokens = hashlib.sha256()
+    for part in split:
+        for label, encoded in part.items():
+            tokens.update(f"{label} {tuple(encoded['input_ids'].shape)} ".encode())
+            tokens.update(encoded["input_ids"].cpu().numpy().tobytes())
+    chosen = ("lm_dtype", "probe_ks", "probe_seed", "probe_llm_batch", "probe_sae_batch")
+    on_gpu = next(iter(split[0].values()))["input_ids"].is_cuda
+    return {
+        "dataset": dataset,
+        "layer": layer,
+        "model": model_identity(settings.model),
+        "tokens": tokens.hexdigest(),
+        "settings": {field: getattr(settings, field) for field in chosen}
+        | {"probe_ks": list(settings.probe_ks)},
+        "versions": versions(),
+        "hardware": torch.cuda.get_device_name() if on_gpu else processor_name(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+@functools.cache
+def model_identity(name: str) -> str:
+    """What tells a model's weights from others: their commit on the hub, or their SHA-256."""
+    from huggingface_hub import try_to_load_from_cache
+
+    folder = Path(model_path(name))
+    if folder.is_dir():
+        return " ".join(sha256_file(file) for file in sorted(folder.glob("*.safetensors")))
+    config = try_to_load_from_cache(name, "config.json")
+    return Path(config).parent.name if isinstance(config, str) else name
 
 
 def probe(train: dict, test: dict, prefix: str, ks: tuple[int, ...]) -> dict[str, dict]:

@@ -246,3 +246,29 @@ def test_core_does_not_replace_bos(toy, toy_lm) -> None:
     )  # fmt: skip
     assert torch.equal(metrics["ce_loss_with_sae"], metrics["ce_loss_without_sae"])
     assert harness.core_config(settings).exclude_special_tokens_from_reconstruction
+
+
+def test_the_language_model_s_probes_are_computed_once(toy, toy_lm, tmp_path, monkeypatch) -> None:
+    """The second run reads them; the figures are the same, and an SAE's own are not touched."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    settings = dataclasses.replace(toy.settings_of("run_1", "tinylm"), layers=(2,))
+    model = toy_lm.hooked()
+    texts = harness.read_probe_texts(settings, toy_lm.tokenizer, torch.device("cpu"))
+    sae = toy.new_sae(settings, 2, 0, torch.zeros(32), 1.0, {}, 4)
+    calls = []
+    probe = harness.probe
+    monkeypatch.setattr(harness, "probe", lambda *a: (calls.append(a[2]), probe(*a))[1])
+
+    def score(settings=settings) -> dict:
+        calls.clear()
+        progress = harness.Progress("sparse probing", 2, "SAEs")
+        return toy.sparse_probing({"sae": sae}, texts, model, settings, tmp_path, progress)["sae"]
+
+    first = score()
+    assert calls == ["llm", "sae", "llm", "sae"]
+    assert score() == first and calls == ["sae", "sae"]
+    for file in (tmp_path / "cache" / "parametric-sae" / "llm_probes").iterdir():
+        file.write_text(file.read_text().replace("0.", "1.", 1))
+    assert score() == first and calls == ["llm", "sae", "llm", "sae"]  # damage is found
+    other = dataclasses.replace(settings, probe_seed=43)
+    assert score(other) != first and calls == ["llm", "sae", "llm", "sae"]

@@ -280,3 +280,13 @@ def test_unusable_text_is_one_sentence(toy_lm, tmp_path, monkeypatch, content, m
     with pytest.raises(ExperimentError, match=message) as caught:
         stream.contexts(1)
     assert "\n" not in str(caught.value)
+
+
+def test_both_forms_share_their_weights(toy_lm) -> None:
+    """One copy of the language model, but for the embedding, which TransformerLens scales."""
+    own = {p.data_ptr() for p in toy_lm.hf.parameters()}
+    copies = [
+        name for name, p in toy_lm.hooked().named_parameters()
+        if p.untyped_storage().data_ptr() not in own and p.ndim > 1 and p.any()
+    ]  # fmt: skip
+    assert copies == ["embed.W_E"]

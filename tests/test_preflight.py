@@ -57,7 +57,7 @@ def test_what_is_needed_is_said_per_part(gemma, monkeypatch) -> None:
     monkeypatch.setattr(harness, "memory_gb", lambda: 80.0)
     monkeypatch.setattr(harness.shutil, "disk_usage", lambda place: SimpleNamespace(free=10**11))
     memory, disk = sorted(harness.preflight(gemma, CPU), reverse=True)
-    assert "language model 5.2" in memory and "80.0 free on cpu" in memory  # 2.6 G in bfloat16
+    assert "language model 6.4" in memory and "80.0 free on cpu" in memory  # 2.6 G, and 0.6 G again
     assert all(part in memory for part in ("SAEs", "training", "evaluation"))
     assert disk.startswith("disk: up to 15.5 GB") and "100.0 free" in disk
 
