@@ -559,8 +559,12 @@ def start_trainers(
     """
     trainers, means = {}, {}
     for layer, acts_ND in zip(settings.layers, acts_LND):
-        means[layer] = acts_ND.double().mean(0).float()
-        scale = math.sqrt(acts_ND.shape[1] / acts_ND.double().pow(2).sum(1).mean())
+        total_D, squares = torch.zeros_like(acts_ND[0], dtype=torch.float64), 0.0
+        for part_ND in acts_ND.split(8192):  # float64 in parts: all of it would take gigabytes
+            total_D += part_ND.double().sum(0)
+            squares += float(part_ND.double().pow(2).sum())
+        means[layer] = (total_D / len(acts_ND)).float()
+        scale = math.sqrt(acts_ND.numel() / squares)
         for seed in settings.seeds:
             at_the_end = k_at(settings, progress=1.0)
             sae = new_sae(

@@ -923,9 +923,9 @@ class LanguageModel:
 
         if self.hf.dtype == getattr(torch, dtype):
             return self
-        hf = type(self.hf)(self.hf.config).to(self.hf.device).requires_grad_(False).eval()
-        for target, source in zip(hf.parameters(), self.hf.parameters()):
-            target.data = source.data.to(getattr(torch, dtype))  # buffers: RoPE needs float32
+        hf = copy.deepcopy(self.hf)
+        for parameter in hf.parameters():  # not the buffers: RoPE's angles need float32
+            parameter.data = parameter.data.to(getattr(torch, dtype))
         return LanguageModel(hf, self.tokenizer, self.name)
 
     def hooked(self) -> Any:
@@ -935,10 +935,12 @@ class LanguageModel:
 
         cfg = hooked_config(self.hf.config, self.hf.dtype, self.hf.device, self.name)
         model = HookedTransformer(cfg, self.tokenizer, move_to_device=False)
-        # Its parameters are views of this model's, but for the embedding, which it scales: with
-        # load_and_process_state_dict there would be two copies of the weights.
-        weights = model.fill_missing_keys(convert_gemma_weights(self.hf, cfg))
-        model.load_state_dict(weights, strict=False, assign=True)
+        # Both forms share their matrices, but for W_E, which holds the embedding's scale.
+        # load_and_process_state_dict (TransformerLens 3.9.0) would copy all of them by way of
+        # float32, into a layout that the layers turn back before each product.
+        weights = convert_gemma_weights(self.hf, cfg)
+        weights = {name: weight.to(cfg.dtype) for name, weight in weights.items()}
+        model.load_state_dict(dict(model.named_buffers()) | weights, assign=True)
         model.move_model_modules_to_device()
         model.requires_grad_(False)
         return model.eval()
