@@ -248,11 +248,12 @@ class CustomSAE(BaseSAE):
 
     def encode(self, x: Tensor) -> Tensor:
         """(…, D) -> (…, F): the features, of which the k largest are kept."""
-        f = torch.relu(self.preactivations(x))
+        pre = self.preactivations(x)
         if self.k is None:
-            return f
-        values, indices = f.topk(self.k, dim=-1, sorted=False)
-        return torch.zeros_like(f).scatter_(-1, indices, values)
+            return torch.relu(pre)
+        # In SAELens' order: bfloat16 has ties, which topk breaks otherwise among activations.
+        values, indices = pre.topk(self.k, dim=-1, sorted=False)
+        return torch.zeros_like(pre).scatter_(-1, indices, torch.relu(values))
 
     def decode(self, feature_acts: Tensor) -> Tensor:
         """(…, F) -> (…, D)"""
@@ -580,7 +581,7 @@ def train(
     buffer: ActivationBuffer,
     fixed: dict[tuple[int, int], dict],
     log: Path,
-    evaluation_seconds: Callable[[dict[tuple[int, int], CustomSAE]], float],
+    evaluation_seconds: Callable[[dict[tuple[int, int], CustomSAE]], float] = lambda saes: 0.0,
 ) -> Training:
     """Trains an SAE per layer and seed, all on the same text and the same forward passes.
 
@@ -932,6 +933,8 @@ def settings_of(name: str, profile: str) -> Settings:
         ),
         ("k_min", lambda v: v <= s.d_sae, f"at most d_sae = {s.d_sae}"),
         ("context", lambda v: v >= 2, "at least 2"),
+        ("probe_train", lambda v: v >= 4, "at least 4: two texts of a class"),
+        ("probe_test", lambda v: v >= 4, "at least 4: two texts of a class"),
         ("training_tokens", lambda v: v >= s.batch, f"at least one batch of {s.batch}"),
         ("buffer_tokens", lambda v: v >= s.batch, f"at least one batch of {s.batch}"),
         ("form", lambda v: v in ("contrastive", "as_written"), "'contrastive' or 'as_written'"),

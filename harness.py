@@ -216,8 +216,9 @@ def main(run: Callable[[Path, Path], None], argv: list[str] | None = None) -> in
                 LOWER.get(Progress.stage_now, "d_sae or the number of layers and seeds")
             )
         print(
-            f"experiment.py: {cause}; what was written so far is in {out_dir}, "
-            f"the traceback is at the end of {log}",
+            f"experiment.py: {cause}; "
+            + (f"what was written so far is in {out_dir}, " if out_dir.exists() else "")
+            + f"the traceback is at the end of {log}",
             file=sys.stderr,
         )
         return 1
@@ -316,8 +317,8 @@ def preflight(settings: Settings, device: torch.device) -> list[str]:
 
 
 def hub_name(text: str) -> str:
-    """The hub's name of a data set; SAE-Bench gives variants of one a suffix of its own."""
-    return text.removesuffix("_sentiment")
+    """The hub's name of a data set; SAE-Bench gives parts and variants of one a suffix."""
+    return text.split("_class_set")[0].removesuffix("_sentiment")
 
 
 def hub_problem(kind: str, name: str) -> str | None:
@@ -732,7 +733,7 @@ def streamed_texts(name: str) -> Iterator[str]:
                 stream = rows()
             for row in stream:
                 failures = 0
-                if row["text"].strip():
+                if (row["text"] or "").strip():
                     yield row["text"]
             return
         except KeyError as error:
@@ -996,9 +997,11 @@ def model_path(name: str) -> str:
 @contextlib.contextmanager
 def access_errors(name: str) -> Iterator[None]:
     """Makes what transformers raises for a model that can't be loaded an ExperimentError."""
+    from safetensors import SafetensorError
+
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ExperimentError(
             f"the language model {name!r} can't be loaded ({first_line(error)}); for the gated "
             "google/gemma-2-2b, accept the licence on its Hugging Face page and log in with "
@@ -1043,6 +1046,11 @@ def load_language_model(
     with access_errors(name):
         hf = Gemma2ForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager")
         tokenizer = AutoTokenizer.from_pretrained(path)
+    if tokenizer.unk_token_id in tokenizer("text", add_special_tokens=False)["input_ids"]:
+        raise ExperimentError(
+            f"the tokenizer of the language model {name!r} knows no words: its tokenizer.json is "
+            "missing or damaged; fetch the model again"
+        )
     hf.requires_grad_(False)
     return LanguageModel(hf.eval().to(device), tokenizer, name)
 
@@ -1383,8 +1391,14 @@ def run_core(
         )
 
     # Around all of them: each run_evals restores, when it ends, the mode that it began in.
-    with torch.no_grad():
-        results = side_by_side({key: job(key) for key in saes})
+    try:
+        with torch.no_grad():
+            results = side_by_side({key: job(key) for key in saes})
+    except StopIteration as error:
+        raise ExperimentError(
+            f"the text {settings.core_text!r} is too short for one batch of core_prompts = "
+            f"{settings.core_prompts} contexts: lower it, or choose another core_text"
+        ) from error
     return {
         key: (scalars, features, views[key].fvu()) for key, (scalars, features) in results.items()
     }
@@ -1421,6 +1435,10 @@ def probe_tokens(
     """
     from sae_bench.sae_bench_utils import dataset_info, dataset_utils
 
+    too_few = (
+        f"the probing data set {dataset!r} has too few rows for probe_train = "
+        f"{settings.probe_train} and probe_test = {settings.probe_test}: lower them"
+    )
     try:
         split = dataset_utils.get_multi_label_train_test_data(
             dataset, settings.probe_train, settings.probe_test, settings.probe_seed
@@ -1432,13 +1450,17 @@ def probe_tokens(
             f"the probing data set {dataset!r} has no {error}, which SAE-Bench reads: its columns "
             "or classes have changed; take it out of probe_sets, or pin an older copy"
         ) from error
-    except (AssertionError, ValueError) as error:
+    except Exception as error:
+        if isinstance(error, AssertionError) or "larger sample" in str(error):
+            raise ExperimentError(too_few) from error
         raise ExperimentError(
-            f"the probing data set {dataset!r} has too few rows for probe_train = "
-            f"{settings.probe_train} and probe_test = {settings.probe_test} "
-            f"({first_line(error)}): lower them"
+            f"the probing data set {dataset!r} can't be read ({type(error).__name__}: "
+            f"{first_line(error)}): look at its files, or take it out of probe_sets"
         ) from error
     classes = dataset_info.chosen_classes_per_dataset[dataset]
+    # SAE-Bench leaves out classes of some data sets that have too few rows.
+    if any(label not in texts for texts in split for label in classes):
+        raise ExperimentError(too_few)
     return [
         dataset_utils.tokenize_data_dictionary(
             dataset_utils.filter_dataset(texts, classes),
@@ -1453,7 +1475,14 @@ def probe_tokens(
 def read_probe_texts(
     settings: Settings, tokenizer: Any, device: torch.device
 ) -> dict[str, list[dict[str, Any]]]:
-    """`probe_tokens` of each data set: read before training, so that what is wrong shows early."""
+    """`probe_tokens` of each data set: read before training, so that what is wrong shows early.
+
+    So is the beginning of the evaluation's text.
+    """
+    if not settings.core_text.startswith("tinylm"):
+        texts = documents(settings.core_text, "heldout")()
+        if next(texts, None) is None:
+            raise ExperimentError(f"the text {settings.core_text!r} holds no text: check core_text")
     with tinylm_tasks(settings):
         names = probe_names(settings)
         progress = Progress("probing texts", len(names), "data sets")

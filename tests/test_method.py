@@ -184,7 +184,7 @@ def test_curriculum() -> None:
     assert steps[150] == 32  # half-way, the geometric mean
     assert curriculum_k(0.0, 64, 16, 0.0) == 16
     default = Settings()
-    assert experiment.k_at(default, 0.0) == 4 * default.k_min
+    assert experiment.k_at(default, 0.0) == default.k_start_factor * default.k_min
     assert experiment.k_at(default, 1.0) == default.k_min
     assert experiment.k_at(dataclasses.replace(default, curriculum=False), 0.0) is None
     # k_start never exceeds the number of features
