@@ -67,9 +67,9 @@ class Settings:
 
     # Training.
     seeds: tuple[int, ...] = (0,)  # each sets initialization and the order of the tokens
-    training_tokens: int = 1_400_000
+    training_tokens: int = 1_200_000
     budget_minutes: float | None = None  # training is shortened once if the command would take more
-    batch: int = 640  # tokens per step
+    batch: int = 512  # tokens per step
     lr: float = 1.5e-3  # Adam's learning rate for weights and biases
     lr_warmup: float = 0.2  # part of training over which it rises from 0, while θ settles
     lr_decay: float = 0.2  # part of training, at the end, over which it falls to 0
