@@ -162,27 +162,39 @@ def core_flops(config: Any, settings: Settings) -> int:
 class Stages:
     """The lines of the table, as they are measured. Memory is in GB, 10^9 bytes.
 
+    The peak is the best seen before or after any stage: on a shared machine one measurement of it
+    may be far too low.
+
     Args:
-        device: where the stages compute. peak: FLOP/s, see `arithmetic_peak`.
+        device: where the stages compute. size: of the matrices of `arithmetic_peak`.
     """
 
-    def __init__(self, device: torch.device, peak: float) -> None:
-        self.device, self.peak = device, peak
-        self.lines = [
-            "| stage | tokens | seconds | tokens/s | TFLOP/s | share of peak | peak memory, GB |",
-            "| --- | --- | --- | --- | --- | --- | --- |",
-        ]
+    def __init__(self, device: torch.device, size: int) -> None:
+        self.device, self.size = device, size
+        self.peak = arithmetic_peak(device, size)
+        self.rows: list[tuple[str, float, int, int, float]] = []
 
     def add(self, name: str, seconds: float, tokens: int = 0, flops: int = 0) -> None:
         """Adds a stage that has ended; `tokens` and `flops` where it computes with tokens."""
-        cells = [name, "–", f"{seconds:.2f}", "–", "–", "–"]
-        if tokens:
-            rate = flops / seconds
-            cells[1], cells[3] = f"{tokens}", f"{tokens / seconds:.1f}"
-            cells[4:] = f"{rate / 1e12:.4g}", f"{rate / self.peak:.3f}"
         cuda = self.device.type == "cuda"
         held = torch.cuda.max_memory_allocated() / 1e9 if cuda else harness.peak_memory_gb()
-        self.lines.append(f"| {' | '.join(cells)} | {held:.2f} |")
+        self.rows.append((name, seconds, tokens, flops, held))
+        self.peak = max(self.peak, arithmetic_peak(self.device, self.size))
+
+    def lines(self) -> list[str]:
+        """The table, in Markdown."""
+        lines = [
+            "| stage | tokens | seconds | tokens/s | TFLOP/s | share of peak | peak memory, GB |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        for name, seconds, tokens, flops, held in self.rows:
+            cells = [name, "–", f"{seconds:.2f}", "–", "–", "–"]
+            if tokens:
+                rate = flops / seconds
+                cells[1], cells[3] = f"{tokens}", f"{tokens / seconds:.1f}"
+                cells[4:] = f"{rate / 1e12:.4g}", f"{rate / self.peak:.3f}"
+            lines.append(f"| {' | '.join(cells)} | {held:.2f} |")
+        return lines
 
 
 def now(device: torch.device) -> float:
@@ -329,9 +341,9 @@ def main(argv: list[str] | None = None) -> int:
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
 
-    stages = Stages(device, arithmetic_peak(device, 512 if args.tiny else 8192 if large else 4096))
+    stages = Stages(device, 512 if args.tiny else 8192 if large else 4096)
     measure(TINY if args.tiny else GEMMA_2_2B, settings, tokens, n_steps, stages)
-    print("\n".join(["", *stages.lines, "", circumstances(settings, n_steps, stages)]))
+    print("\n".join(["", *stages.lines(), "", circumstances(settings, n_steps, stages)]))
     return 0
 
 

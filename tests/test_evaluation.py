@@ -272,3 +272,33 @@ def test_the_language_model_s_probes_are_computed_once(toy, toy_lm, tmp_path, mo
     assert score() == first and calls == ["llm", "sae", "llm", "sae"]  # damage is found
     other = dataclasses.replace(settings, probe_seed=43)
     assert score(other) != first and calls == ["llm", "sae", "llm", "sae"]
+
+
+def test_tinylm_s_figures_are_stock_sae_bench_s(tmp_path: Path, monkeypatch) -> None:
+    """On the shipped model and its tasks: sparse probing exactly, core to the last bit."""
+    import experiment
+
+    settings = dataclasses.replace(
+        experiment.settings_of("run_1", "tinylm"), layers=(2,), probe_train=24, probe_test=12,
+        core_prompts=4, core_reconstruction_batches=1, core_sparsity_batches=2, probe_ks=(1, 2, 5),
+    )  # fmt: skip
+    lm = harness.load_language_model("tinylm")
+    model = lm.hooked()
+    generator = torch.Generator().manual_seed(0)
+    sae = experiment.new_sae(settings, 2, 0, torch.randn(256, generator=generator), 1.0, {}, 16)
+    texts = harness.read_probe_texts(settings, lm.tokenizer, torch.device("cpu"))
+    progress = harness.Progress("sparse probing", 3, "SAEs")
+    ours = experiment.sparse_probing({"sae": sae}, texts, model, settings, tmp_path, progress)
+    with harness.tinylm_tasks(settings):
+        first, second = stock_probing(settings, sae, model, tmp_path / "artifacts")
+    for k in settings.probe_ks:
+        metric = f"sae_top_{k}_test_accuracy"
+        assert ours["sae"][metric] == second[metric]
+    (file,) = (tmp_path / "eval_results" / "sparse_probing").glob("*.json")
+    detail = json.loads(file.read_text())["eval_result_details"][0]
+    for metric, value in first[f"{detail['dataset_name']}"].items():
+        if metric.startswith("llm_"):
+            assert detail[metric] == value, metric
+    ready = {"sae": harness.formatted(sae, settings)}
+    scalars = harness.run_core(ready, model, settings, lambda n: None)["sae"][0]
+    assert scalars == stock_core(harness.formatted(sae, settings), settings, model)[0]
