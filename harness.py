@@ -398,6 +398,7 @@ def memory_estimate(settings: Settings) -> dict[str, float]:
     }
 
 
+@functools.cache
 def n_parameters(name: str) -> int:
     """Of a language model, from its config.json."""
     import torch
@@ -1300,8 +1301,11 @@ class SharedPasses:
         """(B, L) bool: neither BOS nor EOS nor padding."""
         import torch
 
-        special = torch.tensor(sorted(special_ids(self.model.tokenizer)))
-        return ~torch.isin(self.tokens_BL, special.to(self.tokens_BL.device))
+        def compute() -> Tensor:
+            special = torch.tensor(sorted(special_ids(self.model.tokenizer)))
+            return ~torch.isin(self.tokens_BL, special.to(self.tokens_BL.device))
+
+        return self.once("keep", compute)
 
     def spread(self, hook: str) -> float:
         """Σ‖x − x̄‖² over the tokens of the sparsity batches."""
@@ -1381,6 +1385,7 @@ def run_core(
     from sae_bench.evals.core import main as core
 
     config = core_config(settings)
+    saes = {key: copy.copy(sae) for key, sae in saes.items()}  # views put their decode on them
     store = core_store(settings, model, next(iter(saes.values())))
     shared = SharedPasses(model, store, (sae.cfg.hook_layer for sae in saes.values()), advance)
     views = {key: SharedView(shared, sae) for key, sae in saes.items()}

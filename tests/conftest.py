@@ -32,12 +32,31 @@ def cache(tmp_path_factory: pytest.TempPathFactory):
         yield
 
 
+def toy_config(vocab_size: int, n_layers: int):
+    """A Gemma-2 configuration of d_model 32."""
+    from transformers import Gemma2Config
+
+    return Gemma2Config(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=n_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        sliding_window=16,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+    )
+
+
 @pytest.fixture(scope="session")
 def toy_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in Hugging Face's form: 4 layers, d_model 32, a tokenizer of 300 tokens."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
+    from transformers import Gemma2ForCausalLM, PreTrainedTokenizerFast
 
     folder = tmp_path_factory.mktemp("toy") / "toy-gemma-2"
     tokenizer = Tokenizer(models.BPE())
@@ -62,19 +81,7 @@ def toy_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         padding_side="right",
     ).save_pretrained(folder)
     torch.manual_seed(0)
-    config = Gemma2Config(
-        vocab_size=300,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        query_pre_attn_scalar=8,
-        sliding_window=16,
-        max_position_embeddings=256,
-        initializer_range=0.2,
-    )
+    config = toy_config(vocab_size=300, n_layers=4)
     Gemma2ForCausalLM(config).save_pretrained(folder)
     return folder
 

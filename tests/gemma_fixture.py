@@ -16,6 +16,8 @@ import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from tests.conftest import toy_config
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"  # the model's revision in the cache
 N_TRAIN, N_TEST = 12, 6  # texts per class and quadrant: enough for probe sizes 40 and 20
 GENDERS = ("male", "female")
@@ -384,7 +386,7 @@ def write_model(hf_home: Path, n_layers: int = 20) -> Path:
         the folder of its files.
     """
     import torch
-    from transformers import Gemma2Config, Gemma2ForCausalLM
+    from transformers import Gemma2ForCausalLM
 
     repository = hf_home / "hub" / "models--google--gemma-2-2b"
     folder = repository / "snapshots" / COMMIT
@@ -393,19 +395,7 @@ def write_model(hf_home: Path, n_layers: int = 20) -> Path:
     (repository / "refs" / "main").write_text(COMMIT)
     vocab_size = write_tokenizer(folder)
     torch.manual_seed(0)
-    config = Gemma2Config(
-        vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=n_layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        query_pre_attn_scalar=8,
-        sliding_window=16,
-        max_position_embeddings=256,
-        initializer_range=0.2,
-    )
+    config = toy_config(vocab_size, n_layers)
     model = Gemma2ForCausalLM(config)
     for block in model.model.layers:  # small steps: deep layers still tell one token from another
         block.post_attention_layernorm.weight.data.fill_(-0.8)  # the factor is 1 + weight
