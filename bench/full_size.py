@@ -247,7 +247,9 @@ def measure(
         raise SystemExit("the random model's activations are not finite")
 
     keys = [(layer, seed) for layer in settings.layers for seed in settings.seeds]
-    trainers, _ = experiment.start_trainers(settings, acts_LND, dict.fromkeys(keys, {}))
+    measured = experiment.measure(settings, acts_LND)
+    autocast = acts_LND.dtype == torch.bfloat16
+    trainers = experiment.start_trainers(settings, measured, dict.fromkeys(keys, {}), autocast)
     orders = {seed: torch.randperm(settings.buffer_tokens) for seed in settings.seeds}
     portion = settings.buffer_tokens // settings.batch
     parts = [range(i, min(i + portion, n_steps)) for i in range(0, n_steps, portion)]
@@ -256,7 +258,7 @@ def measure(
     for steps in (range(1), *parts):  # the first step is taken twice: it sets up
         if steps is parts[0]:
             started = now(device)
-        experiment.take_steps(settings, trainers, acts_LND, orders, steps, n_steps, progress)
+        harness.take_steps(settings, trainers, acts_LND, orders, steps, n_steps, progress)
     seconds = now(device) - started
     progress.close()
     flops = len(keys) * n_steps * step_flops(settings, config.hidden_size)

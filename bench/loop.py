@@ -1,0 +1,76 @@
+"""What a rerun costs: the default tinylm run with an empty store, then again after edits.
+
+    python bench/loop.py
+
+Copies the code into a temporary folder with a store of its own, runs the command as a user does,
+edits, runs it again, and prints a Markdown table: seconds by the clock, and the ratio to the first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import harness
+
+STAGES = ("harvest", "training", "core", "sparse_probing")
+EDITS = (  # what a rerun follows: its name, what is replaced, and by what
+    ("nothing", "", ""),
+    ("the records", '"n_seeds"]', '"number_of_seeds"]'),
+    ("sparse probing", "progress.advance(len(saes), dataset)", "progress.advance(6, dataset)"),
+    ("core evaluation", 'flat | {"fvu": fvu}', '{**flat, "fvu": fvu}'),
+    ("the loss", "residual_BD.pow(2).mean()", "residual_BD.pow(2).mean() * 1.001"),
+)
+
+
+def run(folder: Path) -> tuple[float, dict[str, float]]:
+    """Seconds of the command by the clock, and of its stages by its own count."""
+    environment = os.environ | {"XDG_CACHE_HOME": str(folder / "cache"), "SAE_PROFILE": "tinylm"}
+    began = time.monotonic()
+    subprocess.run(
+        [sys.executable, "experiment.py", "--out_dir=run_try"],
+        cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    seconds = time.monotonic() - began
+    info = json.loads((folder / "run_try" / "final_info.json").read_text())
+    means = next(iter(info.values()))["means"]
+    return seconds, {stage: means[f"seconds_{stage}"] for stage in STAGES}
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for file in ("experiment.py", "harness.py", "constraints.txt"):
+            shutil.copy(ROOT / file, folder)
+        shutil.copytree(ROOT / "tinylm", folder / "tinylm")
+        print(f"| run | seconds | times as fast as the first | {' | '.join(STAGES)} |")
+        print("| --- | --- | --- |" + " --- |" * len(STAGES))
+
+        def line(what: str, seconds: float, stages: dict[str, float]) -> None:
+            figures = " | ".join(f"{value:.0f}" for value in stages.values())
+            print(f"| {what} | {seconds:.0f} | {first / seconds:.1f} | {figures} |", flush=True)
+
+        first, stages = run(folder)
+        line("the first, with an empty store", first, stages)
+        for what, old, new in EDITS:
+            path = folder / "experiment.py"
+            text = path.read_text()
+            assert not old or text.count(old) == 1, old
+            path.write_text(text.replace(old, new) if old else text)
+            line(f"after an edit of {what}", *run(folder))
+    print(f"\n{harness.processor_name()}, {len(os.sched_getaffinity(0))} cores; "
+          f"{time.strftime('%Y-%m-%d')}. Stages that are kept show what they once took, "
+          "but for the evaluations'.")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
