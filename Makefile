@@ -6,12 +6,13 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/installed
 
-.PHONY: help setup run test plot FORCE
+.PHONY: help setup run test plot clean-cache FORCE
 
 help:
 	@echo 'make run OUT=run_try   train and score the experiment, into the folder run_try'
 	@echo 'make plot              draw the figures and tables of the runs found here'
 	@echo 'make test              run the tests'
+	@echo 'make clean-cache       remove what runs keep for the next one (logs stay)'
 	@echo 'make setup             only install what these need, into $(VENV)'
 
 # Asked for before the set-up, which takes minutes.
@@ -33,6 +34,9 @@ test: $(READY)
 
 plot: $(READY)
 	@$(PY) plot.py
+
+clean-cache:
+	@$(if $(wildcard $(PY)),$(PY),python3) -c 'import harness; harness.clean_cache()'
 
 # $(READY) is an empty file, written after everything else has worked. An environment without it
 # was left half-made, and one whose Python no longer starts is of no use: both are made anew.

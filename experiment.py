@@ -9,6 +9,7 @@ B is tokens or batch, L sequence, D model dimension, F features, K selected feat
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
@@ -20,9 +21,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+STARTED = time.monotonic()
+# The code that runs, whatever is edited while the imports below take their seconds.
+SOURCE = Path(__file__).read_text(encoding="utf-8")
+
 # Read when the libraries start: the same seed on the same machine gives the same weights.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+# Threads that wait don't spin: beside other jobs a run took half to a third of the time.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import torch
@@ -369,7 +376,12 @@ def lr_factor(progress: float, warmup: float, decay: float) -> float:
 
 
 class ActivationBuffer:
-    """Activations of several layers in corpus order, BOS, EOS and padding left out."""
+    """Activations of several layers in corpus order, BOS, EOS and padding left out.
+
+    Args:
+        contexts: per forward pass.
+        key: all that activations depend on: they are kept under it, for the next run.
+    """
 
     def __init__(
         self,
@@ -377,37 +389,51 @@ class ActivationBuffer:
         stream: harness.TokenStream,
         layers: tuple[int, ...],
         contexts: int,
+        key: dict[str, Any] | None = None,
     ) -> None:
         self.lm, self.stream, self.layers, self.contexts = lm, stream, layers, contexts
+        self.store = harness.ActivationStore(stream, key)
         self._rest: Tensor | None = None  # harvested, not yet handed out
 
     def take(self, n: int, advance: Callable[[int], None] = lambda n: None) -> Tensor:
         """The activations of the next n tokens: (layers, n, D), on the model's device.
 
         Args:
-            advance: called with the number of tokens of each forward pass.
+            advance: called with the number of tokens of each few forward passes.
         """
         parts = [] if self._rest is None else [self._rest]
         have = sum(part.shape[1] for part in parts)
-        special = torch.tensor(sorted(self.lm.special_ids))
-
-        def harvest(index: int, passes: tuple[Tensor, ...]) -> Tensor:
-            keep_BL = ~torch.isin(passes[index], special)
-            acts = self.lm.activations(passes[index], self.layers)
-            return torch.stack([acts_BLD[keep_BL.to(acts_BLD.device)] for acts_BLD in acts])
-
         while have < n:
             n_passes = max(1, (n - have) // (self.contexts * (self.stream.context - 1)))
-            passes = self.stream.contexts(n_passes * self.contexts).split(self.contexts)
-            found, indices, device = {}, list(range(n_passes)), self.lm.hf.device
-            for index, _, part in harness.in_threads(harvest, indices, [passes], device):
-                found[index] = part
-                advance(part.shape[1])
-            parts += [found[index] for index in indices]
+            found = self.store.passes(n_passes, self.harvest)
+            advance(sum(part.shape[1] for part in found))
+            parts += [part.to(self.lm.hf.device) for part in found]
             have = sum(part.shape[1] for part in parts)
         everything = torch.cat(parts, dim=1)
         self._rest = everything[:, n:].clone()
         return everything[:, :n]
+
+    def harvest(self, n_passes: int) -> list[Tensor]:
+        """The activations of the next forward passes, (layers, N, D) of each."""
+        passes = self.stream.contexts(n_passes * self.contexts).split(self.contexts)
+        special = torch.tensor(sorted(self.lm.special_ids))
+
+        def one_pass(tokens_BL: Tensor) -> Tensor:
+            keep_BL = ~torch.isin(tokens_BL, special)
+            acts = self.lm.activations(tokens_BL, self.layers)
+            return torch.stack([acts_BLD[keep_BL.to(acts_BLD.device)] for acts_BLD in acts])
+
+        return harness.in_order(one_pass, passes, self.lm.hf.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the text stands, and what is harvested and not handed out."""
+        return {"store": self.store.state_dict(), "rest": self._rest}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where another buffer on the same text stood."""
+        self.store.load_state_dict(state["store"])
+        rest = state["rest"]
+        self._rest = None if rest is None else rest.to(self.lm.hf.device)
 
 
 # =============================================================================================
@@ -441,8 +467,8 @@ class Trainer:
         """(F,) bool: features that have not reconstructed anything for `dead_after` tokens."""
         return self.steps_since_active * self.settings.batch >= self.settings.dead_after
 
-    def step(self, x_BD: Tensor, progress: float, log: bool) -> dict[str, float] | None:
-        """One step on raw activations (B, D); its record if `log`."""
+    def step(self, x_BD: Tensor, progress: float, log: bool) -> tuple[Tensor, dict | None]:
+        """One step on raw activations (B, D); the loss, and the step's record if `log`."""
         settings, sae = self.settings, self.sae
         x_BD = x_BD.to(sae.W_enc.dtype) * sae.scale
         k = k_at(settings, progress)
@@ -456,11 +482,28 @@ class Trainer:
         record = self.record(loss, x_BD, k, lr) if log else None
         self.optimizer.step()
         sae.normalize_decoder()
-        fired_F = (loss.used_BF > 0).any(0)
+        fired_F = loss.used_BF.detach().amax(0) > 0
         self.steps_since_active = torch.where(fired_F, 0, self.steps_since_active + 1)
         if settings.resample and progress < 1 - settings.lr_decay:
             self.resample(loss.residual_BD.detach())
-        return record
+        return loss.total.detach(), record
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next steps depend on."""
+        return {
+            "sae": self.sae.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "attributes": [harness.plain_attributes(thing) for thing in (self, self.sae)],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where another trainer of the same SAE stood."""
+        self.sae.load_state_dict(state["sae"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        for thing, attributes in zip((self, self.sae), state["attributes"]):
+            harness.set_attributes(thing, attributes)
 
     @torch.no_grad()
     def resample(self, residual_BD: Tensor) -> None:
@@ -473,6 +516,8 @@ class Trainer:
         if not len(dead_N):
             return
         odds_B = residual_BD.pow(2).sum(-1).pow(2).cpu()
+        if not odds_B.isfinite().all():
+            return  # the loss isn't either, and take_steps says so
         dead_N = dead_N[: len(odds_B)]
         rows_N = torch.multinomial(odds_B, len(dead_N), generator=self.generator)
         directions_ND = residual_BD[rows_N.to(residual_BD.device)]
@@ -551,29 +596,33 @@ class Training:
     shortened: str | None  # why it took fewer tokens than the settings say
 
 
-def start_trainers(
-    settings: Settings, acts_LND: Tensor, fixed: dict[tuple[int, int], dict[str, float]]
-) -> tuple[dict[tuple[int, int], Trainer], dict[int, Tensor]]:
-    """A trainer per layer and seed, scaled and centred by the first activations; their means.
-
-    Where the activations are in bfloat16, so are the trainers' matrix products.
-    """
-    trainers, means = {}, {}
+def measure(settings: Settings, acts_LND: Tensor) -> dict[int, tuple[Tensor, float]]:
+    """By layer, what SAEs are centred and scaled by: the mean (D,), and s with E‖s x‖² = D."""
+    measured = {}
     for layer, acts_ND in zip(settings.layers, acts_LND):
         total_D, squares = torch.zeros_like(acts_ND[0], dtype=torch.float64), 0.0
         for part_ND in acts_ND.split(8192):  # float64 in parts: all of it would take gigabytes
             total_D += part_ND.double().sum(0)
             squares += float(part_ND.double().pow(2).sum())
-        means[layer] = (total_D / len(acts_ND)).float()
         scale = math.sqrt(acts_ND.numel() / squares)
+        measured[layer] = (total_D / len(acts_ND)).float(), scale
+    return measured
+
+
+def start_trainers(
+    settings: Settings,
+    measured: dict[int, tuple[Tensor, float]],
+    fixed: dict[tuple[int, int], dict[str, float]],
+    autocast: bool,
+) -> dict[tuple[int, int], Trainer]:
+    """A trainer per layer and seed. See `measure`, `train` and `Trainer`."""
+    k = k_at(settings, progress=1.0)
+    trainers = {}
+    for layer, (mean_D, scale) in measured.items():
         for seed in settings.seeds:
-            at_the_end = k_at(settings, progress=1.0)
-            sae = new_sae(
-                settings, layer, seed, means[layer], scale, fixed[layer, seed], at_the_end
-            )
-            autocast = acts_LND.dtype == torch.bfloat16
+            sae = new_sae(settings, layer, seed, mean_D, scale, fixed[layer, seed], k)
             trainers[layer, seed] = Trainer(sae, settings, seed, autocast)
-    return trainers, means
+    return trainers
 
 
 def train(
@@ -582,106 +631,101 @@ def train(
     fixed: dict[tuple[int, int], dict],
     log: Path,
     evaluation_seconds: Callable[[dict[tuple[int, int], CustomSAE]], float] = lambda saes: 0.0,
+    checkpoints: harness.Checkpoints | None = None,
 ) -> Training:
     """Trains an SAE per layer and seed, all on the same text and the same forward passes.
 
     Learning rate and k_t are functions of tokens / total. With `budget_minutes`, the total is
-    reduced once, after 5% of it, if training and evaluation would not fit.
+    reduced once, after 5% of it, if training and evaluation would not fit. Goes on from what an
+    earlier attempt has saved: the weights come out as without the interruption.
 
     Args:
         fixed: by layer and seed, the constants among tau_sel, tau_pen and gamma.
         log: train_log.jsonl.
         evaluation_seconds: estimates how long the evaluation of these SAEs will take.
+        checkpoints: where training saves itself, whenever a filling of the buffer is used up.
     """
-    n_steps = settings.training_tokens // settings.batch
-    portion = max(settings.buffer_tokens // settings.batch, 1)  # steps per filling of the buffer
+    checkpoints = checkpoints or harness.Checkpoints(None)
+    device, autocast = buffer.lm.hf.device, buffer.lm.hf.dtype == torch.bfloat16
+    torch.manual_seed(0)  # for what an edit may draw without a generator of its own
+    saved = checkpoints.load()
+    state = saved or {
+        "done": 0,
+        "n_steps": settings.training_tokens // settings.batch,
+        "timed": settings.budget_minutes is None,
+        "shortened": None,
+        "records": [],
+        "seconds": {"seconds_harvest": 0.0, "seconds_training": 0.0},
+    }
     trainers: dict[tuple[int, int], Trainer] = {}
-    last: dict[tuple[int, int], dict[str, Any]] = {}
     shuffles = {seed: torch.Generator().manual_seed(seed) for seed in settings.seeds}
-    seconds = {"seconds_harvest": 0.0, "seconds_training": 0.0}
-    n_saes = len(settings.layers) * len(settings.seeds)
+    if saved:
+        measured = {layer: (mean.to(device), s) for layer, (mean, s) in saved["measured"].items()}
+        trainers = start_trainers(settings, measured, fixed, autocast)
+        for key, trainer in trainers.items():
+            trainer.load_state_dict(saved["trainers"][key])
+        for seed, generator in shuffles.items():
+            generator.set_state(saved["shuffles"][seed])
+        buffer.load_state_dict(saved["buffer"])
+
+    def whole_state() -> dict[str, Any]:
+        return state | {
+            "measured": measured,
+            "trainers": {key: trainer.state_dict() for key, trainer in trainers.items()},
+            "shuffles": {seed: shuffle.get_state() for seed, shuffle in shuffles.items()},
+            "buffer": buffer.state_dict(),
+        }
+
+    portion = max(settings.buffer_tokens // settings.batch, 1)  # steps per filling of the buffer
+    seconds = state["seconds"]
     # A token counts when it is read, and when an SAE learns from it.
-    total = (1 + n_saes) * n_steps * settings.batch
-    progress = harness.Progress("train", total, "tokens read or learned")
-    shortened, timed, done = None, settings.budget_minutes is None, 0
+    per_step = (1 + len(settings.layers) * len(settings.seeds)) * settings.batch
+    progress = harness.Progress("train", state["n_steps"] * per_step, "tokens read or learned")
+    progress.resume(state["done"] * per_step, sum(seconds.values()))
     with log.open("w", encoding="utf-8") as log_file:
-        while done < n_steps:
-            steps = range(done, min(done + portion, n_steps))
+        log_file.writelines(json.dumps(record) + "\n" for record in state["records"])
+        while state["done"] < state["n_steps"]:
+            steps = range(state["done"], min(state["done"] + portion, state["n_steps"]))
             started = time.monotonic()
             acts_LND = buffer.take(len(steps) * settings.batch, progress.advance)
             seconds["seconds_harvest"] += time.monotonic() - started
             started = time.monotonic()
             if not trainers:
-                trainers, means = start_trainers(settings, acts_LND, fixed)
+                measured = measure(settings, acts_LND)
+                trainers = start_trainers(settings, measured, fixed, autocast)
             orders = {
                 seed: torch.randperm(acts_LND.shape[1], generator=generator)
                 for seed, generator in shuffles.items()
             }
-            records = take_steps(settings, trainers, acts_LND, orders, steps, n_steps, progress)
-            for record in records:
-                last[record["layer"], record["seed"]] = record
-                log_file.write(json.dumps(record) + "\n")
+            n_steps = state["n_steps"]
+            records = harness.take_steps(
+                settings, trainers, acts_LND, orders, steps, n_steps, progress
+            )
+            state["records"] += records
+            log_file.writelines(json.dumps(record) + "\n" for record in records)
             log_file.flush()
             seconds["seconds_training"] += time.monotonic() - started
-            done = steps.stop
-            if not timed and done >= 0.05 * n_steps:
-                timed, spent = True, progress.seconds()
+            state["done"] = steps.stop
+            save = checkpoints.due() or steps.stop == n_steps
+            if not state["timed"] and steps.stop >= 0.05 * n_steps:
                 evaluation = evaluation_seconds({key: t.sae for key, t in trainers.items()})
-                n_steps, shortened = harness.fit_budget(
-                    n_steps, done, spent, evaluation, settings.budget_minutes * 60
-                )
-                progress.total = (1 + n_saes) * n_steps * settings.batch
+                state["timed"] = save = True
+                state["n_steps"], state["shortened"] = harness.fit_budget(
+                    n_steps, steps.stop, sum(seconds.values()), evaluation,
+                    settings.budget_minutes * 60,
+                )  # fmt: skip
+                progress.total = state["n_steps"] * per_step
+            if save:
+                checkpoints.save(whole_state, steps.stop / state["n_steps"])
     progress.close()
-    saes = {key: trainer.sae for key, trainer in trainers.items()}
-    return Training(saes, means, last, n_steps * settings.batch, seconds, shortened)
-
-
-def take_steps(
-    settings: Settings,
-    trainers: dict[tuple[int, int], Trainer],
-    acts_LND: Tensor,
-    orders: dict[int, Tensor],
-    steps: range,
-    n_steps: int,
-    progress: harness.Progress,
-) -> list[dict[str, Any]]:
-    """Every trainer's steps on one filling of the buffer; their records, in order of steps.
-
-    On a CPU trainers run side by side, each on its own cores: a step's operations are too small
-    to be worth sharing. What a trainer computes does not depend on when the others run.
-
-    Args:
-        orders: by seed, the order in which the tokens of the buffer are drawn.
-        steps: the steps to take, of n_steps in all.
-    """
-
-    def some_steps(key: tuple[int, int], part: range) -> list[dict[str, Any]]:
-        layer, seed = key
-        acts_ND = acts_LND[settings.layers.index(layer)]
-        records = []
-        for step in part:
-            start = (step - steps.start) * settings.batch
-            rows = orders[seed][start : start + settings.batch].to(acts_ND.device)
-            logging = step % settings.log_every == 0 or step == n_steps - 1
-            record = trainers[key].step(acts_ND[rows], step / n_steps, logging)
-            if record:
-                tokens = step * settings.batch
-                where = {"step": step, "tokens": tokens, "layer": layer, "seed": seed}
-                speed = {"tokens_per_second": tokens / progress.seconds()}
-                records.append(where | record | speed)
-        return records
-
-    records: list[dict[str, Any]] = []
-    fvu: dict[tuple[int, int], float] = {}
-    parts = [range(i, min(i + 32, steps.stop)) for i in range(steps.start, steps.stop, 32)]
-    for key, part, found in harness.in_threads(some_steps, list(trainers), parts, acts_LND.device):
-        records += found
-        if found:
-            fvu[key] = found[-1]["fvu"]
-        note = "fvu " + "/".join(f"{fvu[key]:.2f}" for key in trainers if key in fvu)
-        progress.advance(len(part) * settings.batch, note)
-    place = {key: index for index, key in enumerate(trainers)}
-    return sorted(records, key=lambda r: (r["step"], place[r["layer"], r["seed"]]))
+    return Training(
+        saes={key: trainer.sae for key, trainer in trainers.items()},
+        mean={layer: mean_D for layer, (mean_D, _) in measured.items()},
+        last={(record["layer"], record["seed"]): record for record in state["records"]},
+        tokens=state["n_steps"] * settings.batch,
+        seconds=seconds,
+        shortened=state["shortened"],
+    )
 
 
 # =============================================================================================
@@ -695,30 +739,32 @@ def core_evaluation(
     settings: Settings,
     out_dir: Path,
     advance: Callable[[int], None] = lambda n: None,
+    keys: dict[str, dict] | None = None,
 ) -> dict[str, dict[str, float]]:
     """SAE-Bench's core evaluation of folded SAEs: by name, its scalars by their names, and fvu.
 
     Calls `run_evals`: `multiple_evals` loads the model by name and swallows every exception.
     Writes eval_results/core/….json in SAE-Bench's own form.
 
+    Args:
+        keys: by SAE, all that its figures depend on: they are kept under it.
     Raises:
-        ExperimentError: a scalar is not finite, or is the -1 that stands for NaN.
+        ExperimentError: a scalar is not finite, or is the -1 that stands for NaN, or L0 is 0.
     """
     from sae_bench.evals.core import main as core
 
     ready = {name: harness.formatted(sae, settings) for name, sae in saes.items()}
-    results = harness.run_core(ready, model, settings, advance)
+
+    def compute(names: list[str]) -> dict[str, tuple]:
+        return harness.run_core({n: ready[n] for n in names}, model, settings, advance)
+
+    results = harness.kept_each("core evaluation", keys or dict.fromkeys(saes), compute)
     found: dict[str, dict[str, float]] = {}
     for name, (scalars, features, fvu) in results.items():
         scalars["misc_metrics"] = core.calculate_misc_metrics(features)
         flat = {metric: value for group in scalars.values() for metric, value in group.items()}
         found[name] = flat | {"fvu": fvu}
-        for metric, value in found[name].items():
-            if not math.isfinite(value) or value == -1:
-                raise ExperimentError(
-                    f"core evaluation of {name}: {metric} is {value}, which can't be right; "
-                    "look at the SAE's weights and at the evaluation text"
-                )
+        harness.check_core(name, found[name])
         harness.save_core(name, ready[name], scalars, features, settings, out_dir)
     return found
 
@@ -730,41 +776,38 @@ def sparse_probing(
     settings: Settings,
     out_dir: Path,
     progress: harness.Progress,
+    keys: dict[str, dict] | None = None,
 ) -> dict[str, dict[str, float]]:
     """SAE-Bench's sparse probing of folded SAEs: by name, sae_… and llm_… mean accuracies.
 
     Stock SAE-Bench draws all probes of an SAE from one generator, seeded once. This keeps a
     generator state per SAE, so that an SAE's figures are those of a stock call that finds the
-    activations stored (the second call of `run_eval_single_sae`). The language model's probes
-    begin at the seed for each data set and are kept from run to run: no SAE changes them. Writes
+    activations stored (the second call of `run_eval_single_sae`). Writes
     eval_results/sparse_probing/….json in SAE-Bench's own form.
 
     Args:
         texts: by data set, the token ids of the train and the test split.
+        keys: by SAE, all that its figures depend on beside the texts: they are kept under it.
     """
     torch.manual_seed(settings.probe_seed)
-    seeded = torch.get_rng_state()
-    states = dict.fromkeys(saes, seeded)
+    states = dict.fromkeys(saes, torch.get_rng_state().numpy().tobytes().hex())
     per_class: dict[str, dict] = {name: {} for name in saes}
     ready = {name: harness.formatted(sae, settings) for name, sae in saes.items()}
     for dataset, split in texts.items():
-        (llm_train, sae_train), (llm_test, sae_test) = (
-            harness.pooled_features(tokens, model, ready, settings) for tokens in split
+        before = {"dataset": dataset, "texts": harness.tokens_digest(split)}
+
+        def compute(names: list[str], dataset: str = dataset, split: list = split) -> dict:
+            some = {name: ready[name] for name in names}
+            return harness.probe_data_set(dataset, split, some, states, model, settings)
+
+        found = harness.kept_each(
+            "sparse probing",
+            {n: keys and keys[n] | before | {"state": states[n]} for n in saes},
+            compute,
         )
-        llm = {}
-        for layer in settings.layers:
-            torch.set_rng_state(seeded)
-            key = harness.llm_probes_key(dataset, layer, split, settings)
-            acts = llm_train[layer], llm_test[layer], "llm", settings.probe_ks
-            llm[layer] = harness.kept("llm_probes", key, harness.probe, *acts)
-        for name, sae in ready.items():
-            torch.set_rng_state(states[name])
-            results = harness.probe(sae_train[name], sae_test[name], "sae", settings.probe_ks)
-            states[name] = torch.get_rng_state()
-            # SAE-Bench's order: the SAE's full probe, the language model's, the SAE's top k.
-            full = {"sae_test_accuracy": results.pop("sae_test_accuracy")}
-            per_class[name][f"{dataset}_results"] = full | llm[sae.cfg.hook_layer] | results
-            progress.advance(1, dataset)
+        for name, (results, state) in found.items():
+            per_class[name][f"{dataset}_results"], states[name] = results, state
+        progress.advance(len(saes), dataset)
     return {
         name: harness.save_probing(name, ready[name], per_class[name], settings, out_dir)
         for name in saes
@@ -797,17 +840,22 @@ def evaluate(
             scale = training.saes[layer, seed].scale
             twin = new_sae(settings, layer, seed, training.mean[layer], scale, {}, k)
             name = sae_name(layer, seed)
+            harness.check_trained(training.saes[layer, seed], twin, name)
             saes |= {name: sae, f"{name}_untrained": twin.folded()}
-        core = core_evaluation(saes, model, settings, out_dir, progress.advance)
+        keys = harness.evaluation_keys(saes, settings, SOURCE, ["core_evaluation"])
+        core = core_evaluation(saes, model, settings, out_dir, progress.advance, keys)
     progress.close()
     seconds["seconds_core"] = time.monotonic() - started
     started = time.monotonic()
     progress = harness.Progress("sparse probing", len(texts) * len(saes), "SAEs x sets")
     with harness.quiet(log):
-        probing = sparse_probing(saes, texts, model, settings, out_dir, progress)
+        keys = harness.evaluation_keys(saes, settings, SOURCE, ["sparse_probing"])
+        probing = sparse_probing(saes, texts, model, settings, out_dir, progress, keys)
     progress.close()
     seconds["seconds_sparse_probing"] = time.monotonic() - started
-    return {"core": core, "probing": probing}, seconds
+    evaluation = {"core": core, "probing": probing}
+    harness.check_results(saes, evaluation, settings, out_dir)
+    return evaluation, seconds
 
 
 # =============================================================================================
@@ -875,6 +923,8 @@ def write_records(
     baseline, differing = harness.against_given_baseline(settings, layers)
     warnings += differing
     notes = [baseline] if baseline else []
+    harness.check_info(info)
+    harness.write_reused(out_dir)
     harness.write_json(out_dir / "warnings.json", warnings)
     harness.write_json(out_dir / "final_info.json", info)
 
@@ -886,18 +936,6 @@ def write_records(
 # =============================================================================================
 # MAIN
 # =============================================================================================
-
-
-def choose_profile() -> str:
-    """SAE_PROFILE, or gemma-2-2b where CUDA is available, tinylm elsewhere."""
-    profile = os.environ.get("SAE_PROFILE")
-    if not profile:
-        return "gemma-2-2b" if torch.cuda.is_available() else "tinylm"
-    if profile not in PROFILES:
-        raise ExperimentError(
-            f"SAE_PROFILE must be {' or '.join(PROFILES)}, but is {profile!r}: change or unset it"
-        )
-    return profile
 
 
 def settings_of(name: str, profile: str) -> Settings:
@@ -914,53 +952,7 @@ def settings_of(name: str, profile: str) -> Settings:
             f"PLAN[{name!r}] sets what Settings has no field for ({error}): "
             "see the list at the top of experiment.py"
         ) from error
-    counts = (
-        "k_min d_sae training_tokens batch buffer_tokens harvest_contexts log_every dead_after "
-        "core_prompts core_reconstruction_batches core_sparsity_batches probe_train "
-        "probe_test probe_llm_batch probe_sae_batch"
-    )
-    rules: list[tuple[str, Callable[[Any], bool], str]] = [
-        *((field, lambda v: v >= 1 and v == int(v), "a count above 0") for field in counts.split()),
-        *((field, lambda v: v > 0, "above 0") for field in ("lr", "theta_lr", "k_start_factor")),
-        *(
-            (field, lambda v: 0 <= v <= 1, "between 0 and 1")
-            for field in ("curriculum_fraction", "lr_warmup", "lr_decay")
-        ),
-        *((field, lambda v: v >= 0, "0 or above") for field in ("reg_lambda",)),
-        *(
-            (field, lambda v: v is None or v > 0, "None or above 0")
-            for field in (*BOUNDED, "budget_minutes")
-        ),
-        ("k_min", lambda v: v <= s.d_sae, f"at most d_sae = {s.d_sae}"),
-        ("context", lambda v: v >= 2, "at least 2"),
-        ("probe_train", lambda v: v >= 4, "at least 4: two texts of a class"),
-        ("probe_test", lambda v: v >= 4, "at least 4: two texts of a class"),
-        ("training_tokens", lambda v: v >= s.batch, f"at least one batch of {s.batch}"),
-        ("buffer_tokens", lambda v: v >= s.batch, f"at least one batch of {s.batch}"),
-        ("form", lambda v: v in ("contrastive", "as_written"), "'contrastive' or 'as_written'"),
-        ("resample", lambda v: isinstance(v, bool), "True or False"),
-        ("curriculum", lambda v: isinstance(v, bool), "True or False"),
-        ("device", lambda v: v in ("auto", "cpu", "cuda"), "'auto', 'cpu' or 'cuda'"),
-        ("lm_dtype", lambda v: v in ("float32", "bfloat16"), "'float32' or 'bfloat16'"),
-        (
-            "train_dtype",
-            lambda v: v in ("auto", "float32", "bfloat16"),
-            "'auto', 'float32' or 'bfloat16'",
-        ),
-        ("seeds", lambda v: v and len(set(v)) == len(v) and min(v) >= 0, "different, 0 or above"),
-        ("layers", lambda v: v and len(set(v)) == len(v) and min(v) >= 0, "different, 0 or above"),
-        (
-            "probe_sets",
-            lambda v: v and all(n in ("tinylm/A", "tinylm/B") or n[:7] != "tinylm/" for n in v),
-            "one or more data sets; of tinylm, 'tinylm/A' or 'tinylm/B'",
-        ),
-        (
-            "probe_ks",
-            lambda v: set(harness.PRIMARY_KS) <= set(v) and 1 <= min(v) <= max(v) <= s.d_sae,
-            "between 1 and d_sae, with 1, 2 and 5 among them",
-        ),
-    ]
-    harness.check(name, s, rules)
+    harness.check_settings(name, s)
     return s
 
 
@@ -977,12 +969,13 @@ def constants(settings: Settings, out_dir: Path) -> dict[tuple[int, int], dict[s
 
 
 def run(out_dir: Path, log: Path) -> None:
-    """One experiment, from its settings to its records."""
-    began = time.monotonic()
+    """One experiment, from its settings to its records, after a rehearsal of all of it."""
+    harness.check_out_dir(out_dir)
     name = out_dir.name
-    profile = choose_profile()
+    profile = harness.choose_profile(PROFILES)
     settings = settings_of(name, profile)
     device = harness.choose_device(settings, profile)
+    train_dtype = harness.choose_train_dtype(settings, device)
     print(f"profile: {profile} on {device}")
     if name not in PLAN:
         print(f"{name}: not in PLAN, defaults")
@@ -990,44 +983,49 @@ def run(out_dir: Path, log: Path) -> None:
     with harness.quiet(log):
         needs = harness.preflight(settings, device)
     print("\n".join(needs), end="\n" if needs else "")
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # no result depends on it
-    torch.backends.cudnn.benchmark = False
+    if needs:
+        settings = harness.fit_core_batches(settings, device)
+    harness.make_reproducible()
     with harness.quiet(log):
         lm = harness.load_language_model(settings.model, settings.lm_dtype, device)
-    n_layers = lm.hf.config.num_hidden_layers
-    if max(settings.layers) >= n_layers:
-        raise ExperimentError(
-            f"{name}: layers must be below {n_layers}, the number of blocks of {settings.model}, "
-            f"but are {settings.layers}: change them at the top of experiment.py"
+        harness.check_layers(settings, lm)
+        probe_texts = harness.read_probe_texts(settings, lm.tokenizer, device)
+        model = lm.hooked()
+
+    def train_score_record(
+        settings: Settings, probe_texts: dict, out_dir: Path, key: dict | None
+    ) -> None:
+        harness.write_config(settings, profile, device, train_dtype, SOURCE, out_dir)
+        harness.Progress.stage("train")
+        texts = harness.documents(settings.training_text, "train")
+        stream = harness.TokenStream(texts, lm.tokenizer, settings.context)
+        training_lm = lm.cast(train_dtype)
+        acts_key = key and harness.activations_key(settings, SOURCE, train_dtype, lm)
+        buffer = ActivationBuffer(
+            training_lm, stream, settings.layers, settings.harvest_contexts, acts_key
         )
+
+        def evaluation_seconds(saes: dict) -> float:
+            with harness.quiet(log):
+                return harness.evaluation_seconds(saes, model, probe_texts, settings)
+
+        with harness.Checkpoints(key) as checkpoints, contextlib.closing(stream):
+            train_log = out_dir / "train_log.jsonl"
+            training = train(settings, buffer, fixed, train_log, evaluation_seconds, checkpoints)
+        harness.Progress.stage("export")
+        for (layer, seed), sae in training.saes.items():
+            harness.export(sae, settings, out_dir / "sae" / f"layer_{layer}" / f"seed_{seed}")
+        evaluation, seconds = evaluate(settings, training, probe_texts, model, out_dir, log)
+        harness.Progress.stage("records")
+        seconds = training.seconds | seconds | {"seconds_total": time.monotonic() - STARTED}
+        write_records(settings, profile, training, evaluation, seconds, out_dir)
+        harness.check_complete(out_dir)
+
+    harness.rehearse(train_score_record, settings, probe_texts, SOURCE, log)
     if moved := harness.prepare_out_dir(out_dir):
         print(moved)
-    train_dtype = harness.choose_train_dtype(settings, device)
-    harness.write_config(settings, profile, device, train_dtype, out_dir)
-
-    texts = harness.documents(settings.training_text, "train")
-    with harness.quiet(log):
-        probe_texts = harness.read_probe_texts(settings, lm.tokenizer, device)
-    stream = harness.TokenStream(texts, lm.tokenizer, settings.context)
-    buffer = ActivationBuffer(
-        lm.cast(train_dtype), stream, settings.layers, settings.harvest_contexts
-    )
-
-    def evaluation_seconds(saes: dict) -> float:
-        with harness.quiet(log):
-            return harness.evaluation_seconds(saes, lm, probe_texts, settings)
-
-    training = train(settings, buffer, fixed, out_dir / "train_log.jsonl", evaluation_seconds)
-    for (layer, seed), sae in training.saes.items():
-        folder = out_dir / "sae" / f"layer_{layer}" / f"seed_{seed}"
-        harness.export(sae, settings, folder)
-    with harness.quiet(log):
-        model = lm.hooked()
-    evaluation, seconds = evaluate(settings, training, probe_texts, model, out_dir, log)
-    seconds = training.seconds | seconds | {"seconds_total": time.monotonic() - began}
-    write_records(settings, profile, training, evaluation, seconds, out_dir)
+    key = harness.training_key(settings, SOURCE, fixed, train_dtype, device)
+    train_score_record(settings, probe_texts, out_dir, key)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,18 @@ and needs none. In names of tensors, B is batch, L sequence, D model dimension, 
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import copy
 import dataclasses
 import datetime
+import errno
+import faulthandler
+import fcntl
 import functools
 import hashlib
 import importlib.metadata
+import io
 import itertools
 import json
 import math
@@ -26,6 +31,7 @@ import random
 import re
 import resource
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -43,6 +49,8 @@ if TYPE_CHECKING:
     from experiment import CustomSAE, Settings
 
 HERE = Path(__file__).resolve().parent
+ENVIRONMENT = dict(os.environ)  # as given: scikit-learn, for one, adds to it when it is imported
+PLUMBING = Path(__file__).read_text(encoding="utf-8")  # as it runs, whatever is edited later
 
 PRIMARY_KS = (1, 2, 5)  # the primary metric averages the SAE's probes of 1, 2 and 5 features
 MAX_L0_RATIO = 1.2  # runs whose L0 differ by more than 20% are not compared
@@ -56,10 +64,28 @@ LOOSE = ("llm_top_1_test_accuracy", "llm_top_2_test_accuracy")  # probes of few 
 DATA_GB = 5.0  # set aside for the probing data sets, which datasets stores twice
 STREAM_RETRIES = 6  # of a broken connection in a row: a minute in all
 NETWORK_LIBRARIES = ("httpx", "httpcore", "requests", "urllib3", "aiohttp")
+LAST_WORDS = 1500  # characters of standard error that a driver shows of a run that failed
+STORE_GB = 20.0  # of paid-for work kept in the cache; the least recently used goes first
+ACTIVATIONS_GB = 4.0  # of a training; larger ones are harvested anew in each run
+PASSES = 8  # of the language model whose activations are stored in one file
+SAVE_EVERY = 60.0  # seconds between two saves of a training, at least
+SAVE_SHARE = 0.025  # of the time that saving may take
+PINS = "revisions"  # of data sets with loading scripts: kept, but no result
+NUMERIC = ("ATEN", "CUBLAS", "CUDA", "KMP", "MKL", "NVIDIA_TF32", "OMP", "PYTORCH", "TORCH")
+HEARTBEAT = 5.0  # seconds between two notes of what an attempt is doing
 POOL_FILES = 512  # files of tinylm's corpus from which passages are drawn at a time
+MAY_RUN_CODE = (  # the named data sets: a loading script of theirs, and of no other, may run
+    "LabHC/bias_in_bios", "canrager/amazon_reviews_mcauley_1and5", "codeparrot/github-code",
+    "fancyzhx/ag_news", "Helsinki-NLP/europarl", "Skylion007/openwebtext",
+    "monology/pile-uncopyrighted",
+)  # fmt: skip
+LOADING = threading.Lock()  # `datasets` has one place for loading scripts, which load_dataset moves
+LOG_IN = "log in with `hf auth login` (or set HF_TOKEN)"
+TRY_TINYLM = "SAE_PROFILE=tinylm make run OUT=run_try works now"
+GET_ACCESS = f"accept its licence on its Hugging Face page and {LOG_IN}; {TRY_TINYLM}"
 VERSIONED = (
     "torch", "transformers", "sae-bench", "sae-lens", "transformer-lens", "datasets",
-    "numpy", "scikit-learn", "beartype", "jaxtyping",
+    "numpy", "scikit-learn", "scipy", "tokenizers", "safetensors", "beartype", "jaxtyping",
 )  # fmt: skip
 
 
@@ -76,31 +102,73 @@ def cache_dir() -> Path:
     return Path(root) / "parametric-sae"
 
 
-def new_log(run_name: str) -> Path:
-    """An empty log file for this attempt, outside `run_i/` so that it outlives it.
+def place_for(kind: str) -> Path:
+    """A folder of the cache that can be written; where the cache can't, a temporary one.
 
-    Falls back to the system's temporary folder where the cache can't be written.
+    Raises:
+        ExperimentError: neither can be written.
     """
-    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    for folder in (cache_dir() / "logs", Path(tempfile.gettempdir())):
-        path = folder / f"{run_name}-{stamp}-{os.getpid()}.log"
-        try:
+    temporary = Path(tempfile.gettempdir()) / f"parametric-sae-{os.getuid()}"
+    for folder in (cache_dir() / kind, temporary / kind):
+        with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
-            path.touch()
-        except OSError:
-            continue
-        return path
+            with tempfile.TemporaryFile(dir=folder):
+                return folder
     raise ExperimentError(
-        f"no place for a log: neither {cache_dir()} nor {tempfile.gettempdir()} can be written; "
+        f"no place for a log: neither {cache_dir()} nor {temporary} can be written; "
         "set XDG_CACHE_HOME to a folder that can"
     )
+
+
+def new_log(run_name: str) -> Path:
+    """An empty log file for this attempt, outside `run_i/` so that it outlives it."""
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    path = place_for("logs") / f"{run_name}-{stamp}-{os.getpid()}.log"
+    path.touch()
+    return path
+
+
+def check_out_dir(out_dir: Path) -> None:
+    """ExperimentError where the folder can't be made or written, or holds this project."""
+    if out_dir.resolve() in (HERE, *HERE.parents):
+        raise ExperimentError(
+            f"--out_dir={out_dir} must be a folder of the run's own, but holds experiment.py: "
+            "name another, such as --out_dir=run_try"
+        )
+    if out_dir.resolve() == HERE / "run_0":
+        raise ExperimentError(
+            "--out_dir=run_0 is the given baseline, which no run replaces: name another folder"
+        )
+    if out_dir.is_dir() and any(out_dir.iterdir()) and not is_run(out_dir):
+        raise ExperimentError(
+            f"--out_dir={out_dir} must be a new folder, or that of a run, but holds other files: "
+            "name another"
+        )
+    place = out_dir
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise ExperimentError(
+            f"--out_dir={out_dir} must be a folder that can be written, but {place} is "
+            f"{'read-only' if place.is_dir() else 'a file'}; name another, or change that"
+        )
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds a run, complete or not."""
+    if (folder / "final_info.json").exists():
+        return True
+    try:
+        return {"run", "sha256"} <= json.loads((folder / "config.json").read_text()).keys()
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def prepare_out_dir(out_dir: Path) -> str | None:
     """Makes `out_dir`, writable and without results.
 
     A complete run that stands there (it has a final_info.json) is set aside as `out_dir.1`, `.2`,
-    …; what an unfinished attempt left is overwritten file by file.
+    …. What an unfinished attempt left is removed: all that was paid for is in the store.
 
     Returns:
         a line that says what was set aside, or None.
@@ -115,6 +183,9 @@ def prepare_out_dir(out_dir: Path) -> str | None:
                 number += 1
             out_dir.rename(aside)
             moved = f"{out_dir} holds a complete run: set aside as {aside}"
+        elif (out_dir / "config.json").exists():
+            for folder in ("sae", "eval_results"):
+                shutil.rmtree(out_dir / folder, ignore_errors=True)
         out_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out_dir):
             pass
@@ -129,7 +200,7 @@ def prepare_out_dir(out_dir: Path) -> str | None:
 def write_atomic(path: Path, text: str) -> None:
     """Writes the whole file or nothing: readers never see a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
@@ -151,31 +222,696 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def kept(kind: str, key: dict[str, Any], compute: Callable[..., Any], *arguments: Any) -> Any:
-    """What `compute(*arguments)` returns, from the cache where an earlier run has left it.
+# ------------------------------------------------------- the store of work that was paid for
+
+
+def store_dir() -> Path:
+    """What `make clean-cache` empties. A folder for each kind of work."""
+    return cache_dir() / "store"
+
+
+def digest(key: object) -> str:
+    """32 digits that stand for JSON."""
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def set_aside(path: Path) -> None:
+    """Takes a damaged file out of use, and says so."""
+    aside = path.with_name(f"{path.name}.damaged")
+    say(f"{path} is damaged: set aside as {aside.name}, and made again")
+    path.replace(aside)
+
+
+def kept(kind: str, key: dict[str, Any] | None, compute: Callable[..., Any], *args: Any) -> Any:
+    """What `compute(*args)` returns, from the store where an earlier run has left it.
+
+    See `kept_each`.
+    """
+    return kept_each(kind, {"": key}, lambda _: {"": compute(*args)})[""]
+
+
+def kept_each(
+    kind: str,
+    keys: dict[str, dict[str, Any] | None],
+    compute: Callable[[list[str]], dict[str, Any]],
+) -> dict[str, Any]:
+    """Results by name: from the store where an earlier run has left them, the others computed.
 
     Args:
-        kind: the folder in the cache. key: all that the result depends on, as JSON.
+        kind: what they are, in words. keys: by name, all that a result depends on, as JSON; None:
+            it is computed and not kept, as in a rehearsal.
+        compute: returns the results of the names it is given.
     Returns:
-        the result as JSON has it. A damaged file is set aside and made again.
+        the results as JSON has them. A damaged file is set aside and made again.
     """
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    path = cache_dir() / kind / f"{name[:32]}.json"
-    if path.exists():
+    if Progress.prefix and kind != PINS:
+        keys = dict.fromkeys(keys)
+    keys = json.loads(json.dumps(keys))
+    paths = {
+        name: store_dir() / kind.replace(" ", "_") / f"{digest(key)}.json"
+        for name, key in keys.items() if key is not None
+    }  # fmt: skip
+    found = {}
+    for name, path in paths.items():
+        if path.exists():
+            try:
+                stored = json.loads(path.read_text())
+                if stored["key"] == keys[name] and stored["sha256"] == digest(stored["value"]):
+                    mark_used(path)
+                    found[name] = stored["value"]
+                    continue
+            except (OSError, ValueError, KeyError, TypeError):
+                pass
+            with contextlib.suppress(OSError):
+                set_aside(path)
+    if found:
+        Attempt.reuses(kind, part=f" of {', '.join(found)}" if len(found) < len(keys) else "")
+    missing = [name for name in keys if name not in found]
+    for name, value in (compute(missing) if missing else {}).items():
+        if name not in paths:
+            found[name] = value
+            continue
+        found[name] = value = json.loads(json.dumps(value))
+        record = {"key": keys[name], "sha256": digest(value), "value": value}
         try:
-            stored = json.loads(path.read_text())
-            digest = hashlib.sha256(json.dumps(stored["value"]).encode()).hexdigest()
-            if stored["key"] == key and stored["sha256"] == digest:
-                return stored["value"]
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
-        print(f"{path} is damaged: set aside as {path.name}.damaged, and made again", file=CONSOLE)
-        path.replace(path.with_name(f"{path.name}.damaged"))
-    value = json.loads(json.dumps(compute(*arguments)))
-    digest = hashlib.sha256(json.dumps(value).encode()).hexdigest()
-    with contextlib.suppress(OSError):  # a cache that can't be written costs time, not results
-        write_json(path, {"key": key, "sha256": digest, "value": value})
-    return value
+            write_atomic(paths[name], json.dumps(record))
+            evict()
+            Attempt.keeps(kind)
+        except OSError as error:
+            cannot_keep(kind, error)
+    return {name: found[name] for name in keys}
+
+
+def cannot_keep(what: str, error: Exception) -> None:
+    """Says so: a store that can't be written costs time, not results."""
+    say(f"{what} can't be kept in {store_dir()} ({first_line(error)}): this run goes on without")
+
+
+def mark_used(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        os.utime(path)
+
+
+def evict() -> None:
+    """Removes the least recently used files of the store until it is under `STORE_GB`.
+
+    Work that a process is at is left alone: its folder is locked.
+    """
+    found = []
+    for path in store_dir().rglob("*"):
+        with contextlib.suppress(OSError):
+            if path.is_file() and path.name != "lock":
+                found.append((path.stat().st_mtime, path.stat().st_size, path))
+    excess = sum(size for _, size, _ in found) - STORE_GB * 1e9
+    for _, size, path in sorted(found):
+        if excess <= 0:
+            return
+        with contextlib.suppress(OSError):
+            guard = path.parent / "lock"
+            held = take_lock(guard) if guard.exists() else -1
+            if held is None:
+                continue
+            path.unlink()
+            excess -= size
+            if held >= 0:
+                os.close(held)
+
+
+def clean_cache() -> None:
+    """Empties the store; logs stay."""
+    size = sum(path.stat().st_size for path in store_dir().rglob("*") if path.is_file())
+    shutil.rmtree(store_dir(), ignore_errors=True)
+    print(f"{store_dir()} emptied: {size / 1e6:.1f} MB; logs stay in {cache_dir() / 'logs'}")
+
+
+def take_lock(path: Path) -> int | None:
+    """A lock that ends with the process: its descriptor, or None where another holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+class Checkpoints:
+    """A training as far as it has come, in the store under all that it depends on.
+
+    One file, `{part done}.{the first 32 digits of its SHA-256}.safetensors`: tensors as such,
+    everything else as JSON in its header.
+
+    Args:
+        key: all that the training depends on; None: nothing is kept.
+    """
+
+    def __init__(self, key: dict[str, Any] | None) -> None:
+        self.key, self.lock, self.cost = key, None, 0.0
+        self.saved = time.monotonic()
+        if key is None:
+            return
+        self.folder = store_dir() / "training" / digest(key)
+        try:
+            self.lock = take_lock(self.folder / "lock")
+        except OSError as error:
+            cannot_keep("training", error)
+            return
+        if self.lock is None:
+            say("training: another process is at the same one and saves it; this one doesn't save")
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def load(self) -> dict[str, Any] | None:
+        """The state saved last, on the CPU; None where there is none that is whole."""
+        if self.key is None:
+            return None
+        changed = Attempt.changed(self.key)
+        same = "code, settings, model, versions and machine"
+        for path in sorted(self.folder.glob("*.safetensors"), reverse=True):
+            try:
+                whole = sha256_file(path)[:32] == path.name.split(".")[-2]
+                if whole:
+                    state = read_state(path)
+            except OSError:  # another process has put a later one in its place
+                continue
+            if not whole:
+                with contextlib.suppress(OSError):
+                    set_aside(path)
+                continue
+            mark_used(path)
+            set_generators(state["generators"])
+            part = float(path.name.rsplit(".", 2)[0])
+            if part == 1:
+                say(f"training: kept, as {same} are unchanged; not repeated")
+            else:
+                say(f"training: goes on at {100 * part:.0f}%, as {same} are unchanged")
+            Attempt.reuses("training", quietly=True)
+            Attempt.keeps("training" if part == 1 else f"training up to {100 * part:.0f}%")
+            return state["state"]
+        if changed:
+            say(f"training: anew, as this differs from the last attempt: {changed}")
+        return None
+
+    def due(self) -> bool:
+        """Whether to save: `SAVE_EVERY` has passed, and saving stays within `SAVE_SHARE`."""
+        passed = time.monotonic() - self.saved
+        return passed >= max(SAVE_EVERY, self.cost / SAVE_SHARE)
+
+    def save(self, state: Callable[[], dict[str, Any]], part: float) -> None:
+        """Puts a state in the place of the one before.
+
+        Args:
+            state: returns it: tensors, numbers, strings, None; in dicts, lists and tuples.
+            part: of the training that is done; 1: all of it.
+        """
+        if self.lock is None:
+            return
+        began = time.monotonic()
+        partial = self.folder / f"partial-{os.getpid()}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_state({"state": state(), "generators": generators()}, partial)
+            path = self.folder / f"{part:.6f}.{sha256_file(partial)[:32]}.safetensors"
+            partial.replace(path)
+            for other in self.folder.glob("*.safetensors"):
+                if other != path:
+                    other.unlink()
+            evict()
+            Attempt.keeps("training" if part == 1 else f"training up to {100 * part:.0f}%")
+        except Exception as error:  # of what an edit has made of the state, too: training goes on
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            cannot_keep("training", error)
+        self.saved = time.monotonic()
+        self.cost = self.saved - began
+
+    def close(self) -> None:
+        """Lets other processes save the same training."""
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
+
+
+def generators() -> dict[str, Any]:
+    """The states of the generators that code draws from unless it is given one."""
+    import numpy
+    import torch
+
+    kind, keys, *rest = numpy.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": (kind, torch.from_numpy(keys.astype("int64")), *rest),
+        "python": random.getstate(),
+    }
+
+
+def set_generators(states: dict[str, Any]) -> None:
+    """Sets what `generators` returned."""
+    import numpy
+    import torch
+
+    torch.set_rng_state(states["torch"])
+    if states["cuda"]:
+        torch.cuda.set_rng_state_all(states["cuda"])
+    kind, keys, *rest = states["numpy"]
+    numpy.random.set_state((kind, keys.numpy().astype("uint32"), *rest))
+    random.setstate(states["python"])
+
+
+class ActivationStore:
+    """Harvested activations, kept for the next run on the same text and language model.
+
+    A file holds those of `PASSES` forward passes, and where the text stands after them.
+
+    Args:
+        stream: the text. It is read, and its thread started, only from where the store ends.
+        key: all that activations depend on; None: they are not kept.
+    """
+
+    def __init__(self, stream: TokenStream, key: dict[str, Any] | None) -> None:
+        self.stream, self.key = stream, key
+        self.number = 0  # of the next file
+        self.after: dict[str, Any] | None = None  # where the text stands, if the stream doesn't
+        self.reading = key is not None
+        if key is not None:
+            self.folder = store_dir() / "activations" / digest(key)
+
+    def passes(self, n: int, harvest: Callable[[int], list[Tensor]]) -> list[Tensor]:
+        """The activations of the next forward passes: n, or `PASSES` where they are kept.
+
+        Args:
+            harvest: makes that many passes on the stream: a tensor (layers, N, D) of each.
+        """
+        if self.key is None:
+            return harvest(n)
+        stored = self._read() if self.reading else None
+        self.number += 1
+        if stored is not None:
+            self.after = stored["after"]
+            Attempt.reuses("activations")
+            return stored["acts"]
+        self.reading = False
+        if self.after is not None:
+            self.stream.load_state_dict(self.after)
+            self.after = None
+        acts = harvest(PASSES)
+        self._write({"acts": [a.cpu() for a in acts], "after": self.stream.state_dict()})
+        return acts
+
+    def _read(self) -> dict[str, Any] | None:
+        for path in self.folder.glob(f"{self.number:06d}.*.safetensors"):
+            with contextlib.suppress(OSError):
+                if sha256_file(path)[:32] == path.name.split(".")[-2]:
+                    mark_used(path)
+                    return read_state(path)
+                set_aside(path)
+        return None
+
+    def _write(self, state: dict[str, Any]) -> None:
+        from safetensors import SafetensorError
+
+        partial = self.folder / f"partial-{os.getpid()}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_state(state, partial)
+            sha256 = sha256_file(partial)[:32]
+            partial.replace(self.folder / f"{self.number - 1:06d}.{sha256}.safetensors")
+            evict()
+            Attempt.keeps("activations")
+        except (OSError, SafetensorError) as error:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            cannot_keep("activations", error)
+            self.key = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the store and the text stand."""
+        return {"number": self.number, "stream": self.after or self.stream.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where another one stood."""
+        self.number = state["number"]
+        if self.key is None:
+            self.stream.load_state_dict(state["stream"])
+        else:
+            self.after = state["stream"]
+
+
+def write_state(state: object, path: Path) -> None:
+    """Writes what `Checkpoints.save` takes as one safetensors file, down to the disk."""
+    import torch
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Tensor] = {}
+
+    def packed(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            name = str(len(tensors))
+            tensors[name] = value.detach().cpu().contiguous()
+            return {"tensor": name}
+        if isinstance(value, dict):
+            return {"dict": [[packed(k), packed(v)] for k, v in value.items()]}
+        if isinstance(value, tuple):
+            return {"tuple": [packed(item) for item in value]}
+        return [packed(item) for item in value] if isinstance(value, list) else value
+
+    save_file(tensors, path, metadata={"state": json.dumps(packed(state))})
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def read_state(path: Path) -> Any:
+    """What `write_state` wrote, tensors on the CPU."""
+    from safetensors import safe_open
+
+    def unpacked(value: Any) -> Any:
+        if isinstance(value, list):
+            return [unpacked(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        ((kind, content),) = value.items()
+        if kind == "tensor":
+            return file.get_tensor(content)
+        if kind == "tuple":
+            return tuple(unpacked(item) for item in content)
+        return {unpacked(k): unpacked(v) for k, v in content}
+
+    with safe_open(path, "pt") as file:
+        return unpacked(json.loads(file.metadata()["state"]))
+
+
+def set_attributes(thing: object, attributes: dict[str, Any]) -> None:
+    """Sets what `plain_attributes` returned, tensors on the device they had."""
+    import torch
+
+    for name, value in attributes.items():
+        old = getattr(thing, name, None)
+        on = old.device if isinstance(old, torch.Tensor) else None
+        setattr(thing, name, value.to(on) if isinstance(value, torch.Tensor) and on else value)
+
+
+# ------------------------------------------------------------- what results depend on
+
+
+def without_docstrings(tree: ast.AST) -> ast.AST:
+    """The tree, its docstrings taken out; comments are in no tree."""
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and body:
+            first = body[0]
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+                node.body = body[1:]
+    return tree
+
+
+def names_in(node: ast.AST) -> set[str]:
+    """Every name and attribute that code mentions, or may mention in a string."""
+    found = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+    found |= {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
+    strings = (n.value for n in ast.walk(node) if isinstance(n, ast.Constant))
+    return found | {s for s in strings if isinstance(s, str) and s.isidentifier()}
+
+
+def does_nothing(node: ast.stmt) -> bool:
+    """Whether reading a statement only binds a name to a function or to a plain value."""
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        values = [*node.args.defaults, *filter(None, node.args.kw_defaults), *node.decorator_list]
+    elif isinstance(node, ast.Assign) and [type(t) for t in node.targets] == [ast.Name]:
+        values = [node.value]
+    else:
+        return False
+    try:
+        for value in values:
+            if not isinstance(value, ast.Lambda):
+                ast.literal_eval(value)
+        return True
+    except (ValueError, TypeError):
+        return False
+
+
+BY_MAIN = {"evaluate", "write_records", "PROFILES", "PLAN"}  # what MAIN may mention freely
+
+
+def code_parts(
+    source: str, without: Sequence[str] = ()
+) -> tuple[dict[str, str], set[str], dict[str, set[str]]]:
+    """What experiment.py does, by function: hashes of its syntax, no comments or docstrings.
+
+    Settings' fields, PROFILES and PLAN are left out, for what they say is in a run's settings.
+
+    Args:
+        without: the first words of the titles of ruled sections to leave out. In doubt their code
+            stays: what does more, when the file is read, than to define a function or a constant,
+            and what other sections mention, but for MAIN's call of `evaluate` and `write_records`.
+    Returns:
+        {function, method or class: hash}, all names that this code mentions, and those that each
+        part mentions.
+    """
+    lines = source.splitlines()
+    titles = [
+        (number, lines[number].removeprefix("# "))
+        for number in range(1, len(lines) - 1)
+        if lines[number - 1].startswith("# ===") and lines[number + 1].startswith("# ===")
+    ]
+    tree = without_docstrings(ast.parse(source))
+    definitions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    counted: list[tuple[str, ast.stmt]] = []
+    waiting: list[tuple[str, ast.stmt]] = []
+    mentioned: set[str] = set()
+    for node in tree.body:
+        section = next((title for at, title in reversed(titles) if at < node.lineno), "")
+        word = section.split(" ")[0].rstrip(":,")
+        target = getattr(node, "target", (getattr(node, "targets", None) or [None])[0])
+        name = getattr(node, "name", getattr(target, "id", f"the top level of {section}"))
+        if word == "SETTINGS" and name == "Settings":  # the values of its fields are settings
+            node.body = [part for part in node.body if not isinstance(part, ast.AnnAssign)]
+        listed = word == "SETTINGS" and name in ("PROFILES", "PLAN")
+        if listed or (word in without and does_nothing(node)):
+            waiting.append((name, node))
+            continue
+        counted.append((name, node))
+        mentioned |= names_in(node) - (BY_MAIN if word == "MAIN" else set())
+    while called := [(name, node) for name, node in waiting if name in mentioned]:
+        waiting = [pair for pair in waiting if pair not in called]
+        counted += called
+        mentioned = mentioned.union(*(names_in(node) for _, node in called))
+    parts: dict[str, str] = {}
+    mentions: dict[str, set[str]] = {}
+
+    def add(name: str, node: ast.AST) -> None:
+        parts[name] = digest(parts.get(name, "") + ast.dump(node))
+        begins = isinstance(node, ast.If) and "__name__" in names_in(node.test)
+        mentions[name] = mentions.get(name, set()) | (set() if begins else names_in(node))
+
+    for name, node in counted:
+        for part in list(getattr(node, "body", [])) if isinstance(node, ast.ClassDef) else []:
+            if isinstance(part, definitions):
+                add(f"{name}.{part.name}", part)
+                node.body.remove(part)
+        add(name, node)
+    return parts, set().union(*mentions.values()), mentions
+
+
+def code_reached(source: str, roots: Iterable[str]) -> tuple[dict[str, str], set[str]]:
+    """As `code_parts`, of what functions or classes mention, directly or by way of others.
+
+    Statements that do something when the file is read are always among it.
+    """
+    parts, names, mentions = code_parts(source)
+    defined = {part.split(".")[0] for part in mentions}
+    reached: set[str] = {part for part in defined if part.startswith("the top level of")}
+    waiting = [*roots, *reached]
+    while waiting:
+        here = waiting.pop()
+        for part, mentioned in mentions.items():
+            if part.split(".")[0] == here:
+                waiting += mentioned & defined - reached - {here}
+                reached |= mentioned & defined | {here}
+    found = {p: h for p, h in parts.items() if p.split(".")[0] in reached}
+    return found, set().union(*(mentions[part] for part in found))
+
+
+EVALUATION_ONLY = ("core_", "probe_", "compare_to", "description")  # beginnings of settings' names
+
+
+def training_key(
+    settings: Settings,
+    source: str,
+    fixed: dict[tuple[int, int], dict[str, float]],
+    train_dtype: str,
+    device: torch.device,
+) -> dict[str, Any]:
+    """All that a training depends on, as JSON.
+
+    Args:
+        source: of experiment.py. fixed: the constants among tau_sel, tau_pen and gamma.
+    """
+    code, names, _ = code_parts(source, without=("EVALUATION", "RECORDS"))
+    chosen = {
+        field: value
+        for field, value in dataclasses.asdict(settings).items()
+        if not field.startswith(EVALUATION_ONLY) or field in names
+    }
+    return {
+        "code of": code,
+        "setting": chosen,
+        "constants": [[list(key), values] for key, values in fixed.items()],
+        "dtype": train_dtype,
+        **surroundings(settings, source, device),
+    } | text_identity(settings.training_text)
+
+
+def activations_key(
+    settings: Settings, source: str, train_dtype: str, lm: LanguageModel
+) -> dict[str, Any] | None:
+    """All that harvested activations depend on, as JSON; None where they would take too much."""
+    n_bytes = settings.training_tokens * len(settings.layers) * lm.hf.config.hidden_size * (
+        2 if train_dtype == "bfloat16" else 4
+    )
+    if n_bytes > ACTIVATIONS_GB * 1e9:
+        return None
+    code, names = code_reached(source, ["ActivationBuffer"])
+    fields = {"layers", "context", "harvest_contexts", "lm_dtype", "device"} | names
+    return {
+        "code of": code,
+        "setting": {f: v for f, v in dataclasses.asdict(settings).items() if f in fields},
+        "dtype": train_dtype,
+        **surroundings(settings, source, lm.hf.device),
+    } | text_identity(settings.training_text)
+
+
+def evaluation_keys(
+    saes: dict[str, CustomSAE], settings: Settings, source: str, roots: Iterable[str]
+) -> dict[str, dict[str, Any]]:
+    """By SAE, all that a part of its evaluation depends on, as JSON; texts of probing excepted.
+
+    Args:
+        roots: the functions that this part of the evaluation begins with.
+    """
+    code, names = code_reached(source, ("CustomSAE", *roots))
+    chosen = {
+        field: value
+        for field, value in dataclasses.asdict(settings).items()
+        if field in names or field.startswith(("core_", "probe_", "lm_dtype", "context", "device"))
+    }
+    device = next(iter(saes.values())).W_enc.device
+    common = {"code of": code, "setting": chosen, **surroundings(settings, source, device)}
+    common |= text_identity(settings.core_text)
+    return {
+        name: {**common, "SAE": weights_digest(sae), "layer": sae.cfg.hook_name,
+               "attributes": repr(sorted(plain_attributes(sae, strict=False).items()))}
+        for name, sae in saes.items()
+    }  # fmt: skip
+
+
+def plain_attributes(thing: object, strict: bool = True) -> dict[str, Any]:
+    """What an object holds beside parameters, modules, optimizers and generators.
+
+    So that what an edit adds to a trainer or an SAE is saved with it, and not lost.
+
+    Raises:
+        TypeError: `strict`, and it holds something that can't be stored as tensors and JSON.
+    """
+    import torch
+
+    harmless = (
+        torch.nn.Module, torch.nn.Parameter, torch.optim.Optimizer, torch.Generator, torch.device,
+        torch.dtype,
+    )  # fmt: skip
+
+    def plain(value: Any) -> bool:
+        if isinstance(value, (list, tuple)):
+            return all(map(plain, value))
+        if isinstance(value, dict):
+            return all(plain(k) and plain(v) for k, v in value.items())
+        return value is None or isinstance(value, (bool, int, float, str, torch.Tensor))
+
+    found = {}
+    for name, value in vars(thing).items():
+        if name.startswith("_") or isinstance(value, harmless) or dataclasses.is_dataclass(value):
+            continue
+        if plain(value):
+            found[name] = value
+        elif strict and not callable(value):
+            raise TypeError(f"{type(thing).__name__}.{name} is a {type(value).__name__}")
+    return found
+
+
+def weights_digest(module: nn.Module) -> str:
+    """Stands for the exact values of a module's parameters and buffers."""
+    content = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        content.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return content.hexdigest()
+
+
+def surroundings(settings: Settings, source: str, device: torch.device) -> dict[str, Any]:
+    """What else results depend on, bit for bit: other files, model, versions, the machine."""
+    import torch
+
+    on_gpu = torch.device(device).type == "cuda"
+    return {
+        "file": own_modules(source),
+        "model": model_identity(settings.model),
+        "version of": versions(),
+        "device": torch.cuda.get_device_name(device) if on_gpu else processor_name(),
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "variable": {
+            name: value
+            for name, value in sorted(ENVIRONMENT.items())
+            if name.startswith(NUMERIC) or name in variables_in(source)
+        },
+    }
+
+
+@functools.cache
+def variables_in(source: str) -> set[str]:
+    """The environment variables that code reads by a name in quotes."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Call, ast.Subscript)):
+            what = ast.unparse(node.func if isinstance(node, ast.Call) else node.value)
+            if what.endswith(("environ", "environ.get", "getenv")):
+                given = node.args[:1] if isinstance(node, ast.Call) else [node.slice]
+                found |= {g.value for g in given if isinstance(g, ast.Constant)}
+    return found
+
+
+@functools.cache
+def own_modules(source: str) -> dict[str, str]:
+    """Hashes of the files beside this one that code imports, directly or by way of each other."""
+    found: dict[str, str] = {}
+    waiting = [source]
+    while waiting:
+        for node in ast.walk(ast.parse(waiting.pop())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for name in {name.split(".")[0] for name in names}:
+                files = [HERE / f"{name}.py", *sorted((HERE / name).glob("**/*.py"))]
+                for file in files if name not in ("", "experiment", "tests") else []:
+                    if file.is_file() and str(file.relative_to(HERE)) not in found:
+                        text = PLUMBING if name == "harness" else file.read_text(encoding="utf-8")
+                        tree = without_docstrings(ast.parse(text))
+                        found[str(file.relative_to(HERE))] = digest(ast.dump(tree))
+                        waiting.append(text)
+    return found
+
+
+def text_identity(name: str) -> dict[str, Any]:
+    """What tells a text from another: its name; of tinylm's corpus and of a folder, the files."""
+    if name == "tinylm":
+        files = ("manifest.tsv", "corpus.py", "tokenizer.json")
+        return {"text": [sha256_file(HERE / "tinylm" / file) for file in files]}
+    folder = Path(name)
+    files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+    return {"text": [name, [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files]]}
 
 
 # ---------------------------------------------------------------------------- the command
@@ -190,39 +926,267 @@ class _Arguments(argparse.ArgumentParser):
         )
 
 
+class Attempt:
+    """One start of the command: its lock on out_dir, and what the next start can read of it.
+
+    Its record says every few seconds what it does and how much memory it uses; an attempt that is
+    killed leaves that.
+
+    Raises:
+        ExperimentError: another process writes the same out_dir.
+    """
+
+    current: Attempt | None = None
+
+    def __init__(self, out_dir: Path, log: Path) -> None:
+        self.out_dir = out_dir
+        name = f"{out_dir.name[:60]}-{digest(str(out_dir.resolve()))[:16]}"
+        self.path = place_for("attempts") / f"{name}.json"
+        self.lock = take_lock(self.path.with_suffix(".lock"))
+        try:
+            self.before = json.loads(self.path.read_text())
+        except (OSError, ValueError):
+            self.before = {}
+        if self.lock is None:
+            raise ExperimentError(
+                f"{out_dir} is being written by another process ({self.before.get('pid', '?')}): "
+                "wait until it ends, or name another --out_dir"
+            )
+        self.log, self.began = log, time.monotonic()
+        self.record: dict[str, Any] = {
+            "pid": os.getpid(),
+            "log": str(log),
+            "began": datetime.datetime.now().isoformat(" ", "seconds"),
+            "silent": self.before.get("silent", 0) + 1 if self.ended_silently() else 0,
+            "ended": None,
+            "key": self.before.get("key"),
+        }
+        self.kept: list[str] = []
+        self.reused: list[str] = []
+        self.over = threading.Event()
+        self.beating = threading.Lock()
+        self.beat()
+        threading.Thread(target=self._beat_on, name="heartbeat", daemon=True).start()
+        Attempt.current = self
+
+    def ended_silently(self) -> bool:
+        """Whether the attempt before ended without a word."""
+        return bool(self.before) and self.before.get("ended") is None
+
+    def what_happened_before(self) -> str | None:
+        """A line on an attempt before that ended without a word, or None."""
+        if not self.ended_silently():
+            return None
+        last = self.before
+        times = f", as {silent - 1} before it" if (silent := self.record["silent"]) > 1 else ""
+        return (
+            f"the last attempt at {self.out_dir.name}, of {last['began']}, ended without a word"
+            f"{times}: killed during {last['stage']}, after {last['seconds']:.0f} s, when it used "
+            f"{last['memory_gb']:.1f} GB and the machine {last['machine_gb']:.1f} of "
+            f"{last['total_gb']:.1f}" + (
+                f"; if it was for want of memory, lower {lower(last['stage'])}"
+                if last["machine_gb"] > 0.8 * last["total_gb"]
+                else ""
+            ) + f"; its log is {last['log']}"
+        )  # fmt: skip
+
+    def beat(self) -> None:
+        """Writes the record."""
+        import psutil
+
+        memory = psutil.virtual_memory()
+        with self.beating, contextlib.suppress(OSError):
+            self.record |= {
+                "stage": Progress.stage_now,
+                "seconds": time.monotonic() - self.began,
+                "memory_gb": psutil.Process().memory_info().rss / 1e9,
+                "machine_gb": (memory.total - memory.available) / 1e9,
+                "total_gb": memory.total / 1e9,
+            }
+            write_atomic(self.path, json.dumps(self.record))
+
+    def _beat_on(self) -> None:
+        while not self.over.wait(HEARTBEAT):
+            self.beat()
+
+    def end(self, how: str) -> None:
+        """Says that the attempt ended by itself, and lets go of out_dir."""
+        self.over.set()
+        self.record["ended"] = how
+        self.beat()
+        os.close(self.lock)
+        Attempt.current = None
+
+    @classmethod
+    def keeps(cls, what: str) -> None:
+        """Remembers what the store holds of this attempt, for its last words."""
+        if cls.current and what not in ("rehearsal", PINS):
+            first = what.split(" up to ")[0]
+            cls.current.kept = [w for w in cls.current.kept if not w.startswith(first)] + [what]
+
+    @classmethod
+    def reuses(cls, what: str, quietly: bool = False, part: str = "") -> None:
+        """Says once that something is not repeated, and remembers it for config.json."""
+        if cls.current and what not in (PINS, *cls.current.reused):
+            cls.current.reused.append(what)
+            cls.keeps(what)
+            if not quietly:
+                say(f"{what}{part}: kept, as all that it depends on is unchanged; not repeated")
+
+    @classmethod
+    def changed(cls, key: dict[str, Any]) -> str:
+        """In what the key of this training differs from the attempt's before: at most six names."""
+        before = (cls.current.record["key"] if cls.current else None) or {}
+        if cls.current:
+            cls.current.record["key"] = key
+        differences = []
+        for kind, value in key.items() if before else ():
+            old = before.get(kind)
+            if isinstance(value, dict) and isinstance(old, dict):
+                names = [n for n in (*value, *(o for o in old if o not in value))
+                         if json.dumps(value.get(n)) != json.dumps(old.get(n))]  # fmt: skip
+                differences += [f"{kind} {name}" for name in names]
+            elif json.dumps(value) != json.dumps(old):
+                differences.append(kind)
+        more = f" and {len(differences) - 6} more" if len(differences) > 6 else ""
+        return ", ".join(differences[:6]) + more
+
+
+class _Ended(BaseException):
+    """Raised by a signal that asks the process to end."""
+
+
+def _end(number: int, frame: Any) -> None:
+    raise _Ended(signal.Signals(number).name)
+
+
+@contextlib.contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Has an error that comes from within say where: a layer, a seed, a data set."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(what)
+        raise
+
+
 def main(run: Callable[[Path, Path], None], argv: list[str] | None = None) -> int:
     """Calls `run(out_dir, log)`; on failure the end of standard error says why, in words.
 
     Returns:
-        the exit status: 0, or 1 after a failure.
+        the exit status: 0; 1 after a failure; 128 + its number after a signal.
     """
-    log = None
+    log = attempt = None
+    status = 0
+    Progress.stage_now = "start-up"
     try:
         parser = _Arguments(description="Train and score a parametric contrastive SAE.")
         parser.allow_abbrev = False
         parser.add_argument("--out_dir", type=Path, required=True, help="the folder of this run")
         out_dir = parser.parse_args(argv).out_dir.absolute()
         log = new_log(out_dir.name)
-        run(out_dir, log)
-    except ExperimentError as error:
-        print(f"experiment.py: {error}", file=sys.stderr)
-        return 1
-    except Exception as error:
-        with log.open("a", encoding="utf-8") as file:
-            traceback.print_exc(file=file)
-        cause = f"{type(error).__name__}: {str(error)[:1000]}"
-        if is_out_of_memory(error):
-            cause = f"out of memory during {Progress.stage_now} ({first_line(error)}): lower " + (
-                LOWER.get(Progress.stage_now, "d_sae or the number of layers and seeds")
-            )
-        print(
-            f"experiment.py: {cause}; "
-            + (f"what was written so far is in {out_dir}, " if out_dir.exists() else "")
-            + f"the traceback is at the end of {log}",
-            file=sys.stderr,
-        )
-        return 1
-    return 0
+        attempt = Attempt(out_dir, log)
+        if before := attempt.what_happened_before():
+            print(before, file=sys.stderr, flush=True)
+        with handlers(log):
+            run(out_dir, log)
+    except (Exception, KeyboardInterrupt, SystemExit, _Ended) as error:
+        if isinstance(error, SystemExit) and not log:  # --help
+            raise
+        status = 1
+        if isinstance(error, (KeyboardInterrupt, _Ended)):
+            name = str(error) or "SIGINT"
+            status = 128 + signal.Signals[name]
+        if log:
+            with contextlib.suppress(OSError), log.open("a", encoding="utf-8") as file:
+                traceback.print_exception(error, file=file)
+        print(last_words(error, log, attempt), file=sys.stderr)
+    finally:
+        if attempt:
+            attempt.end("complete" if status == 0 else f"status {status}")
+    return status
+
+
+@contextlib.contextmanager
+def handlers(log: Path) -> Iterator[None]:
+    """Signals that ask for an end raise; a crash in C leaves its stack in the log."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup ignores it
+        asked.append(signal.SIGHUP)
+    stock = {number: signal.signal(number, _end) for number in asked}
+    with log.open("a") as file:
+        faulthandler.enable(file)
+        try:
+            yield
+        finally:
+            faulthandler.disable()
+            for number, handler in stock.items():
+                signal.signal(number, handler)
+
+
+def last_words(error: BaseException, log: Path | None, attempt: Attempt | None) -> str:
+    """What failed, why, what to do and where the log is: at most `LAST_WORDS` characters."""
+    notes = [note for note in reversed(getattr(error, "__notes__", [])) if len(note) < 80]
+    where = f"{Progress.stage_now}" + (f" ({', '.join(notes[:3])})" if notes else "")
+    lines = [f"experiment.py failed during {where}"]
+    kept_now = attempt.kept if attempt else []
+    again = "give the same command again" + (
+        f": it goes on from what is kept ({', '.join(kept_now)})" if kept_now else ""
+    )
+    if isinstance(error, ExperimentError):
+        cause, remedy = str(error), ""
+    elif isinstance(error, (KeyboardInterrupt, _Ended)):
+        cause, remedy = f"it was told to end ({str(error) or 'SIGINT'})", again
+    elif is_out_of_memory(error):
+        cause = f"out of memory ({first_line(error)})"
+        remedy = f"lower {lower(Progress.stage_now)}, and {again}"
+    elif is_full_disk(error):
+        cause = f"a disk is full ({first_line(error)})"
+        remedy = f"free space where {attempt.out_dir if attempt else 'the run'} is, and {again}"
+    else:
+        cause, remedy = f"{type(error).__name__}: {tidy(str(error))}", f"mend it, and {again}"
+        if place := place_of(error):
+            lines.append(f"at: {place}")
+    room = LAST_WORDS - len("\n".join(lines)) - len(remedy) - len(str(log)) - 200
+    lines.append(f"cause: {shortened(cause, max(room, 100))}")
+    lines += [f"to do: {remedy}"] if remedy else []
+    lines += [f"log: {log}"] if log else []
+    return "\n".join(lines)
+
+
+def shortened(text: str, length: int) -> str:
+    """The text, or its beginning and its end."""
+    if len(text) <= length:
+        return text
+    return f"{text[: length // 2]} … {text[-(length // 2 - 3) :]}"
+
+
+def place_of(error: BaseException) -> str:
+    """The line of experiment.py that an error passed last, and where it came from below that."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if Path(frame.filename).name == "experiment.py"]
+    if not frames:
+        return ""
+    frame = (ours or frames)[-1]
+    place = f"{Path(frame.filename).name}, line {frame.lineno}, in {frame.name}: {frame.line}"
+    if frames[-1] is not frame:
+        deepest = frames[-1]
+        place += f" -> {Path(deepest.filename).name}, line {deepest.lineno}, in {deepest.name}"
+    return tidy(place)[:300]
+
+
+def lower(stage: str) -> str:
+    """The settings that take less memory in a stage."""
+    return LOWER.get(stage.split(": ")[-1], "d_sae or the number of layers and seeds")
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether a disk, or a user's share of it, is full."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return full or "No space left on device" in str(error)
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -234,14 +1198,74 @@ def is_out_of_memory(error: Exception) -> bool:
     )
 
 
-def check(name: str, settings: Any, rules: Iterable[tuple[str, Callable, str]]) -> None:
-    """Holds settings against rules: (field, what must be true of its value, the same in words).
+def choose_profile(profiles: Iterable[str]) -> str:
+    """SAE_PROFILE, or gemma-2-2b where CUDA is available, tinylm elsewhere."""
+    import torch
+
+    profile = os.environ.get("SAE_PROFILE")
+    if not profile:
+        return "gemma-2-2b" if torch.cuda.is_available() else "tinylm"
+    if profile not in profiles:
+        raise ExperimentError(
+            f"SAE_PROFILE must be {' or '.join(profiles)}, but is {profile!r}: change or unset it"
+        )
+    return profile
+
+
+def check_settings(name: str, s: Settings) -> None:
+    """Holds the settings of the run called `name` against what can be.
 
     Raises:
         ExperimentError: the first field that breaks its rule, or whose value is of a wrong type.
     """
+    counts = (
+        "k_min d_sae training_tokens batch buffer_tokens harvest_contexts log_every dead_after "
+        "core_prompts core_reconstruction_batches core_sparsity_batches probe_train "
+        "probe_test probe_llm_batch probe_sae_batch"
+    )
+    rules: list[tuple[str, Callable[[Any], bool], str]] = [
+        *((field, lambda v: v >= 1 and v == int(v), "a count above 0") for field in counts.split()),
+        *((field, lambda v: v > 0, "above 0") for field in ("lr", "theta_lr", "k_start_factor")),
+        *(
+            (field, lambda v: 0 <= v <= 1, "between 0 and 1")
+            for field in ("curriculum_fraction", "lr_warmup", "lr_decay")
+        ),
+        *((field, lambda v: v >= 0, "0 or above") for field in ("reg_lambda",)),
+        *(
+            (field, lambda v: v is None or v > 0, "None or above 0")
+            for field in ("tau_sel", "tau_pen", "gamma", "budget_minutes")
+        ),
+        ("k_min", lambda v: v <= s.d_sae, f"at most d_sae = {s.d_sae}"),
+        ("context", lambda v: v >= 2, "at least 2"),
+        ("probe_train", lambda v: v >= 4, "at least 4: two texts of a class"),
+        ("probe_test", lambda v: v >= 4, "at least 4: two texts of a class"),
+        ("training_tokens", lambda v: v >= s.batch, f"at least one batch of {s.batch}"),
+        ("buffer_tokens", lambda v: v >= s.batch, f"at least one batch of {s.batch}"),
+        ("form", lambda v: v in ("contrastive", "as_written"), "'contrastive' or 'as_written'"),
+        ("resample", lambda v: isinstance(v, bool), "True or False"),
+        ("curriculum", lambda v: isinstance(v, bool), "True or False"),
+        ("device", lambda v: v in ("auto", "cpu", "cuda"), "'auto', 'cpu' or 'cuda'"),
+        ("lm_dtype", lambda v: v in ("float32", "bfloat16"), "'float32' or 'bfloat16'"),
+        (
+            "train_dtype",
+            lambda v: v in ("auto", "float32", "bfloat16"),
+            "'auto', 'float32' or 'bfloat16'",
+        ),
+        ("seeds", lambda v: v and len(set(v)) == len(v) and min(v) >= 0, "different, 0 or above"),
+        ("layers", lambda v: v and len(set(v)) == len(v) and min(v) >= 0, "different, 0 or above"),
+        (
+            "probe_sets",
+            lambda v: v and all(n in ("tinylm/A", "tinylm/B") or n[:7] != "tinylm/" for n in v),
+            "one or more data sets; of tinylm, 'tinylm/A' or 'tinylm/B'",
+        ),
+        (
+            "probe_ks",
+            lambda v: set(PRIMARY_KS) <= set(v) and 1 <= min(v) <= max(v) <= s.d_sae,
+            "between 1 and d_sae, with 1, 2 and 5 among them",
+        ),
+    ]
     for field, holds, expected in rules:
-        value = getattr(settings, field)
+        value = getattr(s, field)
         try:
             passed = holds(value)
         except (TypeError, ValueError):
@@ -251,6 +1275,16 @@ def check(name: str, settings: Any, rules: Iterable[tuple[str, Callable, str]]) 
                 f"{name}: {field} must be {expected}, but is {value!r}: "
                 "change it at the top of experiment.py"
             )
+
+
+def check_layers(settings: Settings, lm: LanguageModel) -> None:
+    """ExperimentError where the language model has fewer blocks than the settings name."""
+    n_layers = lm.hf.config.num_hidden_layers
+    if max(settings.layers) >= n_layers:
+        raise ExperimentError(
+            f"layers must be below {n_layers}, the number of blocks of {settings.model}, but are "
+            f"{settings.layers}: change them at the top of experiment.py"
+        )
 
 
 def choose_device(settings: Settings, profile: str) -> torch.device:
@@ -266,6 +1300,16 @@ def choose_device(settings: Settings, profile: str) -> torch.device:
             "available: set device='cpu', or use SAE_PROFILE=tinylm make run OUT=run_try"
         )
     return torch.device(wanted)
+
+
+def make_reproducible() -> None:
+    """The same seed on the same machine gives the same results, bit for bit."""
+    import torch
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # no result depends on it
+    torch.backends.cudnn.benchmark = False
 
 
 def choose_train_dtype(settings: Settings, device: torch.device) -> str:
@@ -312,7 +1356,7 @@ def preflight(settings: Settings, device: torch.device) -> list[str]:
         raise ExperimentError(problems[0] + more)
     if settings.model == "tinylm":
         return []
-    parts = memory_estimate(settings)
+    parts = memory_estimate(fit_core_batches(settings, device))
     return [check_disk(settings), check_memory(parts, device)]
 
 
@@ -341,20 +1385,18 @@ def hub_problem(kind: str, name: str) -> str | None:
         huggingface_hub.HfApi().auth_check(name, repo_type=kind)
     except errors.GatedRepoError:
         return (
-            f"the {kind} {name!r} is gated and this account has no access: accept its licence on "
-            "its Hugging Face page, and log in with `hf auth login` (or set HF_TOKEN); "
-            "SAE_PROFILE=tinylm make run OUT=run_try works now"
+            f"the {kind} {name!r} is gated and this account has no access: {GET_ACCESS}"
         )
     except errors.RepositoryNotFoundError:
         return (
             f"the {kind} {name!r} is not on the hub, or is private: check the name at the top of "
-            "experiment.py, and log in with `hf auth login` (or set HF_TOKEN) if it is private"
+            f"experiment.py, and {LOG_IN} if it is private"
         )
     except Exception as error:
         return (
             f"the hub can't be reached for the {kind} {name!r} ({type(error).__name__}), and it is "
             f"not in the local cache {constants.HF_HOME}: connect to the network, or set HF_HOME "
-            "to a cache that holds it; SAE_PROFILE=tinylm make run OUT=run_try works now"
+            f"to a cache that holds it; {TRY_TINYLM}"
         )
     return None
 
@@ -409,13 +1451,39 @@ def n_parameters(name: str) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def check_memory(parts: dict[str, float], device: torch.device) -> str:
-    """A line with the estimate and what the device has free; ExperimentError if that is less."""
+def fit_core_batches(settings: Settings, device: torch.device) -> Settings:
+    """Settings whose core evaluation fits the free memory: smaller batches, and more of them.
+
+    The logits of a batch are core_prompts x context x vocabulary.
+    """
+    parts = memory_estimate(settings)
+    free = free_gb(device) * 1e9 - parts["language model"] - parts["SAEs"]
+    fitted = settings
+    while parts["evaluation"] > free and fitted.core_prompts % 2 == 0:
+        fitted = dataclasses.replace(
+            fitted,
+            core_prompts=fitted.core_prompts // 2,
+            core_reconstruction_batches=fitted.core_reconstruction_batches * 2,
+            core_sparsity_batches=fitted.core_sparsity_batches * 2,
+        )
+        parts = memory_estimate(fitted)
+    if fitted != settings:
+        print(f"core_prompts: {fitted.core_prompts}, so that the core evaluation fits the memory")
+    return fitted
+
+
+def free_gb(device: torch.device) -> float:
+    """Memory that is free on a GPU, or a CPU's whole, in GB (10^9 bytes)."""
     import torch
 
+    return torch.cuda.mem_get_info(device)[0] / 1e9 if device.type == "cuda" else memory_gb()
+
+
+def check_memory(parts: dict[str, float], device: torch.device) -> str:
+    """A line with the estimate and what the device has free; ExperimentError if that is less."""
     fixed = parts["language model"] + parts["SAEs"]
     needed = (fixed + max(parts["training"], parts["evaluation"])) / 1e9
-    free = torch.cuda.mem_get_info(device)[0] / 1e9 if device.type == "cuda" else memory_gb()
+    free = free_gb(device)
     listed = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in parts.items())
     line = f"memory, estimated in GB: {listed}; {needed:.1f} at once, {free:.1f} free on {device}"
     if needed > free:
@@ -456,10 +1524,12 @@ class _Console:
         return self.outer or sys.stdout
 
     def write(self, text: str) -> None:
-        self._stream().write(text)
+        with contextlib.suppress(OSError):  # nobody listens any more: no reason to end a run
+            self._stream().write(text)
 
     def flush(self) -> None:
-        self._stream().flush()
+        with contextlib.suppress(OSError):
+            self._stream().flush()
 
     def fileno(self) -> int:
         return self._stream().fileno()
@@ -471,16 +1541,33 @@ class _Console:
 CONSOLE = _Console()
 
 
+class _Tolerant(io.TextIOWrapper):
+    """A text file that loses what a full disk won't take, instead of raising in a library."""
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            super().flush()
+
+
 @contextlib.contextmanager
 def quiet(log: Path) -> Iterator[None]:
     """Sends what libraries print, from Python or from C, to `log` instead of the terminal."""
+    if CONSOLE.outer is not None:  # it is quiet already
+        yield
+        return
     sys.stdout.flush()
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
     target = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     # Under a test runner sys.stdout may be another object than descriptor 1: replace both.
     streams = sys.stdout, sys.stderr
-    text = open(target, "w", buffering=1, encoding="utf-8", errors="replace", closefd=False)
+    binary = open(target, "wb", buffering=0, closefd=False)
+    text = _Tolerant(binary, encoding="utf-8", errors="replace", write_through=True)
     try:
         own_stdout = sys.stdout.fileno() != 1
     except (OSError, ValueError, AttributeError):
@@ -495,11 +1582,16 @@ def quiet(log: Path) -> Iterator[None]:
         CONSOLE.flush()
         CONSOLE.outer = None
         sys.stdout, sys.stderr = streams
-        text.flush()
+        text.detach()
         for number, descriptor in zip((1, 2), saved):
             os.dup2(descriptor, number)
             os.close(descriptor)
         os.close(target)
+
+
+def say(text: str) -> None:
+    """A line on standard output, also while libraries are quiet; in the log in a rehearsal."""
+    print(text, file=sys.stdout if Progress.prefix else CONSOLE, flush=True)
 
 
 def in_threads(
@@ -542,6 +1634,85 @@ def in_threads(
             torch.set_num_threads(cores)
 
 
+def in_order(
+    function: Callable[[Any], Any],
+    items: Sequence[Any],
+    device: torch.device,
+) -> list[Any]:
+    """function(item) of each item, in their order, several at once on a CPU (see `in_threads`)."""
+    found = {}
+    keys = list(range(len(items)))
+    for index, _, result in in_threads(lambda at, _: function(items[at]), keys, [None], device):
+        found[index] = result
+    return [found[index] for index in keys]
+
+
+def take_steps(
+    settings: Settings,
+    trainers: dict[tuple[int, int], Any],
+    acts_LND: Tensor,
+    orders: dict[int, Tensor],
+    steps: range,
+    n_steps: int,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """Every trainer's steps on one filling of the buffer; their records, in order of steps.
+
+    `trainer.step(x_BD, progress, logging)` returns the loss and, if `logging`, a record.
+
+    On a CPU trainers run side by side, each on its own cores: a step's operations are too small
+    to be worth sharing. What a trainer computes does not depend on when the others run.
+
+    Args:
+        orders: by seed, the order in which the tokens of the buffer are drawn.
+        steps: the steps to take, of n_steps in all.
+    Raises:
+        ExperimentError: a loss is not finite.
+    """
+    import torch
+
+    last: dict[tuple[int, int], dict[str, Any]] = {key: {} for key in trainers}
+
+    def batch(key: tuple[int, int], step: int) -> Tensor:
+        layer, seed = key
+        start = (step - steps.start) * settings.batch
+        acts_ND = acts_LND[settings.layers.index(layer)]
+        return acts_ND[orders[seed][start : start + settings.batch].to(acts_ND.device)]
+
+    def some_steps(key: tuple[int, int], part: range) -> list[dict[str, Any]]:
+        records, losses = [], []
+        for step in part:
+            logging = step % settings.log_every == 0 or step == n_steps - 1
+            with doing(f"layer {key[0]}, seed {key[1]}"):
+                loss, record = trainers[key].step(batch(key, step), step / n_steps, logging)
+            losses.append(loss)
+            if record:
+                tokens = step * settings.batch
+                where = {"step": step, "tokens": tokens, "layer": key[0], "seed": key[1]}
+                speed = {"tokens_per_second": tokens / progress.seconds()}
+                records.append(where | record | speed)
+        # Looked at once in a while: a GPU would have to wait for each step otherwise.
+        wrong = (~torch.stack(losses).isfinite()).nonzero()
+        if len(wrong):
+            step, so_far = part[int(wrong[0])], losses[: int(wrong[0]) + 1]
+            records = [last[key], *(r for r in records if r["step"] < step)]
+            with doing(f"layer {key[0]}, seed {key[1]}"):
+                raise broken_loss(
+                    [float(v) for v in so_far], step, settings, batch(key, step), records[-1]
+                )
+        last[key] = records[-1] if records else last[key]
+        return records
+
+    records: list[dict[str, Any]] = []
+    parts = [range(i, min(i + 32, steps.stop)) for i in range(steps.start, steps.stop, 32)]
+    for _, part, found in in_threads(some_steps, list(trainers), parts, acts_LND.device):
+        records += found
+        note = "fvu " + "/".join(f"{r['fvu']:.2f}" for r in last.values() if r)
+        progress.advance(len(part) * settings.batch, note)
+    place = {key: index for index, key in enumerate(trainers)}
+    return sorted(records, key=lambda r: (r["step"], place[r["layer"], r["seed"]]))
+
+
 class Progress:
     """How far a stage is: a bar on a terminal, elsewhere a plain line now and then.
 
@@ -553,15 +1724,16 @@ class Progress:
     """
 
     stage_now = "start-up"  # the stage that began last
+    prefix = ""  # of stages: "rehearsal: " in one, which shows no progress
 
     def __init__(self, stage: str, total: int, unit: str, every: float = 15.0) -> None:
-        Progress.stage_now = stage
+        Progress.stage(stage)
         self.stage, self.total, self.unit, self.every = stage, total, unit, every
-        self.done = 0
+        self.done = self.resumed = 0
         self.note = ""
         self.started = self.last = time.monotonic()
         self.bar = None
-        if CONSOLE.isatty():
+        if CONSOLE.isatty() and not Progress.prefix:
             from tqdm import tqdm
 
             self.bar = tqdm(
@@ -578,15 +1750,32 @@ class Progress:
             self.bar.update(self.done - self.bar.n)
         elif time.monotonic() - self.last >= self.every and self.done < self.total:
             self.last = time.monotonic()
-            left = (self.last - self.started) * (self.total - self.done) / max(self.done, 1)
+            left = self.seconds() * (self.total - self.done) / max(self.done, 1)
             self._line(f"{100 * self.done / self.total:3.0f}%, {left:.0f} s left")
+
+    @classmethod
+    def stage(cls, name: str) -> None:
+        """Begins a stage that has no bar."""
+        cls.stage_now = cls.prefix + name
+        if Attempt.current:
+            Attempt.current.beat()
+
+    def resume(self, done: int, seconds: float) -> None:
+        """Counts what an earlier attempt has done, and the time it took."""
+        self.started -= seconds
+        self.done = self.resumed = done
+        if self.bar is not None:
+            self.bar.start_t -= seconds
+            self.bar.update(done)
 
     def seconds(self) -> float:
         """Since the stage began."""
         return time.monotonic() - self.started
 
     def close(self) -> None:
-        """Ends the bar, or prints the stage's last line."""
+        """Ends the bar, or prints the stage's last line; none where nothing was left to do."""
+        if self.resumed == self.total > 0:
+            return
         if self.bar is not None:
             self.bar.close()
         else:
@@ -594,7 +1783,8 @@ class Progress:
 
     def _line(self, state: str) -> None:
         note = f", {self.note}" if self.note else ""
-        print(f"{self.stage}: {state}{note}", file=CONSOLE, flush=True)
+        if not Progress.prefix:
+            say(f"{self.stage}: {state}{note}")
 
 
 # ---------------------------------------------------------------------------- what ran, and where
@@ -610,15 +1800,24 @@ def versions() -> dict[str, str]:
 
 
 def write_config(
-    settings: Settings, profile: str, device: torch.device, train_dtype: str, out_dir: Path
+    settings: Settings,
+    profile: str,
+    device: torch.device,
+    train_dtype: str,
+    source: str,
+    out_dir: Path,
 ) -> None:
-    """Writes what ran and where: config.json, and the code itself beside it."""
+    """Writes what ran and where: config.json, and the code itself beside it.
+
+    Args:
+        source: of experiment.py, as it was when it was started.
+    """
     import torch
 
     hashes = {}
-    for file in ("experiment.py", "harness.py"):
-        shutil.copyfile(HERE / file, out_dir / file)
-        hashes[file] = sha256_file(HERE / file)
+    for file, text in (("experiment.py", source), ("harness.py", PLUMBING)):
+        write_atomic(out_dir / file, text)
+        hashes[file] = sha256_file(out_dir / file)
     if settings.model == "tinylm":
         for file in ("manifest.tsv", "model.safetensors", "tokenizer.json"):
             hashes[f"tinylm/{file}"] = sha256_file(HERE / "tinylm" / file)
@@ -643,8 +1842,17 @@ def write_config(
             "memory_gb": round(memory_gb(), 1),
             "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         },
+        "reused": [],  # see write_reused
     }
     write_json(out_dir / "config.json", record)
+
+
+def write_reused(out_dir: Path) -> None:
+    """Adds to config.json what an earlier attempt had paid for."""
+    path = out_dir / "config.json"
+    record = json.loads(path.read_text())
+    record["reused"] = Attempt.current.reused if Attempt.current else []
+    write_json(path, record)
 
 
 def processor_name() -> str:
@@ -713,6 +1921,87 @@ def documents(name: str, split: str) -> Callable[[], Iterator[str]]:
     return corpus if name == "tinylm" else functools.partial(streamed_texts, name)
 
 
+def load_dataset(name: str, *arguments: Any, **options: Any) -> Any:
+    """`datasets.load_dataset`, which takes what it reads for data.
+
+    A data set of `MAY_RUN_CODE` that can't be loaded without its own loading script runs it: at
+    the revision of its first use, ever after; a line in the log names both. Arguments and result
+    are those of `datasets.load_dataset`, but for `trust_remote_code`, which is ignored.
+
+    Raises:
+        ExperimentError: another data set that can't be loaded without a script.
+    """
+    import datasets
+    import fsspec
+
+    fsspec.compression.register_compression("zstd", whole_zstd, "zst", force=True)
+    with LOADING:
+        # In an empty folder: a script that `datasets` finds where it keeps them, it runs unasked.
+        with tempfile.TemporaryDirectory() as empty, scripts_in(empty):
+            try:
+                options["trust_remote_code"] = False  # not None, which asks on the terminal
+                return datasets.load_dataset(name, *arguments, **options)
+            except ValueError as error:
+                if "trust_remote_code=True" not in str(error):
+                    raise
+                if name not in MAY_RUN_CODE:
+                    raise ExperimentError(
+                        f"the data set {name!r} must load without code of its own, but has a "
+                        "loading script, which is not run: choose another, or store its rows as "
+                        "Parquet or JSON lines"
+                    ) from error
+        options["trust_remote_code"] = True
+        script = Path(name, f"{Path(name).name}.py")
+        if script.is_file():
+            which = f"of SHA-256 {sha256_file(script)}"
+        else:
+            options["revision"] = kept(PINS, {"dataset": name}, hub_revision, name)
+            which = f"at revision {options['revision']}"
+        print(f"the data set {name} runs its own loading script, {which}", flush=True)
+        # Of our own: where the hub fails, `datasets` runs the latest script that it finds there.
+        with scripts_in(cache_dir() / "scripts"):
+            return datasets.load_dataset(name, *arguments, **options)
+
+
+@contextlib.contextmanager
+def scripts_in(folder: Path | str) -> Iterator[None]:
+    """Makes `folder` the place where `datasets` keeps, and looks for, loading scripts."""
+    from datasets import config
+
+    stock, config.HF_MODULES_CACHE = config.HF_MODULES_CACHE, str(folder)
+    try:
+        yield
+    finally:
+        config.HF_MODULES_CACHE = stock
+        with contextlib.suppress(ValueError):
+            sys.path.remove(str(folder))
+
+
+def hub_revision(name: str) -> str:
+    """The newest commit of a data set: the hub's, or the local cache's where that can't be had."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    try:
+        return huggingface_hub.HfApi().dataset_info(name).sha
+    except Exception:
+        repository = f"datasets--{name.replace('/', '--')}"
+        main = Path(constants.HF_HUB_CACHE) / repository / "refs" / "main"
+        if not main.is_file():
+            raise
+        return main.read_text().strip()
+
+
+def whole_zstd(file: Any, mode: str = "rb") -> Any:
+    """A reader of a .zst file that raises an OSError where the file ends too early.
+
+    zstandard's own, which fsspec 2025.3 takes, ends there as if it were the end of the text.
+    """
+    import pyarrow
+
+    return io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"), buffer_size=2**17)
+
+
 def streamed_texts(name: str) -> Iterator[str]:
     """The column "text" of a data set's split "train", streamed; texts of white space left out.
 
@@ -722,46 +2011,69 @@ def streamed_texts(name: str) -> Iterator[str]:
     Raises:
         ExperimentError: it can't be read, has no such column, or the connection stays broken.
     """
-    import datasets
-
-    def rows() -> Any:
-        return datasets.load_dataset(name, split="train", streaming=True, trust_remote_code=True)
-
     stream, failures = None, 0
     while True:
         try:
             if stream is None:
-                stream = rows()
-            for row in stream:
+                stream = load_dataset(name, split="train", streaming=True)
+            for row in text_rows(name, stream):
                 failures = 0
-                if (row["text"] or "").strip():
+                if row["text"].strip():
                     yield row["text"]
             return
-        except KeyError as error:
-            raise ExperimentError(
-                f"the text {name!r} must have a column {error}, but has {sorted(row)}: "
-                "choose another data set, or rename its column"
-            ) from error
-        except UnicodeDecodeError as error:
-            raise ExperimentError(
-                f"the text {name!r} must be UTF-8, but is not ({error}): convert it"
-            ) from error
+        except ExperimentError:
+            raise
         except Exception as error:
-            if not is_connection_error(error):
-                raise ExperimentError(
-                    f"the text {name!r} can't be read ({type(error).__name__}: "
-                    f"{first_line(error)}): check its name, and that the hub can be reached"
-                ) from error
             failures += 1
-            if failures > STREAM_RETRIES:
-                raise ExperimentError(
-                    f"the connection to the text {name!r} broke {failures} times in a row "
-                    f"({type(error).__name__}): try again when the network is back"
-                ) from error
+            if not is_connection_error(error) or failures > STREAM_RETRIES:
+                raise text_error(name, error, failures) from error
             time.sleep(2.0 ** (failures - 1))
             if stream is not None:
-                state, stream = stream.state_dict(), rows()
+                state = stream.state_dict()
+                stream = load_dataset(name, split="train", streaming=True)
                 stream.load_state_dict(state)
+
+
+def text_rows(name: str, rows: Iterable[dict]) -> Iterator[dict]:
+    """The rows that have a text; ExperimentError at one without such a column."""
+    for row in rows:
+        if "text" not in row:
+            raise ExperimentError(
+                f"the text {name!r} must have a column 'text', but has {sorted(row)}: "
+                "choose another data set, or rename its column"
+            )
+        if row["text"] is not None:
+            yield row
+
+
+def text_error(name: str, error: Exception, failures: int = 1) -> ExperimentError:
+    """What is wrong with a text, from what reading it has raised, `failures` times in a row."""
+    found = type(error).__name__
+    if is_connection_error(error):
+        times = f" {failures} times in a row" if failures > 1 else ""
+        return ExperimentError(
+            f"the connection to the text {name!r} broke{times} ({found}): try again when the "
+            "network is back"
+        )
+    if isinstance(error, UnicodeDecodeError):
+        return ExperimentError(
+            f"the text {name!r} must be UTF-8, but is not ({error}): convert it"
+        )
+    return ExperimentError(
+        f"the text {name!r} must be a data set with whole files, but can't be read "
+        f"({found}: {first_line(error)}): check its name, and fetch its files again"
+    )
+
+
+@contextlib.contextmanager
+def text_errors(name: str) -> Iterator[None]:
+    """Makes what reading a text raises an ExperimentError."""
+    try:
+        yield
+    except ExperimentError:
+        raise
+    except Exception as error:
+        raise text_error(name, error) from error
 
 
 def is_connection_error(error: BaseException) -> bool:
@@ -778,8 +2090,12 @@ def is_connection_error(error: BaseException) -> bool:
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, or its name; without anything that looks like a token."""
     text = str(error).strip()
-    line = text.splitlines()[0] if text else type(error).__name__
-    return re.sub(r"hf_\w{8,}|(?i:bearer)\s+\S+", "[token]", line)[:300]
+    return tidy(text.splitlines()[0] if text else type(error).__name__)[:300]
+
+
+def tidy(text: str) -> str:
+    """The text on one line, without anything that looks like a token."""
+    return re.sub(r"hf_\w{8,}|(?i:bearer)\s+\S+", "[token]", " ".join(text.split()))
 
 
 @contextlib.contextmanager
@@ -815,9 +2131,28 @@ class TokenStream:
     ) -> None:
         self.texts, self.tokenizer, self.context = texts, tokenizer, context
         self.epoch = 0
+        self.n_texts = 0  # of this epoch, in what was handed out or is pending
         self._pending: list[int] = []
         self._ready: queue.Queue = queue.Queue(maxsize=ahead)
         self._reader: threading.Thread | None = None
+        self._over = threading.Event()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands, for `load_state_dict` of a new one on the same texts."""
+        return {"epoch": self.epoch, "n_texts": self.n_texts, "pending": list(self._pending)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where another stream stood. To be called before the first contexts are taken."""
+        self.epoch, self.n_texts = state["epoch"], state["n_texts"]
+        self._pending = list(state["pending"])
+
+    def close(self) -> None:
+        """Ends the thread that reads ahead."""
+        self._over.set()
+        while self._reader is not None and self._reader.is_alive():
+            with contextlib.suppress(queue.Empty):
+                self._ready.get(timeout=0.05)
+            self._reader.join(0.05)
 
     def contexts(self, n: int) -> Tensor:
         """The next n contexts, (n, L) int64, the corpus in its own order."""
@@ -840,7 +2175,9 @@ class TokenStream:
     def _take(self) -> None:
         """Adds the next texts to the end of what is pending."""
         if self._reader is None:
-            self._reader = threading.Thread(target=self._read, name="text", daemon=True)
+            self._reader = threading.Thread(
+                target=self._read, args=(self.n_texts,), name="text", daemon=True
+            )
             self._reader.start()
         item = self._ready.get()
         if isinstance(item, BaseException):
@@ -850,20 +2187,29 @@ class TokenStream:
             if not self._pending and self.epoch == 0:
                 raise ExperimentError("the training text holds no text: check training_text")
             self.epoch += 1
-            print(f"training text: all of it used {self.epoch} times, starting again", flush=True)
+            self.n_texts = 0
+            say(f"training text: all of it used {self.epoch} times, starting again")
         else:
-            self._pending += item
+            ids, n_texts = item
+            self._pending += ids
+            self.n_texts += n_texts
 
-    def _read(self, n_texts: int = 32) -> None:
-        """The thread: texts as token ids, None at each end of the corpus, an exception at last."""
+    def _read(self, skip: int, n_texts: int = 32) -> None:
+        """The thread: ids and number of texts; None at each end of the corpus; an exception."""
         bos = self.tokenizer.bos_token_id
         try:
-            while True:
-                texts, some = self.texts(), False
+            while not self._over.is_set():
+                texts, some = iter(self.texts()), skip > 0
+                for _ in itertools.islice(texts, skip):
+                    pass
+                skip = 0
                 while batch := list(itertools.islice(texts, n_texts)):
                     ids = self.tokenizer(batch, add_special_tokens=False)["input_ids"]
-                    self._ready.put([token for text in ids for token in (bos, *text)])
+                    ids = [token for text in ids for token in (bos, *text)]
+                    self._ready.put((ids, len(batch)))
                     some = True
+                    if self._over.is_set():
+                        return
                 self._ready.put(None)
                 if not some:
                     return
@@ -1005,8 +2351,7 @@ def access_errors(name: str) -> Iterator[None]:
     except (OSError, ValueError, SafetensorError) as error:
         raise ExperimentError(
             f"the language model {name!r} can't be loaded ({first_line(error)}); for the gated "
-            "google/gemma-2-2b, accept the licence on its Hugging Face page and log in with "
-            "`hf auth login` (or set HF_TOKEN); SAE_PROFILE=tinylm make run OUT=run_try works now"
+            f"google/gemma-2-2b, {GET_ACCESS}"
         ) from error
 
 
@@ -1015,7 +2360,8 @@ def language_model_config(name: str) -> Any:
     from transformers import AutoConfig
 
     with access_errors(name):
-        return AutoConfig.from_pretrained(model_path(name))
+        # False, not None, which asks on the terminal whether a model's own code may run.
+        return AutoConfig.from_pretrained(model_path(name), trust_remote_code=False)
 
 
 def load_language_model(
@@ -1044,9 +2390,22 @@ def load_language_model(
             f"model {name!r} must be of the Gemma-2 architecture, but its config.json says "
             f"{config.model_type!r}: set Settings.model to a Gemma-2 model"
         )
+    # Or transformers takes what a bot has made of the pickle in a pull request.
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     with access_errors(name):
-        hf = Gemma2ForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager")
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        try:
+            hf = Gemma2ForCausalLM.from_pretrained(
+                path, dtype=dtype, attn_implementation="eager", use_safetensors=True
+            )
+        except OSError as error:
+            if " file named model.safetensors" not in str(error):
+                raise
+            raise ExperimentError(
+                f"the language model {name!r} must have its weights as safetensors, but has no "
+                "model.safetensors; a pickle such as pytorch_model.bin is not read, since it can "
+                "run code: choose a model with safetensors, or convert the weights"
+            ) from error
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if tokenizer.unk_token_id in tokenizer("text", add_special_tokens=False)["input_ids"]:
         raise ExperimentError(
             f"the tokenizer of the language model {name!r} knows no words: its tokenizer.json is "
@@ -1101,7 +2460,7 @@ def probe_names(settings: Settings) -> list[str]:
     """The data sets of sparse probing; tinylm/A and tinylm/B stand for three tasks each."""
     names = []
     for name in settings.probe_sets:
-        if name.startswith("tinylm/"):
+        if name in ("tinylm/A", "tinylm/B"):
             from tinylm import tasks
 
             names += [f"{name}/{task}" for task in tasks.TASK_SETS[name.removeprefix("tinylm/")]]
@@ -1162,15 +2521,33 @@ def core_store(settings: Settings, model: Any, sae: Any) -> Any:
         sae,
         context_size=settings.context,
         dataset=core_text(settings),
-        dataset_trust_remote_code=True,
     )
     store.shuffle_input_dataset(seed=42)
     return store
 
 
 def core_text(settings: Settings) -> Any:
-    """The text of the core evaluation in a form that SAELens takes: a data set, or its name."""
-    return heldout_passages() if settings.core_text == "tinylm" else settings.core_text
+    """The text of the core evaluation in a form that SAELens takes."""
+    name = settings.core_text
+    if name == "tinylm":
+        return heldout_passages()
+    with text_errors(name):
+        return EvaluationText(name, load_dataset(name, split="train", streaming=True))
+
+
+class EvaluationText:
+    """A streamed data set for SAELens' store; what is wrong with it is an ExperimentError."""
+
+    def __init__(self, name: str, stream: Any) -> None:
+        self.name, self.stream = name, stream
+
+    def __iter__(self) -> Iterator[dict]:
+        with text_errors(self.name):
+            yield from text_rows(self.name, self.stream)
+
+    def shuffle(self, seed: int) -> EvaluationText:
+        """The order of files alone, as SAELens' store shuffles a stream."""
+        return EvaluationText(self.name, self.stream.shuffle(seed=seed, buffer_size=1))
 
 
 @functools.cache
@@ -1391,9 +2768,13 @@ def run_core(
     views = {key: SharedView(shared, sae) for key, sae in saes.items()}
 
     def job(key: Any) -> Callable[[], tuple[dict, dict]]:
-        return lambda: core.run_evals(
-            saes[key], views[key], views[key], config, ignore_tokens=special_ids(model.tokenizer)
-        )
+        def evaluated() -> tuple[dict, dict]:
+            with doing(str(key)):
+                view = views[key]
+                ignored = special_ids(model.tokenizer)
+                return core.run_evals(saes[key], view, view, config, ignore_tokens=ignored)
+
+        return evaluated
 
     # Around all of them: each run_evals restores, when it ends, the mode that it began in.
     try:
@@ -1425,8 +2806,9 @@ def mean_l0(
             shared.batch(number, settings.core_prompts)
             cache, keep_BL = shared.residuals(), shared.keep()
             for key, sae in ready.items():
-                f_NF = sae.encode(cache[sae.cfg.hook_name][keep_BL])
-                active[key] += int((f_NF > 0).sum())
+                with doing(f"layer {sae.cfg.hook_layer}"):
+                    f_NF = sae.encode(cache[sae.cfg.hook_name][keep_BL])
+                    active[key] += int((f_NF > 0).sum())
     return {key: count / shared.count for key, count in active.items()}
 
 
@@ -1444,6 +2826,7 @@ def probe_tokens(
         f"the probing data set {dataset!r} has too few rows for probe_train = "
         f"{settings.probe_train} and probe_test = {settings.probe_test}: lower them"
     )
+    stock, dataset_utils.load_dataset = dataset_utils.load_dataset, load_dataset
     try:
         split = dataset_utils.get_multi_label_train_test_data(
             dataset, settings.probe_train, settings.probe_test, settings.probe_seed
@@ -1462,6 +2845,8 @@ def probe_tokens(
             f"the probing data set {dataset!r} can't be read ({type(error).__name__}: "
             f"{first_line(error)}): look at its files, or take it out of probe_sets"
         ) from error
+    finally:
+        dataset_utils.load_dataset = stock
     classes = dataset_info.chosen_classes_per_dataset[dataset]
     # SAE-Bench leaves out classes of some data sets that have too few rows.
     if any(label not in texts for texts in split for label in classes):
@@ -1558,6 +2943,16 @@ def pooled_features(
     return llm, features
 
 
+def tokens_digest(split: list[dict[str, Any]]) -> str:
+    """Stands for the token ids of a probing data set, {class: {"input_ids": (N, L)}} per split."""
+    tokens = hashlib.sha256()
+    for part in split:
+        for label, encoded in part.items():
+            tokens.update(f"{label} {tuple(encoded['input_ids'].shape)} ".encode())
+            tokens.update(encoded["input_ids"].cpu().numpy().tobytes())
+    return tokens.hexdigest()
+
+
 def llm_probes_key(
     dataset: str, layer: int, split: list[dict[str, Any]], settings: Settings
 ) -> dict[str, Any]:
@@ -1566,25 +2961,14 @@ def llm_probes_key(
     Args:
         split: {class: {"input_ids": (N, L)}}, for train and for test.
     """
-    import torch
-
-    tokens = hashlib.sha256()
-    for part in split:
-        for label, encoded in part.items():
-            tokens.update(f"{label} {tuple(encoded['input_ids'].shape)} ".encode())
-            tokens.update(encoded["input_ids"].cpu().numpy().tobytes())
     chosen = ("lm_dtype", "probe_ks", "probe_seed", "probe_llm_batch", "probe_sae_batch")
-    on_gpu = next(iter(split[0].values()))["input_ids"].is_cuda
+    device = next(iter(split[0].values()))["input_ids"].device
     return {
         "dataset": dataset,
         "layer": layer,
-        "model": model_identity(settings.model),
-        "tokens": tokens.hexdigest(),
-        "settings": {field: getattr(settings, field) for field in chosen}
-        | {"probe_ks": list(settings.probe_ks)},
-        "versions": versions(),
-        "hardware": torch.cuda.get_device_name() if on_gpu else processor_name(),
-        "threads": torch.get_num_threads(),
+        "tokens": tokens_digest(split),
+        "setting": {field: getattr(settings, field) for field in chosen},
+        **surroundings(settings, "import harness", device),
     }
 
 
@@ -1595,7 +2979,8 @@ def model_identity(name: str) -> str:
 
     folder = Path(model_path(name))
     if folder.is_dir():
-        return " ".join(sha256_file(file) for file in sorted(folder.glob("*.safetensors")))
+        files = [f for f in sorted(folder.iterdir()) if f.suffix in (".safetensors", ".json")]
+        return " ".join(sha256_file(file) for file in files)
     config = try_to_load_from_cache(name, "config.json")
     return Path(config).parent.name if isinstance(config, str) else name
 
@@ -1607,16 +2992,60 @@ def probe(train: dict, test: dict, prefix: str, ks: tuple[int, ...]) -> dict[str
     results = {}
     for k in (None, *ks):
         options = dict(use_sklearn=False, batch_size=250, epochs=100, lr=1e-2) if k is None else {}
-        _, accuracies = probe_training.train_probe_on_activations(
-            train, test, select_top_k=k, **options
-        )
+        try:
+            _, accuracies = probe_training.train_probe_on_activations(
+                train, test, select_top_k=k, **options
+            )
+        except AssertionError as error:
+            raise ExperimentError(
+                "SAE-Bench's probe tells none of the test texts right, which happens with few of "
+                "them: raise probe_test"
+            ) from error
         middle = "" if k is None else f"top_{k}_"
         results[f"{prefix}_{middle}test_accuracy"] = accuracies
     return results
 
 
+def probe_data_set(
+    dataset: str,
+    split: list[dict],
+    saes: dict[str, CustomSAE],
+    states: dict[str, str],
+    model: Any,
+    settings: Settings,
+) -> dict[str, tuple[dict, str]]:
+    """SAE-Bench's probes on one data set: by SAE {metric: {class: accuracy}}, and its new state.
+
+    The language model's own probes begin at the seed for each data set and are kept from run to
+    run: no SAE changes them.
+
+    Args:
+        saes: prepared by `formatted`. states: of the generator, by SAE, in hexadecimal.
+    """
+    import torch
+
+    with doing(dataset):
+        (llm_train, sae_train), (llm_test, sae_test) = (
+            pooled_features(tokens, model, saes, settings) for tokens in split
+        )
+        llm, results = {}, {}
+        for layer in {sae.cfg.hook_layer: None for sae in saes.values()}:
+            torch.manual_seed(settings.probe_seed)
+            key = llm_probes_key(dataset, layer, split, settings)
+            acts = llm_train[layer], llm_test[layer], "llm", settings.probe_ks
+            llm[layer] = kept("language model probes", key, probe, *acts)
+        for name, sae in saes.items():
+            torch.set_rng_state(torch.tensor(list(bytes.fromhex(states[name])), dtype=torch.uint8))
+            found = probe(sae_train[name], sae_test[name], "sae", settings.probe_ks)
+            after = torch.get_rng_state().numpy().tobytes().hex()
+            # SAE-Bench's order: the SAE's full probe, the language model's, the SAE's top k.
+            full = {"sae_test_accuracy": found.pop("sae_test_accuracy")}
+            results[name] = full | llm[sae.cfg.hook_layer] | found, after
+    return results
+
+
 def evaluation_seconds(
-    saes: dict[Any, CustomSAE], lm: LanguageModel, texts: dict[str, list], settings: Settings
+    saes: dict[Any, CustomSAE], model: Any, texts: dict[str, list], settings: Settings
 ) -> float:
     """How long the evaluation of SAEs and of their untrained twins will take, from a sample.
 
@@ -1625,7 +3054,6 @@ def evaluation_seconds(
     """
     import torch
 
-    model = lm.hooked()
     ready = {
         (key, twin): formatted(sae.folded(), settings)
         for key, sae in saes.items()
@@ -1668,6 +3096,60 @@ def evaluation_seconds(
     return total + (time.monotonic() - began) * len(ready) * n_trained / size(sample)
 
 
+def rehearse(
+    experiment: Callable[[Settings, dict, Path, None], None],
+    settings: Settings,
+    texts: dict[str, list[dict]],
+    source: str,
+    log: Path,
+) -> None:
+    """The whole run in miniature, before anything is paid for: what an edit breaks shows here.
+
+    Two steps of training, two contexts of each core batch, one probing set of 8 texts per class,
+    all layers, at most two seeds. Nothing of it is shown or kept, but for that it passed.
+
+    Args:
+        experiment: runs settings on probing texts, into a folder; its key is None: keep nothing.
+    """
+    dataset, split = next(iter(texts.items()))
+    small = dataclasses.replace(
+        settings,
+        probe_sets=(dataset,),
+        seeds=settings.seeds[:2],
+        training_tokens=2 * settings.batch,
+        buffer_tokens=2 * settings.batch,
+        budget_minutes=None,
+        dead_after=settings.batch,
+        log_every=1,
+        core_prompts=2,
+        core_reconstruction_batches=1,
+        core_sparsity_batches=1,
+    )
+    # Trained and tested on the same: SAE-Bench's probes fail where no text is told right.
+    few = 2 * [{label: {"input_ids": e["input_ids"][:8]} for label, e in split[0].items()}]
+    device = next(iter(split[0].values()))["input_ids"].device
+    key = {
+        "code of": code_parts(source)[0],
+        "setting": dataclasses.asdict(settings),
+        **surroundings(settings, source, device),
+    }
+
+    def in_miniature() -> float:
+        began, stage = time.monotonic(), Progress.stage_now
+        Progress.prefix = "rehearsal: "
+        try:
+            with tempfile.TemporaryDirectory() as folder, quiet(log):
+                experiment(small, {dataset: few}, Path(folder) / "run_rehearsal", None)
+        finally:
+            Progress.prefix = ""
+        Progress.stage_now = stage
+        seconds = time.monotonic() - began
+        say(f"rehearsal: the whole run in miniature passed in {seconds:.0f} s")
+        return seconds
+
+    kept("rehearsal", key, in_miniature)
+
+
 def fit_budget(
     n_steps: int, done: int, spent: float, evaluation: float, budget: float
 ) -> tuple[int, str | None]:
@@ -1691,7 +3173,7 @@ def fit_budget(
         f"{whole / 60:.0f} minutes, and evaluation about {evaluation / 60:.0f}, "
         f"of {budget / 60:.0f} (budget_minutes)"
     )
-    print(reason, flush=True)
+    say(reason)
     return n_steps * twentieths // 20, reason
 
 
@@ -1791,6 +3273,7 @@ def export(sae: CustomSAE, settings: Settings, folder: Path) -> None:
     `sae_lens.SAE.load_from_disk(folder)` reads it. theta.json holds θ, what follows from it, and
     the scale that was folded.
     """
+    import torch
     from sae_lens.saes.sae import SAEMetadata
     from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
     from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
@@ -1812,6 +3295,14 @@ def export(sae: CustomSAE, settings: Settings, folder: Path) -> None:
     for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
         getattr(stored, name).data.copy_(getattr(raw, name).data)
     stored.save_model(folder)
+    from sae_lens import SAE
+
+    read = SAE.load_from_disk(folder).state_dict()
+    if any(not torch.equal(read[name].cpu(), t.cpu()) for name, t in stored.state_dict().items()):
+        raise ExperimentError(
+            f"the SAE in {folder} is not read back by SAELens as it was written: look at the disk, "
+            "and at the versions in constraints.txt"
+        )
     write_json(folder / "theta.json", {**sae.adaptive(), "scale": sae.scale})
 
 
@@ -1992,6 +3483,130 @@ def against_given_baseline(
     where = max(differences, key=lambda key: abs(differences[key]))
     line = f"largest difference to the given baseline: {differences[where]:+.4f} ({where})"
     return line, warnings
+
+
+def check_info(info: dict[str, dict]) -> None:
+    """ExperimentError where a figure that is to be recorded can't be right."""
+    for entry, content in info.items():
+        for metric, values in content["final_info_dict"].items():
+            for value in values:
+                accuracy = metric.endswith("accuracy") or metric == "primary"
+                if not math.isfinite(value) or (accuracy and not 0 <= value <= 1):
+                    raise ExperimentError(
+                        f"{entry}: {metric} is {value}, which can't be right, so nothing is "
+                        "recorded: look at the code that the figure comes from"
+                    )
+
+
+def check_complete(out_dir: Path) -> None:
+    """ExperimentError where a run has come to its end without its results."""
+    if not (out_dir / "final_info.json").exists():
+        raise ExperimentError(
+            f"the run ended, but there is no {out_dir.name}/final_info.json: look at write_records"
+        )
+
+
+def check_trained(trained: nn.Module, untrained: nn.Module, name: str) -> None:
+    """ExperimentError where training left an SAE as it was, or weights that are no numbers."""
+    import torch
+
+    for parameter, tensor in trained.named_parameters():
+        if not torch.isfinite(tensor).all():
+            raise ExperimentError(
+                f"{name}: {parameter} holds values that are not finite after training: "
+                "look at the loss and at lr"
+            )
+    if torch.equal(trained.W_enc, untrained.W_enc):
+        raise ExperimentError(
+            f"{name}: no training step was done, its weights are those it was initialized with: "
+            "look at the training loop"
+        )
+
+
+def check_core(name: str, metrics: dict[str, float]) -> None:
+    """ExperimentError where a scalar of core is not finite, is the -1 for NaN, or L0 is 0."""
+    for metric, value in metrics.items():
+        if not math.isfinite(value) or value == -1:
+            raise ExperimentError(
+                f"core evaluation of {name}: {metric} is {value}, which can't be right; "
+                "look at the SAE's weights and at the evaluation text"
+            )
+    if metrics["l0"] == 0:
+        raise ExperimentError(
+            f"core evaluation of {name}: L0 is 0, no feature is active on any token of the "
+            "evaluation text; look at the SAE's weights, at the penalty and at encode"
+        )
+
+
+def check_results(
+    saes: dict[str, CustomSAE], evaluation: dict[str, dict], settings: Settings, out_dir: Path
+) -> None:
+    """Holds what SAE-Bench wrote against the SAEs: each one's layer, hook, width and results.
+
+    The given baseline was evaluated at one layer and recorded as another.
+
+    Args:
+        saes: by name, layer_L_seed_S or layer_L_seed_S_untrained. evaluation: see `evaluate`.
+    Raises:
+        ExperimentError: one lacks a result, or has another SAE's.
+    """
+    wanted = {f"{who}_top_{k}_test_accuracy" for who in ("sae", "llm") for k in settings.probe_ks}
+    for name, sae in saes.items():
+        layer = int(name.split("_")[1])
+        expected = {
+            "layer": layer,
+            "hook": f"blocks.{layer}.hook_resid_post",
+            "width": settings.d_sae,
+        }
+        found = {"layer": sae.cfg.hook_layer, "hook": sae.cfg.hook_name, "width": len(sae.W_dec)}
+        where = {"the SAE itself": found}
+        for kind, folder in (("core", "core"), ("probing", "sparse_probing")):
+            files = list((out_dir / "eval_results" / folder).glob(f"{name}_custom_sae_*.json"))
+            if len(files) != 1 or not evaluation.get(kind, {}).get(name):
+                raise ExperimentError(
+                    f"{folder} evaluation of {name} left no result in {out_dir / 'eval_results'}: "
+                    "SAE-Bench skipped it, or the call was edited away"
+                )
+            cfg = json.loads(files[0].read_text())["sae_cfg_dict"]
+            where[f"its {folder} result"] = {
+                "layer": cfg["hook_layer"], "hook": cfg["hook_name"], "width": cfg["d_sae"],
+            }  # fmt: skip
+        for source, values in where.items():
+            if values != expected:
+                raise ExperimentError(
+                    f"{name}: expected {expected}, but {source} has {values}; "
+                    "results of one SAE must not be recorded as another's"
+                )
+        if missing := wanted - evaluation["probing"][name].keys():
+            raise ExperimentError(f"sparse probing of {name} lacks {sorted(missing)}: run it again")
+
+
+def broken_loss(
+    losses: Sequence[float], step: int, settings: Settings, x_BD: Tensor, last: dict[str, Any]
+) -> ExperimentError:
+    """What to raise where a loss is not finite; saves the batch that it came from.
+
+    Args:
+        losses: of consecutive steps, the last of them not finite. step: that one's number.
+        x_BD: its activations. last: the last record before it.
+    """
+    from safetensors.torch import save_file
+
+    run = Attempt.current.out_dir.name if Attempt.current else "run"
+    path = place_for("failures") / f"{run}-step-{step}-{os.getpid()}.safetensors"
+    try:
+        save_file({"x_BD": x_BD.contiguous()}, path)
+        saved = f"its batch is in {path} (x_BD)"
+    except Exception as error:
+        saved = f"its batch could not be saved ({first_line(error)})"
+    known = {k: last[k] for k in ("step", "loss", "fvu", "l0", "tau_sel", "gamma") if k in last}
+    values = ", ".join(f"{k} {v:.4g}" for k, v in known.items() if v is not None)
+    before = f"; the loss of the step before: {losses[-2]:.4g}" if len(losses) > 1 else ""
+    return ExperimentError(
+        f"the loss is {losses[-1]} at step {step} ({step * settings.batch} tokens){before}"
+        + (f"; the last record: {values}" if values else "")
+        + f"; {saved}: look at the loss for a division by 0 or the root of one, or lower lr"
+    )
 
 
 def odd_results(layers: dict[str, dict[str, list[float]]], d_sae: int) -> list[str]:

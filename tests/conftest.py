@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["SAE_PROFILE"] = "tinylm"
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as experiment.py has it
 
 SOURCES = [inspect.getsource(module) for module in (argparse, ast, inspect, random)]
 TOY_TASKS = {

@@ -267,7 +267,7 @@ def test_the_language_model_s_probes_are_computed_once(toy, toy_lm, tmp_path, mo
     first = score()
     assert calls == ["llm", "sae", "llm", "sae"]
     assert score() == first and calls == ["sae", "sae"]
-    for file in (tmp_path / "cache" / "parametric-sae" / "llm_probes").iterdir():
+    for file in harness.store_dir().joinpath("language_model_probes").iterdir():
         file.write_text(file.read_text().replace("0.", "1.", 1))
     assert score() == first and calls == ["llm", "sae", "llm", "sae"]  # damage is found
     other = dataclasses.replace(settings, probe_seed=43)

@@ -97,7 +97,9 @@ def test_flops_are_those_that_pytorch_counts(tiny, settings) -> None:
 
     acts_LND = torch.stack(tiny.activations(tokens_BL, settings.layers)).flatten(1, 2)
     keys = [(layer, 0) for layer in settings.layers]
-    trainers, _ = experiment.start_trainers(settings, acts_LND, dict.fromkeys(keys, {}))
+    measured = experiment.measure(settings, acts_LND)
+    fixed = dict.fromkeys(keys, {})
+    trainers = experiment.start_trainers(settings, measured, fixed, autocast=False)
     counted = flops_of(lambda: trainers[0, 0].step(acts_LND[0, :64], 0.5, True))
     assert full_size.step_flops(settings, config.hidden_size) == counted
 

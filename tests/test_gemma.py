@@ -252,7 +252,7 @@ def test_what_is_not_there_is_one_sentence(place: Path) -> None:
     (place / "elsewhere").mkdir()
     done = python(place / "elsewhere", "../experiment.py", "--out_dir=run_x")
     assert done.returncode == 1
-    (sentence,) = done.stderr.splitlines()
+    (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("cause: ")]
     assert re.search(
         r"the model 'google/gemma-2-2b' is not in the local cache \S+ and HF_HUB_OFFLINE is set: "
         r".* \(and 7 more of the kind\)$",
@@ -283,9 +283,9 @@ def test_changed_data_is_one_sentence(place: Path) -> None:
         "the training text holds no text",
         f"the text '{PILE}' must have a column 'text', but has ['content', 'meta']: ",
     )
-    sentences = done.stderr.splitlines()
+    sentences = [line for line in done.stderr.splitlines() if line.startswith("cause: ")]
     assert len(sentences) == len(changed)
     for sentence, says in zip(sentences, expected):
-        assert sentence.startswith(f"experiment.py: {says}")
+        assert sentence.startswith(f"cause: {says}")
     for case in changed:
         assert not (place / case / "run_x" / "final_info.json").exists()

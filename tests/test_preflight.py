@@ -100,10 +100,25 @@ def test_offline_needs_the_cache(gemma, tmp_path: Path, monkeypatch) -> None:
         harness.preflight(gemma, CPU)
 
 
+def test_core_s_batches_follow_the_memory(gemma, monkeypatch) -> None:
+    """As many contexts, in smaller batches; as they are where they fit."""
+    for free, prompts in ((24.0, 16), (16.0, 8)):
+        monkeypatch.setattr(harness, "memory_gb", lambda free=free: free)
+        fitted = harness.fit_core_batches(gemma, CPU)
+        assert fitted.core_prompts == prompts
+        for field in ("core_reconstruction_batches", "core_sparsity_batches"):
+            assert getattr(fitted, field) * prompts == getattr(gemma, field) * 16
+        (memory,) = [line for line in harness.preflight(gemma, CPU) if line.startswith("memory")]
+        assert f"{free:.1f} free on cpu" in memory
+
+
 def test_too_little_memory_names_the_setting(gemma, monkeypatch) -> None:
     monkeypatch.setattr(harness, "memory_gb", lambda: 12.0)
-    with pytest.raises(ExperimentError, match="12.0 free on cpu: lower core_prompts"):
+    with pytest.raises(ExperimentError, match="12.0 free on cpu: lower batch or buffer_tokens"):
         harness.preflight(gemma, CPU)
+    monkeypatch.setattr(harness, "memory_gb", lambda: 16.0)
+    with pytest.raises(ExperimentError, match="16.0 free on cpu: lower core_prompts"):
+        harness.preflight(dataclasses.replace(gemma, core_prompts=15), CPU)
 
 
 def test_too_little_disk_names_hf_home(gemma, monkeypatch) -> None:

@@ -82,9 +82,10 @@ def test_train_log_has_a_line_per_step_layer_and_seed(toy, toy_run: Path) -> Non
 
 
 def test_same_command_same_weights_and_a_complete_run_is_set_aside(
-    toy, toy_run: Path, tmp_path: Path, capfd
+    toy, toy_run: Path, tmp_path: Path, monkeypatch, capfd
 ) -> None:
     out_dir = tmp_path / "run_1"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # trained, not kept
     assert toy.harness.main(toy.run, [f"--out_dir={out_dir}"]) == 0
     weights = "sae/layer_2/seed_0/sae_weights.safetensors"
     first = (toy_run / weights).read_bytes()
@@ -183,12 +184,20 @@ def test_planned_runs_train_as_the_plan_says(toy, toy_run: Path, name: str) -> N
 
 
 def run_expecting_failure(toy, capfd, out_dir: Path, *arguments: str) -> str:
-    """The last line on standard error of a run that must fail."""
+    """The cause that a run names which must fail."""
     status = toy.harness.main(toy.run, [f"--out_dir={out_dir}", *arguments])
-    error = capfd.readouterr().err
     assert status == 1
-    assert "Traceback" not in error and len(error) < 1500
-    return error.strip().splitlines()[-1]
+    return words(capfd.readouterr().err)["cause"]
+
+
+def words(error: str) -> dict[str, str]:
+    """The last words on standard error: failed during, at, cause, to do and log."""
+    assert "Traceback" not in error and len(error) <= harness.LAST_WORDS
+    first, *lines = error.strip().splitlines()
+    assert first.startswith("experiment.py failed during "), error
+    return {"during": first.removeprefix("experiment.py failed during ")} | dict(
+        line.split(": ", 1) for line in lines
+    )
 
 
 @pytest.mark.parametrize(
@@ -291,12 +300,16 @@ def test_an_unexpected_error_names_itself_and_its_log(toy, tmp_path: Path, monke
     def breaks(*_: object) -> None:
         raise RuntimeError("the edit was wrong")
 
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(toy, "train", breaks)
-    says = run_expecting_failure(toy, capfd, tmp_path / "run_1")
-    assert "RuntimeError: the edit was wrong" in says
-    log = Path(re.search(r"end of (\S+)", says)[1])
-    assert "in breaks" in log.read_text()
-    log.unlink()
+    assert toy.harness.main(toy.run, [f"--out_dir={tmp_path / 'run_1'}"]) == 1
+    said = words(capfd.readouterr().err)
+    assert said["during"] == "rehearsal: train"
+    assert re.match(r"experiment.py, line \d+, in train_score_record: .* in breaks$", said["at"])
+    assert said["cause"] == "RuntimeError: the edit was wrong"
+    assert said["to do"].startswith("mend it, and give the same command again")
+    assert "in breaks" in Path(said["log"]).read_text()
+    assert not (tmp_path / "run_1").exists()
 
 
 def test_the_real_command_in_a_subprocess(tmp_path: Path) -> None:
@@ -306,8 +319,8 @@ def test_the_real_command_in_a_subprocess(tmp_path: Path) -> None:
         cwd=ROOT, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert result.returncode == 1 and result.stdout == ""
-    assert result.stderr.strip().splitlines()[-1] == (
-        "experiment.py: unrecognized arguments: extra; "
+    assert words(result.stderr)["cause"] == (
+        "unrecognized arguments: extra; "
         "the command is `python experiment.py --out_dir=run_i`, no other argument"
     )
 
@@ -458,14 +471,15 @@ def test_out_of_memory_names_the_setting_to_lower(
     tmp_path: Path, monkeypatch, capsys, stage, setting
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(harness.Progress, "stage_now", stage)
 
     def run(out_dir: Path, log: Path) -> None:
+        harness.Progress.stage(stage)
         torch.empty(2**50)
 
     assert harness.main(run, [f"--out_dir={tmp_path / 'run_1'}"]) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert f"out of memory during {stage}" in line and setting in line
+    said = words(capsys.readouterr().err)
+    assert said["during"] == stage and "out of memory" in said["cause"]
+    assert setting in said["to do"]
 
 
 def test_probing_data_that_does_not_fit_stops_the_run_before_training(
@@ -483,8 +497,8 @@ def test_probing_data_that_does_not_fit_stops_the_run_before_training(
 
         monkeypatch.setattr(dataset_utils, "get_multi_label_train_test_data", load)
         assert toy.harness.main(toy.run, [f"--out_dir={tmp_path / 'run_1'}"]) == 1
-        (line,) = capsys.readouterr().err.splitlines()
-        assert said in line and "'toy/modules'" in line
+        cause = words(capsys.readouterr().err)["cause"]
+        assert said in cause and "'toy/modules'" in cause
 
 
 def test_a_budget_shortens_training_once_and_the_schedules_still_end(

@@ -288,7 +288,7 @@ def test_interrupted_training_gives_the_weights_of_an_uninterrupted_one(tmp_path
     log = train.train(whole, STREAM, tmp_path / "whole", 10 * 64, **SMALL)
     assert log[-1]["step"] == 10 and log[-1]["tokens"] == 640
     train.train(parts, STREAM, tmp_path / "parts", 10 * 64, stop_after=4, **SMALL)
-    assert torch.load(tmp_path / "parts" / "checkpoint.pt", weights_only=False)["step"] == 4
+    assert torch.load(tmp_path / "parts" / "checkpoint.pt", weights_only=True)["step"] == 4
     fresh = small_model()
     resumed = train.train(fresh, STREAM, tmp_path / "parts", 10 * 64, **SMALL)
     assert [line["step"] for line in resumed] == [line["step"] for line in log]
@@ -299,7 +299,7 @@ def test_interrupted_training_gives_the_weights_of_an_uninterrupted_one(tmp_path
 
 def test_longer_training_goes_on_from_before_the_decay(tmp_path, capsys):
     train.train(small_model(), STREAM, tmp_path, 10 * 64, **SMALL)
-    before = torch.load(tmp_path / "before_decay.pt", weights_only=False)
+    before = torch.load(tmp_path / "before_decay.pt", weights_only=True)
     assert before["step"] == 8  # of 10: more than 70% of the way
     capsys.readouterr()
     log = train.train(small_model(), STREAM, tmp_path, 20 * 64, **SMALL)

@@ -332,12 +332,12 @@ def train(
         return max(step * per_step / tokens, spent / (60 * minutes))
 
     if path.is_file():
-        state = torch.load(path, map_location=device, weights_only=False)
+        state = torch.load(path, map_location=device, weights_only=True)
         decayed = max(state["step"] * per_step / state["tokens"],
                       state["spent"] / (60 * state["minutes"])) > 1 - DECAY
         longer = tokens > state["tokens"] or minutes > state["minutes"]
         if decayed and longer and before_decay.is_file():
-            state = torch.load(before_decay, map_location=device, weights_only=False)
+            state = torch.load(before_decay, map_location=device, weights_only=True)
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(opts, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -388,7 +388,8 @@ def train(
             next_log = progress() + 0.01
             rate = (step - first_step) * per_step / (now - started)
             left = min((tokens - step * per_step) / rate, 60 * minutes - spent)
-            line = {"step": step, "tokens": step * per_step, "loss": round(np.mean(since), 4),
+            loss = float(np.mean(since))  # a plain number: checkpoints are read with weights_only
+            line = {"step": step, "tokens": step * per_step, "loss": round(loss, 4),
                     "lr_factor": round(factor, 4), "tokens_per_second": round(rate),
                     "minutes": round(spent / 60, 2)}
             if measure is not None and (progress() >= next_measure or progress() >= 1):
