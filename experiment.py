@@ -243,15 +243,19 @@ class CustomSAE(BaseSAE):
         self.b_enc.zero_()
         self.b_dec.copy_(mean_D)
 
-    def preactivations(self, x: Tensor) -> Tensor:
-        """(…, D) -> (…, F): what the ReLU is applied to, (x − b_dec) W_enc + b_enc.
+    def centred(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x − b_dec, (…, D), and what to add to its product with W_enc, (F,).
 
         b_dec gets its gradient through a term that is zero, a product with a vector where
         (x − b_dec) W_enc would need one with a matrix. x gets none.
         """
-        centred = x.to(self.W_enc.dtype) - self.b_dec.detach()
         shift_F = (self.b_dec.detach() - self.b_dec) @ self.W_enc.detach()
-        return centred @ self.W_enc + (self.b_enc + shift_F)
+        return x.to(self.W_enc.dtype) - self.b_dec.detach(), self.b_enc + shift_F
+
+    def preactivations(self, x: Tensor) -> Tensor:
+        """(…, D) -> (…, F): what the ReLU is applied to, (x − b_dec) W_enc + b_enc."""
+        centred, bias_F = self.centred(x)
+        return centred @ self.W_enc + bias_F
 
     def encode(self, x: Tensor) -> Tensor:
         """(…, D) -> (…, F): the features, of which the k largest are kept."""
@@ -262,8 +266,24 @@ class CustomSAE(BaseSAE):
         values, indices = pre.topk(self.k, dim=-1, sorted=False)
         return torch.zeros_like(pre).scatter_(-1, indices, torch.relu(values))
 
-    def decode(self, feature_acts: Tensor) -> Tensor:
-        """(…, F) -> (…, D)"""
+    def features(self, x_BD: Tensor, by_index: bool) -> tuple[Tensor, Tensor | None]:
+        """relu(preactivations): (B, F) and None, or the few that are active, by index.
+
+        By index: (B, M) values and (B, M) features, M the most that a token has active, and zeros
+        where it has fewer. The products that follow need only them then.
+
+        Args:
+            by_index: where few enough are active for that to be faster.
+        """
+        pre_BF = self.preactivations(x_BD)
+        if by_index and (few := harness.few_active(pre_BF)):
+            return harness.active_values(pre_BF.detach(), few, *self.centred(x_BD), self.W_enc)
+        return torch.relu(pre_BF), None
+
+    def decode(self, feature_acts: Tensor, indices: Tensor | None = None) -> Tensor:
+        """(…, F) -> (…, D), or (B, M) -> (B, D) of the features that (B, M) `indices` names."""
+        if indices is not None:
+            return harness.sum_of_rows(feature_acts, indices, self.W_dec) + self.b_dec
         return feature_acts @ self.W_dec + self.b_dec
 
     def forward(self, x: Tensor) -> Tensor:
@@ -297,6 +317,8 @@ class CustomSAE(BaseSAE):
 
 def select(f_BF: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest features of each row, and the rest: two tensors of f's shape that add to f."""
+    if k >= f_BF.shape[-1]:
+        return f_BF, torch.zeros_like(f_BF)
     values, indices = f_BF.topk(k, dim=-1, sorted=False)
     selected = torch.zeros_like(f_BF).scatter_(-1, indices, values)
     return selected, f_BF.scatter(-1, indices, 0.0)
@@ -310,12 +332,26 @@ class Loss:
     reconstruction: Tensor
     penalty: Tensor  # γ L_pen
     reg: Tensor
-    used_BF: Tensor  # the features that reconstruct
+    used_BF: Tensor  # the features that reconstruct; (B, M) where they go by index
+    indices_BM: Tensor | None  # which features these are; None: all F in order
     residual_BD: Tensor  # x − x̂
+
+    def fired(self, d_sae: int) -> Tensor:
+        """(F,) bool: the features that reconstruct some token."""
+        if self.indices_BM is None:
+            return self.used_BF.detach().amax(0) > 0
+        fired_F = torch.zeros(d_sae, dtype=torch.bool, device=self.used_BF.device)
+        fired_F[self.indices_BM[self.used_BF > 0]] = True
+        return fired_F
 
 
 def contrastive_loss(
-    sae: CustomSAE, x_BD: Tensor, k: int | None, reg_lambda: float, form: str = "contrastive"
+    sae: CustomSAE,
+    x_BD: Tensor,
+    k: int | None,
+    reg_lambda: float,
+    form: str = "contrastive",
+    by_index: bool = False,
 ) -> Loss:
     """The loss on a batch of scaled activations (DESIGN, the method).
 
@@ -330,26 +366,28 @@ def contrastive_loss(
         form: "as_written" is the method as it was first written down, kept as an ablation: no
             selection, tanh(f / τ_sel) averaged over tokens and features alike, and the
             reconstruction loss is mean ‖x − x̂‖.
+        by_index: f_BF below is (B, M), see `CustomSAE.features`, where few features are active.
+            The same loss, faster; `Trainer.step` holds the one against the other.
     """
     tau_sel, tau_pen, gamma = (sae.bounded(name) for name in BOUNDED)
-    f_BF = torch.relu(sae.preactivations(x_BD))
+    f_BF, indices_BM = sae.features(x_BD, by_index)
     if form == "as_written":
         used_BF, penalised_BF = f_BF, f_BF
     elif k is None:
         used_BF, penalised_BF = f_BF, select(f_BF, 1)[1]
     else:
         used_BF, penalised_BF = select(f_BF, k)
-    residual_BD = x_BD - sae.decode(used_BF)
-    saturated_BF = torch.tanh(penalised_BF / tau_sel)
+    residual_BD = x_BD - sae.decode(used_BF, indices_BM)
+    saturated_BF = torch.tanh(penalised_BF * (1 / tau_sel))  # / has a backward of twice the passes
     if form == "as_written":
         reconstruction = residual_BD.norm(dim=-1).mean()
-        penalty = gamma * tau_pen * saturated_BF.mean()
+        penalty = gamma * tau_pen * saturated_BF.sum(-1).mean() / sae.cfg.d_sae
     else:
         reconstruction = residual_BD.pow(2).mean()
         penalty = gamma * tau_pen * saturated_BF.sum(-1).mean()
     reg = reg_lambda * sum((theta**2 for theta in sae.thetas()), torch.zeros_like(gamma))
     total = reconstruction + penalty + reg
-    return Loss(total, reconstruction, penalty, reg, used_BF, residual_BD)
+    return Loss(total, reconstruction, penalty, reg, used_BF, indices_BM, residual_BD)
 
 
 def curriculum_k(progress: float, k_start: int, k_min: int, fraction: float) -> int:
@@ -401,17 +439,21 @@ class ActivationBuffer:
         Args:
             advance: called with the number of tokens of each few forward passes.
         """
+        hf, have = self.lm.hf, 0
+        shape = (len(self.layers), n, hf.config.hidden_size)
+        taken = torch.empty(shape, device=hf.device, dtype=hf.dtype)
         parts = [] if self._rest is None else [self._rest]
-        have = sum(part.shape[1] for part in parts)
         while have < n:
-            n_passes = max(1, (n - have) // (self.contexts * (self.stream.context - 1)))
-            found = self.store.passes(n_passes, self.harvest)
-            advance(sum(part.shape[1] for part in found))
-            parts += [part.to(self.lm.hf.device) for part in found]
-            have = sum(part.shape[1] for part in parts)
-        everything = torch.cat(parts, dim=1)
-        self._rest = everything[:, n:].clone()
-        return everything[:, :n]
+            if not parts:
+                n_passes = max(1, (n - have) // (self.contexts * (self.stream.context - 1)))
+                parts = self.store.passes(min(n_passes, harness.PASSES), self.harvest)
+                advance(sum(part.shape[1] for part in parts))
+            part = parts.pop(0).to(hf.device)
+            missing = n - have
+            taken[:, have : have + part.shape[1]] = part[:, :missing]
+            have, rest = have + part.shape[1], part[:, missing:]
+        self._rest = torch.cat([rest, *(part.to(hf.device) for part in parts)], dim=1)
+        return taken
 
     def harvest(self, n_passes: int) -> list[Tensor]:
         """The activations of the next forward passes, (layers, N, D) of each."""
@@ -462,6 +504,7 @@ class Trainer:
             sae.cfg.d_sae, dtype=torch.int64, device=sae.W_enc.device
         )
         self.generator = torch.Generator().manual_seed(seed)
+        self.by_index: bool | None = None  # whether features may go by index; None: not yet known
 
     def dead(self) -> Tensor:
         """(F,) bool: features that have not reconstructed anything for `dead_after` tokens."""
@@ -470,10 +513,20 @@ class Trainer:
     def step(self, x_BD: Tensor, progress: float, log: bool) -> tuple[Tensor, dict | None]:
         """One step on raw activations (B, D); the loss, and the step's record if `log`."""
         settings, sae = self.settings, self.sae
+        raw_BD = x_BD
         x_BD = x_BD.to(sae.W_enc.dtype) * sae.scale
         k = k_at(settings, progress)
+
+        def loss_by(by_index: bool) -> Loss:
+            return contrastive_loss(sae, x_BD, k, settings.reg_lambda, settings.form, by_index)
+
         with torch.autocast(x_BD.device.type, torch.bfloat16, enabled=self.autocast):
-            loss = contrastive_loss(sae, x_BD, k, settings.reg_lambda, settings.form)
+            loss = loss_by(self.by_index is not False)
+        if loss.indices_BM is not None and self.by_index is None:
+            self.by_index = harness.same_by_index(loss_by, list(sae.parameters()))
+            if not self.by_index:
+                print("contrastive_loss has other gradients with features by index: all are used")
+                return self.step(raw_BD, progress, log)
         self.optimizer.zero_grad()
         loss.total.backward()
         sae.remove_parallel_gradient()
@@ -482,7 +535,7 @@ class Trainer:
         record = self.record(loss, x_BD, k, lr) if log else None
         self.optimizer.step()
         sae.normalize_decoder()
-        fired_F = loss.used_BF.detach().amax(0) > 0
+        fired_F = loss.fired(sae.cfg.d_sae)
         self.steps_since_active = torch.where(fired_F, 0, self.steps_since_active + 1)
         if settings.resample and progress < 1 - settings.lr_decay:
             self.resample(loss.residual_BD.detach())
@@ -687,6 +740,8 @@ def train(
         while state["done"] < state["n_steps"]:
             steps = range(state["done"], min(state["done"] + portion, state["n_steps"]))
             started = time.monotonic()
+            acts_LND = None  # not two fillings at once
+            harness.trim_memory()
             acts_LND = buffer.take(len(steps) * settings.batch, progress.advance)
             seconds["seconds_harvest"] += time.monotonic() - started
             started = time.monotonic()
@@ -756,7 +811,9 @@ def core_evaluation(
     ready = {name: harness.formatted(sae, settings) for name, sae in saes.items()}
 
     def compute(names: list[str]) -> dict[str, tuple]:
-        return harness.run_core({n: ready[n] for n in names}, model, settings, advance)
+        return harness.run_core(
+            {n: ready[n] for n in names}, model, settings, advance, keep=keys is not None
+        )
 
     results = harness.kept_each("core evaluation", keys or dict.fromkeys(saes), compute)
     found: dict[str, dict[str, float]] = {}
@@ -798,7 +855,9 @@ def sparse_probing(
 
         def compute(names: list[str], dataset: str = dataset, split: list = split) -> dict:
             some = {name: ready[name] for name in names}
-            return harness.probe_data_set(dataset, split, some, states, model, settings)
+            return harness.probe_data_set(
+                dataset, split, some, states, model, settings, keep=keys is not None
+            )
 
         found = harness.kept_each(
             "sparse probing",

@@ -12,6 +12,7 @@ import argparse
 import ast
 import contextlib
 import copy
+import ctypes
 import dataclasses
 import datetime
 import errno
@@ -40,7 +41,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +67,7 @@ STREAM_RETRIES = 6  # of a broken connection in a row: a minute in all
 NETWORK_LIBRARIES = ("httpx", "httpcore", "requests", "urllib3", "aiohttp")
 LAST_WORDS = 1500  # characters of standard error that a driver shows of a run that failed
 STORE_GB = 20.0  # of paid-for work kept in the cache; the least recently used goes first
-ACTIVATIONS_GB = 4.0  # of a training; larger ones are harvested anew in each run
+ACTIVATIONS_GB = 4.0  # of a training, or of an evaluation; larger ones are made anew in each run
 PASSES = 8  # of the language model whose activations are stored in one file
 SAVE_EVERY = 60.0  # seconds between two saves of a training, at least
 SAVE_SHARE = 0.025  # of the time that saving may take
@@ -436,6 +437,8 @@ class Checkpoints:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_state({"state": state(), "generators": generators()}, partial)
+            with partial.open("rb") as file:  # down to the disk before it replaces the last one
+                os.fsync(file.fileno())
             path = self.folder / f"{part:.6f}.{sha256_file(partial)[:32]}.safetensors"
             partial.replace(path)
             for other in self.folder.glob("*.safetensors"):
@@ -484,6 +487,59 @@ def set_generators(states: dict[str, Any]) -> None:
     random.setstate(states["python"])
 
 
+class TensorFiles:
+    """Tensors that are kept for the next run, in a file for each name.
+
+    Args:
+        kind: what they are, in words. key: all that they depend on, as JSON; None: none is kept.
+    """
+
+    def __init__(self, kind: str, key: dict[str, Any] | None) -> None:
+        self.kind, self.on = kind, key is not None and not Progress.prefix
+        self.folder = store_dir() / kind.replace(" ", "_") / digest(key)
+        self.written = 0
+
+    def find(self, name: str) -> Any:
+        """What `keep` was given, tensors on the CPU; None where there is none, or a damaged one."""
+        for path in self.folder.glob(f"{name}.*.safetensors") if self.on else ():
+            with contextlib.suppress(OSError):
+                if sha256_file(path)[:32] == path.name.split(".")[-2]:
+                    mark_used(path)
+                    Attempt.reuses(self.kind)
+                    return read_state(path)
+                set_aside(path)
+        return None
+
+    def keep(self, name: str, state: Any) -> None:
+        """Writes what `write_state` takes. A disk that is full costs the keeping alone."""
+        from safetensors import SafetensorError
+
+        if not self.on:
+            return
+        partial = self.folder / f"partial-{os.getpid()}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_state(state, partial)
+            partial.replace(self.folder / f"{name}.{sha256_file(partial)[:32]}.safetensors")
+            if self.written % 32 == 0:  # it looks at every file of the store
+                evict()
+            self.written += 1
+            Attempt.keeps(self.kind)
+        except (OSError, SafetensorError) as error:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            cannot_keep(self.kind, error)
+            self.on = False
+
+    def get(self, name: str, compute: Callable[[], Any]) -> Any:
+        """What `compute` returns, or has returned to an earlier run."""
+        found = self.find(name)
+        if found is None:
+            found = compute()
+            self.keep(name, found)
+        return found
+
+
 class ActivationStore:
     """Harvested activations, kept for the next run on the same text and language model.
 
@@ -495,12 +551,11 @@ class ActivationStore:
     """
 
     def __init__(self, stream: TokenStream, key: dict[str, Any] | None) -> None:
-        self.stream, self.key = stream, key
+        self.stream = stream
         self.number = 0  # of the next file
         self.after: dict[str, Any] | None = None  # where the text stands, if the stream doesn't
-        self.reading = key is not None
-        if key is not None:
-            self.folder = store_dir() / "activations" / digest(key)
+        self.files = TensorFiles("activations", key)
+        self.reading = self.files.on
 
     def passes(self, n: int, harvest: Callable[[int], list[Tensor]]) -> list[Tensor]:
         """The activations of the next forward passes: n, or `PASSES` where they are kept.
@@ -508,47 +563,21 @@ class ActivationStore:
         Args:
             harvest: makes that many passes on the stream: a tensor (layers, N, D) of each.
         """
-        if self.key is None:
+        if not self.files.on:
             return harvest(n)
-        stored = self._read() if self.reading else None
+        name = f"{self.number:06d}"
+        stored = self.files.find(name) if self.reading else None
         self.number += 1
         if stored is not None:
             self.after = stored["after"]
-            Attempt.reuses("activations")
             return stored["acts"]
         self.reading = False
         if self.after is not None:
             self.stream.load_state_dict(self.after)
             self.after = None
         acts = harvest(PASSES)
-        self._write({"acts": [a.cpu() for a in acts], "after": self.stream.state_dict()})
+        self.files.keep(name, {"acts": acts, "after": self.stream.state_dict()})
         return acts
-
-    def _read(self) -> dict[str, Any] | None:
-        for path in self.folder.glob(f"{self.number:06d}.*.safetensors"):
-            with contextlib.suppress(OSError):
-                if sha256_file(path)[:32] == path.name.split(".")[-2]:
-                    mark_used(path)
-                    return read_state(path)
-                set_aside(path)
-        return None
-
-    def _write(self, state: dict[str, Any]) -> None:
-        from safetensors import SafetensorError
-
-        partial = self.folder / f"partial-{os.getpid()}"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_state(state, partial)
-            sha256 = sha256_file(partial)[:32]
-            partial.replace(self.folder / f"{self.number - 1:06d}.{sha256}.safetensors")
-            evict()
-            Attempt.keeps("activations")
-        except (OSError, SafetensorError) as error:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
-            cannot_keep("activations", error)
-            self.key = None
 
     def state_dict(self) -> dict[str, Any]:
         """Where the store and the text stand."""
@@ -557,14 +586,14 @@ class ActivationStore:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where another one stood."""
         self.number = state["number"]
-        if self.key is None:
+        if not self.files.on:
             self.stream.load_state_dict(state["stream"])
         else:
             self.after = state["stream"]
 
 
 def write_state(state: object, path: Path) -> None:
-    """Writes what `Checkpoints.save` takes as one safetensors file, down to the disk."""
+    """Writes what `Checkpoints.save` takes as one safetensors file."""
     import torch
     from safetensors.torch import save_file
 
@@ -582,8 +611,6 @@ def write_state(state: object, path: Path) -> None:
         return [packed(item) for item in value] if isinstance(value, list) else value
 
     save_file(tensors, path, metadata={"state": json.dumps(packed(state))})
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def read_state(path: Path) -> Any:
@@ -1313,20 +1340,24 @@ def make_reproducible() -> None:
 
 
 def choose_train_dtype(settings: Settings, device: torch.device) -> str:
-    """What `settings.train_dtype` stands for: "auto" is bfloat16 where the hardware multiplies it.
+    """What `settings.train_dtype` stands for: "auto" is bfloat16 where the hardware gains by it.
 
-    On processors that don't, bfloat16 is emulated and many times slower than float32.
+    On processors that don't have it, bfloat16 is emulated and many times slower than float32, and
+    Intel's that have it without AMX multiply it at half of float32's rate (AMD's at 2 to 4 times;
+    `python bench/speed.py --only step` measures both). A rule: timed on a busy machine, the answer
+    would change from run to run, and with it what can be reused.
     """
     import torch
 
     if settings.train_dtype != "auto":
         return settings.train_dtype
     if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        gains = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         cpu = torch.cpu.get_capabilities()
-        native = any(cpu.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16"))
-    return "bfloat16" if native else "float32"
+        gains = cpu.get("amx_bf16") or cpu.get("arm_bf16")
+        gains = gains or cpu.get("avx512_bf16") and "Intel" not in processor_name()
+    return "bfloat16" if gains else "float32"
 
 
 # ---------------------------------------------------------------------------- pre-flight
@@ -2415,6 +2446,152 @@ def load_language_model(
     return LanguageModel(hf.eval().to(device), tokenizer, name)
 
 
+# ---------------------------------------------------------------------------- few of many
+#
+# Products with features of which almost all are zero: on a CPU, gathering rows takes less time
+# than multiplying whole matrices where less than FEW of the features are active (bench/speed.py).
+
+FEW = 0.125
+
+
+class Few(NamedTuple):
+    """The positive entries of a (B, F) matrix, in its order, and their places in a (B, M) one."""
+
+    rows: Tensor
+    columns: Tensor
+    places: Tensor
+    widest: int  # M, the most in a row
+
+
+def few_active(pre_BF: Tensor) -> Few | None:
+    """Where preactivations are positive; None where they are too many, or on a GPU (unmeasured)."""
+    import numpy as np
+    import torch
+
+    if pre_BF.device.type != "cpu":
+        return None
+    n_rows, width = pre_BF.shape
+    active_BF = pre_BF.detach() > 0
+    if active_BF.count_nonzero() > FEW * active_BF.numel():
+        return None
+    flat = torch.from_numpy(np.flatnonzero(active_BF.numpy()))  # torch's nonzero takes 4 times it
+    rows = flat // width
+    counts_B = torch.bincount(rows, minlength=n_rows)
+    places = torch.arange(len(rows)) - (counts_B.cumsum(0) - counts_B)[rows]
+    return Few(rows, flat - rows * width, places, max(int(counts_B.max()), 1))
+
+
+def active_values(
+    pre_BF: Tensor, few: Few, centred_BD: Tensor, bias_F: Tensor, W_enc: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What `few` names of pre_BF = centred_BD @ W_enc + bias_F: (B, M) values, (B, M) columns.
+
+    Rows with fewer than M end in zeros. Gradients of W_enc and bias_F are sums over these entries.
+    """
+    import torch
+
+    shape, at = (len(pre_BF), few.widest), (few.rows, few.places)
+    columns_BM = torch.zeros(shape, dtype=torch.int64).index_put(at, few.columns)
+    values_BM = pre_BF.new_zeros(shape).index_put(at, pre_BF[few.rows, few.columns])
+    return gradients_by_index()[0].apply(values_BM, few, centred_BD, bias_F, W_enc), columns_BM
+
+
+@functools.cache
+def gradients_by_index() -> tuple[type, type]:
+    """Two functions that return their first argument; what they are for is their backward pass."""
+    import torch
+
+    class OfEncoder(torch.autograd.Function):
+        """See `active_values`."""
+
+        @staticmethod
+        def forward(
+            ctx: Any, values_BM: Tensor, few: Few, centred_BD: Tensor, bias_F: Tensor, W_enc: Tensor
+        ) -> Tensor:
+            ctx.few, ctx.centred_BD, ctx.n_features = few, centred_BD, len(bias_F)
+            return values_BM.view_as(values_BM)
+
+        @staticmethod
+        def backward(ctx: Any, grad_BM: Tensor) -> tuple[Tensor | None, ...]:
+            few, n_features = ctx.few, ctx.n_features
+            grad = grad_BM[few.rows, few.places]
+            sums_FD = weighted_sums(few.columns, grad, few.rows, ctx.centred_BD, n_features)
+            bias_F = torch.bincount(few.columns, weights=grad, minlength=n_features)
+            return None, None, None, bias_F.to(grad.dtype), sums_FD.T
+
+    class OfDecoder(torch.autograd.Function):
+        """See `sum_of_rows`."""
+
+        @staticmethod
+        def forward(
+            ctx: Any, out_BD: Tensor, indices: Tensor, values: Tensor, rows: Tensor, W_dec: Tensor
+        ) -> Tensor:
+            ctx.save_for_backward(indices, values, rows)
+            ctx.n_features = len(W_dec)
+            return out_BD.view_as(out_BD)
+
+        @staticmethod
+        def backward(ctx: Any, grad_BD: Tensor) -> tuple[Tensor | None, ...]:
+            indices, values, rows = ctx.saved_tensors
+            sums_FD = weighted_sums(indices, values, rows, grad_BD, ctx.n_features)
+            return grad_BD, None, None, None, sums_FD
+
+    return OfEncoder, OfDecoder
+
+
+def weighted_sums(groups: Tensor, weights: Tensor, rows: Tensor, table: Tensor, n: int) -> Tensor:
+    """(n, D): by group, the sum of weight * table[row] over the entries that are in the group.
+
+    Args:
+        groups, weights, rows: (N,) each. table: (·, D).
+    """
+    import numpy as np
+    import torch
+
+    # numpy's stable sort of 16-bit numbers is a radix sort, ten times as fast as torch's.
+    narrow = np.uint16 if n <= 2**16 else np.int32
+    order = torch.from_numpy(np.argsort(groups.numpy().astype(narrow), kind="stable"))
+    counts = torch.bincount(groups, minlength=n)
+    return torch.nn.functional.embedding_bag(
+        rows[order], table, counts.cumsum(0) - counts, mode="sum",
+        per_sample_weights=weights[order],
+    )  # fmt: skip
+
+
+def same_by_index(loss: Callable[[bool], Any], parameters: list[nn.Parameter]) -> bool:
+    """Whether a loss has the gradients with features by index that it has with all of them.
+
+    An edit may be written for all of them alone: a mean over features, say.
+
+    Args:
+        loss: by whether features go by index, what has the loss as its `total`.
+    """
+    import torch
+
+    def gradients(by_index: bool) -> list[Tensor]:
+        return torch.autograd.grad(loss(by_index).total, parameters, materialize_grads=True)
+
+    pairs = zip(gradients(True), gradients(False))
+    return all(float((a - b).norm()) <= 1e-3 * float(b.norm()) + 1e-9 for a, b in pairs)
+
+
+def sum_of_rows(values_BM: Tensor, indices_BM: Tensor, W_dec: Tensor) -> Tensor:
+    """(B, D): Σ_m values[b, m] · W_dec[indices[b, m]], over the values that are not zero."""
+    import torch
+
+    used_BM = values_BM.detach() != 0
+    counts_B = used_BM.sum(1)
+    indices, values = indices_BM[used_BM], values_BM[used_BM]
+    out_BD = torch.nn.functional.embedding_bag(
+        indices, W_dec.detach(), counts_B.cumsum(0) - counts_B, mode="sum",
+        per_sample_weights=values,
+    )  # fmt: skip
+
+    # embedding_bag's own gradient of its rows is slower.
+    rows = torch.repeat_interleave(counts_B)
+    return gradients_by_index()[1].apply(out_BD, indices, values.detach(), rows, W_dec)
+
+
 # --------------------------------------------------------------------- SAE-Bench and SAELens
 
 
@@ -2568,6 +2745,43 @@ def formatted(sae: CustomSAE, settings: Settings) -> CustomSAE:
     return general_utils.load_and_format_sae("", sae, str(sae.W_enc.device))[1]
 
 
+@contextlib.contextmanager
+def memory_kept() -> Iterator[None]:
+    """Has glibc's allocator keep what is freed, for the next tensor; elsewhere nothing.
+
+    By itself it asks the system for every large tensor anew, and each page of it is then zeroed
+    when it is first touched: a third of the time of an evaluation on two cores. Training, with
+    more that is held for long, gains little by it and would take twice the memory.
+    """
+    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # as in malloc.h
+    glibc = c_library()
+    if glibc:
+        glibc.mallopt(mmap_max, 0)
+        glibc.mallopt(trim_threshold, 2**31 - 1)
+    try:
+        yield
+    finally:
+        if glibc:  # to where the allocator's own adjustment ends up
+            glibc.mallopt(mmap_max, 65_536)
+            glibc.mallopt(mmap_threshold, 2**25)
+            glibc.mallopt(trim_threshold, 2**26)
+        trim_memory()
+
+
+def trim_memory() -> None:
+    """Gives freed memory back to the system, which glibc's allocator does only for its end."""
+    if glibc := c_library():
+        glibc.malloc_trim(0)
+
+
+def c_library() -> ctypes.CDLL | None:
+    """glibc, where it is."""
+    with contextlib.suppress(OSError):
+        found = ctypes.CDLL("libc.so.6")
+        return found if hasattr(found, "mallopt") and hasattr(found, "malloc_trim") else None
+    return None
+
+
 def side_by_side(jobs: dict[Any, Callable[[], Any]]) -> dict[Any, Any]:
     """Runs functions in turns, each until it returns or calls `give_way`: {name: its result}.
 
@@ -2609,12 +2823,19 @@ class SharedPasses:
         model: a HookedTransformer. store: SAELens' ActivationsStore of the evaluation text.
         layers: those of the SAEs.
         advance: called with 1 after each batch.
+        kept: where the unchanged and the ablated model's passes are kept.
     """
 
     def __init__(
-        self, model: Any, store: Any, layers: Iterable[int], advance: Callable[[int], None]
+        self,
+        model: Any,
+        store: Any,
+        layers: Iterable[int],
+        advance: Callable[[int], None],
+        kept: TensorFiles | None = None,
     ) -> None:
         self.model, self.store, self.advance = model, store, advance
+        self.kept = kept or TensorFiles("", None)
         self.layers = sorted(set(layers))
         self.hooks = {f"blocks.{layer}.hook_resid_post": layer for layer in self.layers}
         self.n_batches = self.n_resets = 0
@@ -2648,22 +2869,43 @@ class SharedPasses:
 
     def original(self) -> tuple[Any, Any]:
         """Logits and losses of the unchanged model; its residual streams by hook."""
-        return self.once(
-            "original",
-            lambda: self.model.run_with_cache(
+
+        def compute() -> Any:
+            both, cache = self.model.run_with_cache(
                 self.tokens_BL, return_type="both", loss_per_token=True,
                 names_filter=list(self.hooks),
-            ),
-        )  # fmt: skip
+            )  # fmt: skip
+            return tuple(both), {hook: cache[hook] for hook in self.hooks}
+
+        return self.once("original", lambda: self.from_kept("original", compute))
+
+    def from_kept(self, name: str, compute: Callable[[], Any]) -> Any:
+        """What `compute` returns for this batch; see `TensorFiles.get`."""
+        import torch
+
+        device = self.tokens_BL.device
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return value.to(device)
+            if isinstance(value, dict):
+                return {key: moved(item) for key, item in value.items()}
+            return tuple(moved(item) for item in value)
+
+        return moved(self.kept.get(f"{self.n_batches:06d}-{name}", compute))
 
     def residuals(self) -> Any:
         """The residual streams by hook, and the count of what fvu needs of them."""
 
-        def compute() -> Any:
+        def one_pass() -> Any:
             _, cache = self.model.run_with_cache(
                 self.tokens_BL, prepend_bos=False, names_filter=list(self.hooks),
                 stop_at_layer=self.layers[-1] + 1,
             )  # fmt: skip
+            return {hook: cache[hook] for hook in self.hooks}
+
+        def compute() -> Any:
+            cache = self.from_kept("residuals", one_pass)
             keep_BL = self.keep()
             self.count += int(keep_BL.sum())
             for hook in self.hooks:
@@ -2729,12 +2971,15 @@ class SharedView:
         changed_BLD = hook(self.shared.original()[1][name], hook=None)
 
         def compute() -> Any:
-            return self.shared.model(
+            return tuple(self.shared.model(
                 changed_BLD, start_at_layer=self.shared.hooks[name] + 1, tokens=tokens_BL,
                 return_type=return_type, loss_per_token=loss_per_token,
-            )  # fmt: skip
+            ))  # fmt: skip
 
-        return compute() if changed_BLD.any() else self.shared.once(("ablated", name), compute)
+        if changed_BLD.any():
+            return compute()
+        ablated = f"ablated-{self.shared.hooks[name]}"
+        return self.shared.once(ablated, lambda: self.shared.from_kept(ablated, compute))
 
     def run_with_cache(self, tokens_BL: Tensor, **kwargs: Any) -> tuple[None, Any]:
         cache = self.shared.residuals()
@@ -2750,11 +2995,41 @@ class SharedView:
         return self.error / self.shared.spread(self.hook)
 
 
+def passes_key(settings: Settings, device: torch.device, **more: Any) -> dict[str, Any]:
+    """What passes of the language model in an evaluation depend on beside their text, as JSON."""
+    chosen = ("lm_dtype", "layers", "context", "core_prompts", "probe_llm_batch")
+    return {
+        "setting": {field: getattr(settings, field) for field in chosen},
+        **surroundings(settings, "import harness", device),
+        **more,
+    }
+
+
+def core_passes(settings: Settings, model: Any, layers: list[int]) -> TensorFiles:
+    """Where core evaluation's passes of the language model are kept, if they are not too large."""
+    tokens = settings.core_prompts * settings.context
+    logits = settings.core_reconstruction_batches * (1 + len(layers)) * model.cfg.d_vocab
+    residuals = settings.core_reconstruction_batches + settings.core_sparsity_batches
+    numbers = tokens * (logits + residuals * len(layers) * model.cfg.d_model)
+    key = None
+    if numbers * model.cfg.dtype.itemsize <= ACTIVATIONS_GB * 1e9:
+        counts = [settings.core_reconstruction_batches, settings.core_sparsity_batches, layers]
+        text = text_identity(settings.core_text)
+        key = passes_key(settings, model.cfg.device, counts=counts, **text)
+    return TensorFiles("core passes", key)
+
+
 def run_core(
-    saes: dict[Any, CustomSAE], model: Any, settings: Settings, advance: Callable[[int], None]
+    saes: dict[Any, CustomSAE],
+    model: Any,
+    settings: Settings,
+    advance: Callable[[int], None],
+    keep: bool = False,
 ) -> dict[Any, tuple[dict, dict, float]]:
     """SAE-Bench's `run_evals` of SAEs that `formatted` has prepared, side by side.
 
+    Args:
+        keep: the language model's passes for the next run.
     Returns:
         by the SAEs' keys: scalars by group, metrics of each feature, and fvu.
     """
@@ -2764,7 +3039,9 @@ def run_core(
     config = core_config(settings)
     saes = {key: copy.copy(sae) for key, sae in saes.items()}  # views put their decode on them
     store = core_store(settings, model, next(iter(saes.values())))
-    shared = SharedPasses(model, store, (sae.cfg.hook_layer for sae in saes.values()), advance)
+    layers = sorted({sae.cfg.hook_layer for sae in saes.values()})
+    kept_passes = core_passes(settings, model, layers) if keep else None
+    shared = SharedPasses(model, store, layers, advance, kept_passes)
     views = {key: SharedView(shared, sae) for key, sae in saes.items()}
 
     def job(key: Any) -> Callable[[], tuple[dict, dict]]:
@@ -2778,7 +3055,7 @@ def run_core(
 
     # Around all of them: each run_evals restores, when it ends, the mode that it began in.
     try:
-        with torch.no_grad():
+        with torch.no_grad(), memory_kept():
             results = side_by_side({key: job(key) for key in saes})
     except StopIteration as error:
         raise ExperimentError(
@@ -2867,8 +3144,15 @@ def read_probe_texts(
 ) -> dict[str, list[dict[str, Any]]]:
     """`probe_tokens` of each data set: read before training, so that what is wrong shows early.
 
-    So is the beginning of the evaluation's text.
+    So is the beginning of the evaluation's text. tinylm's are kept for the next run.
     """
+
+    def drawn(name: str) -> list[dict[str, Any]]:
+        return [
+            {label: {"input_ids": encoded["input_ids"]} for label, encoded in part.items()}
+            for part in probe_tokens(name, tokenizer, device, settings)
+        ]
+
     if not settings.core_text.startswith("tinylm"):
         texts = documents(settings.core_text, "heldout")()
         if next(texts, None) is None:
@@ -2878,14 +3162,51 @@ def read_probe_texts(
         progress = Progress("probing texts", len(names), "data sets")
         texts = {}
         for name in names:
-            texts[name] = probe_tokens(name, tokenizer, device, settings)
+            kept_texts = probing_texts(name, settings, device)
+            texts[name] = [
+                {label: {"input_ids": e["input_ids"].to(device)} for label, e in part.items()}
+                for part in kept_texts.get("all", functools.partial(drawn, name))
+            ]
             progress.advance(1, name)
     progress.close()
     return texts
 
 
+def probing_texts(dataset: str, settings: Settings, device: torch.device) -> TensorFiles:
+    """Where the token ids of one of tinylm's tasks are kept; a hub's data sets may change."""
+    if not dataset.startswith("tinylm/"):
+        return TensorFiles("probing texts", None)
+    chosen = ("probe_train", "probe_test", "probe_seed")
+    key = {
+        "data set": dataset,
+        "setting": {field: getattr(settings, field) for field in chosen},
+        **surroundings(settings, "import harness", device),
+        **text_identity("tinylm"),
+    }
+    return TensorFiles("probing texts", key)
+
+
+def probing_passes(settings: Settings, model: Any, texts: list[dict[str, Any]]) -> TensorFiles:
+    """Where a data set's passes of the language model are kept, if they are not too large.
+
+    Args:
+        texts: {class: {"input_ids": (N, L)}} per split.
+    """
+    numbers = sum(encoded["input_ids"].numel() for part in texts for encoded in part.values())
+    numbers *= len(settings.layers) * model.cfg.d_model
+    key = None
+    if numbers * model.cfg.dtype.itemsize <= ACTIVATIONS_GB * 1e9:
+        key = passes_key(settings, model.cfg.device, texts=tokens_digest(texts))
+    return TensorFiles("probing passes", key)
+
+
 def pooled_features(
-    tokens: dict[str, Any], model: Any, saes: dict[str, CustomSAE], settings: Settings
+    tokens: dict[str, Any],
+    model: Any,
+    saes: dict[str, CustomSAE],
+    settings: Settings,
+    kept_passes: TensorFiles | None = None,
+    split: str = "",
 ) -> tuple[dict[int, dict], dict[str, dict]]:
     """Mean activations of each text, of the language model and of each SAE, in one forward pass.
 
@@ -2895,6 +3216,7 @@ def pooled_features(
 
     Args:
         tokens: class -> {"input_ids": (N, L)}, from SAE-Bench's tokenize_data_dictionary.
+        kept_passes: where the language model's are kept. split: which of its texts these are.
     Returns:
         by layer {class: (N, D)}, and by the SAE's name {class: (N, F)}.
     """
@@ -2905,7 +3227,15 @@ def pooled_features(
     llm: dict[int, dict] = {layer: {} for layer in layers}
     features: dict[str, dict] = {name: {} for name in saes}
     hooks = {layer: f"blocks.{layer}.hook_resid_post" for layer in layers}
-    for label, encoded in tokens.items():
+    kept_passes = kept_passes or TensorFiles("", None)
+
+    def one_pass(tokens_BL: Tensor) -> list[Tensor]:
+        _, cache = model.run_with_cache(
+            tokens_BL, names_filter=list(hooks.values()), stop_at_layer=max(layers) + 1
+        )
+        return [cache[hook] for hook in hooks.values()]
+
+    for number, (label, encoded) in enumerate(tokens.items()):
         tokens_NL = encoded["input_ids"]
         waiting = {layer: [] for layer in layers}
         llm_parts, sae_parts = {k: [] for k in llm}, {k: [] for k in features}
@@ -2913,11 +3243,10 @@ def pooled_features(
         for start in range(0, len(tokens_NL), settings.probe_llm_batch):
             batch_BL = tokens_NL[start : start + settings.probe_llm_batch]
             mask_BL = collection.get_bos_pad_eos_mask(batch_BL, model.tokenizer)
-            _, cache = model.run_with_cache(
-                batch_BL, names_filter=list(hooks.values()), stop_at_layer=max(layers) + 1
-            )
-            for layer, hook in hooks.items():
-                waiting[layer].append(cache[hook] * mask_BL[:, :, None])
+            name = f"{split}-{number:03d}-{start:06d}"
+            acts = kept_passes.get(name, functools.partial(one_pass, batch_BL))
+            for layer, acts_BLD in zip(hooks, acts):
+                waiting[layer].append(acts_BLD.to(mask_BL.device) * mask_BL[:, :, None])
             done_now = start + len(batch_BL)
             while (size := min(settings.probe_sae_batch, len(tokens_NL) - done)) and (
                 done_now - done >= size
@@ -3013,6 +3342,7 @@ def probe_data_set(
     states: dict[str, str],
     model: Any,
     settings: Settings,
+    keep: bool = False,
 ) -> dict[str, tuple[dict, str]]:
     """SAE-Bench's probes on one data set: by SAE {metric: {class: accuracy}}, and its new state.
 
@@ -3021,12 +3351,15 @@ def probe_data_set(
 
     Args:
         saes: prepared by `formatted`. states: of the generator, by SAE, in hexadecimal.
+        keep: the language model's passes for the next run.
     """
     import torch
 
-    with doing(dataset):
+    with doing(dataset), memory_kept():
+        passes = probing_passes(settings, model, split) if keep else None
         (llm_train, sae_train), (llm_test, sae_test) = (
-            pooled_features(tokens, model, saes, settings) for tokens in split
+            pooled_features(tokens, model, saes, settings, passes, part)
+            for part, tokens in zip(("train", "test"), split)
         )
         llm, results = {}, {}
         for layer in {sae.cfg.hook_layer: None for sae in saes.values()}:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,40 +34,46 @@ EDITS = (  # what a rerun follows: its name, what is replaced, and by what
 
 
 def run(folder: Path) -> tuple[float, dict[str, float]]:
-    """Seconds of the command by the clock, and of its stages by its own count."""
+    """Seconds of the command by the clock, of its stages by its own count, and its memory in GB."""
     environment = os.environ | {"XDG_CACHE_HOME": str(folder / "cache"), "SAE_PROFILE": "tinylm"}
     began = time.monotonic()
-    subprocess.run(
+    output = subprocess.run(
         [sys.executable, "experiment.py", "--out_dir=run_try"],
-        cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+        cwd=folder, env=environment, check=True, stdout=subprocess.PIPE, text=True,
+    ).stdout  # fmt: skip
     seconds = time.monotonic() - began
     info = json.loads((folder / "run_try" / "final_info.json").read_text())
     means = next(iter(info.values()))["means"]
-    return seconds, {stage: means[f"seconds_{stage}"] for stage in STAGES}
+    stages = {stage: means[f"seconds_{stage}"] for stage in STAGES}
+    peak = float(output.split("peak_memory_gb: ")[1].split()[0])
+    return seconds, stages | {"peak memory, GB": peak}
 
 
-def main() -> None:
+def measure() -> Iterator[tuple[str, float, dict[str, float]]]:
+    """Runs the command again and again: what it follows, its seconds, those of its stages."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for file in ("experiment.py", "harness.py", "constraints.txt"):
             shutil.copy(ROOT / file, folder)
         shutil.copytree(ROOT / "tinylm", folder / "tinylm")
-        print(f"| run | seconds | times as fast as the first | {' | '.join(STAGES)} |")
-        print("| --- | --- | --- |" + " --- |" * len(STAGES))
-
-        def line(what: str, seconds: float, stages: dict[str, float]) -> None:
-            figures = " | ".join(f"{value:.0f}" for value in stages.values())
-            print(f"| {what} | {seconds:.0f} | {first / seconds:.1f} | {figures} |", flush=True)
-
-        first, stages = run(folder)
-        line("the first, with an empty store", first, stages)
+        yield "the first, with an empty store", *run(folder)
         for what, old, new in EDITS:
             path = folder / "experiment.py"
             text = path.read_text()
             assert not old or text.count(old) == 1, old
             path.write_text(text.replace(old, new) if old else text)
-            line(f"after an edit of {what}", *run(folder))
+            yield f"after an edit of {what}", *run(folder)
+
+
+def main() -> None:
+    first = None
+    for what, seconds, stages in measure():
+        if first is None:
+            first = seconds
+            print(f"| run | seconds | times as fast as the first | {' | '.join(stages)} |")
+            print("| --- | --- | --- |" + " --- |" * len(stages))
+        figures = " | ".join(f"{value:.3g}" for value in stages.values())
+        print(f"| {what} | {seconds:.0f} | {first / seconds:.1f} | {figures} |", flush=True)
     print(f"\n{harness.processor_name()}, {len(os.sched_getaffinity(0))} cores; "
           f"{time.strftime('%Y-%m-%d')}. Stages that are kept show what they once took, "
           "but for the evaluations'.")  # fmt: skip

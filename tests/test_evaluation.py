@@ -274,6 +274,41 @@ def test_the_language_model_s_probes_are_computed_once(toy, toy_lm, tmp_path, mo
     assert score(other) != first and calls == ["llm", "sae", "llm", "sae"]
 
 
+def test_the_language_model_s_passes_are_made_once(toy, toy_lm, tmp_path, monkeypatch) -> None:
+    """Another SAE's evaluation reads them; a damaged one is made again; a rehearsal keeps none."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    settings = dataclasses.replace(toy.settings_of("run_1", "tinylm"), layers=(2,))
+    model, numbers = toy_lm.hooked(), iter(range(100))
+    texts = harness.read_probe_texts(settings, toy_lm.tokenizer, torch.device("cpu"))
+    sae = toy.new_sae(settings, 2, 0, torch.zeros(32), 1.0, {}, 4)
+    calls, run_with_cache = [], model.run_with_cache
+    monkeypatch.setattr(
+        model, "run_with_cache", lambda *a, **k: (calls.append(1), run_with_cache(*a, **k))[1]
+    )
+
+    def score(keep: bool = True) -> tuple[dict, dict]:
+        calls.clear()
+        keys = {"sae": {"SAE": next(numbers)}} if keep else None
+        progress = harness.Progress("sparse probing", 2, "SAEs")
+        return (
+            toy.core_evaluation({"sae": sae}, model, settings, tmp_path, keys=keys),
+            toy.sparse_probing({"sae": sae}, texts, model, settings, tmp_path, progress, keys),
+        )
+
+    anew = score(keep=False)
+    n_passes = len(calls)
+    assert n_passes > 10 and not harness.store_dir().joinpath("core_passes").exists()
+    assert score() == anew and len(calls) == n_passes
+    assert score() == anew and len(calls) == 0
+    for kind in ("core_passes/*/*residuals*", "probing_passes/*/*"):
+        file = min(harness.store_dir().glob(kind))
+        *rest, last = file.read_bytes()
+        file.write_bytes(bytes([*rest, last ^ 1]))
+    assert score() == anew and len(calls) == 2
+    monkeypatch.setattr(harness, "ACTIVATIONS_GB", 1e-6)
+    assert score() == anew and len(calls) == n_passes
+
+
 def test_tinylm_s_figures_are_stock_sae_bench_s(tmp_path: Path, monkeypatch) -> None:
     """On the shipped model and its tasks: sparse probing exactly, core to the last bit."""
     import experiment

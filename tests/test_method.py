@@ -244,6 +244,78 @@ def test_folding_gives_raw_units(k) -> None:
     assert not torch.equal(raw.b_dec, sae.b_dec)  # the original is left as it was
 
 
+def few_active(sae: CustomSAE, x: torch.Tensor, n: int) -> None:
+    """Lowers b_enc until n features per token are active in the mean."""
+    with torch.no_grad():
+        pre = sae.preactivations(x)
+        sae.b_enc -= pre.flatten().topk(n * len(x)).values[-1]
+
+
+@pytest.mark.parametrize(
+    "k, form", [(3, "contrastive"), (50, "contrastive"), (None, "contrastive"),
+                (None, "as_written")]
+)  # fmt: skip
+def test_features_by_index_give_the_same_loss_and_gradients(k, form) -> None:
+    """The fast form against the plain one; some tokens have no active feature."""
+    sae, x = make_sae(d_in=16, d_sae=300, k=k), inputs(n=60, d_in=16)
+    few_active(sae, x, 6)
+    results = []
+    for by_index in (True, False):
+        loss = contrastive_loss(sae, x, k, 0.01, form, by_index)
+        gradients = torch.autograd.grad(loss.total, list(sae.parameters()))
+        parts = loss.total, loss.reconstruction, loss.penalty, loss.reg, loss.residual_BD
+        results.append((loss, [*parts, *gradients, loss.fired(300)]))
+    assert results[1][0].indices_BM is None
+    f = torch.relu(sae.preactivations(x)).detach()
+    assert results[0][0].indices_BM.shape == (60, int((f > 0).sum(1).max()))
+    assert 0 in (f > 0).sum(1)
+    assert int((results[0][0].used_BF > 0).sum()) == int((results[1][0].used_BF > 0).sum())
+    for fast, plain in zip(results[0][1], results[1][1]):
+        assert torch.allclose(fast, plain, rtol=1e-10, atol=1e-12)
+
+
+def test_features_go_by_index_only_where_few_are_active() -> None:
+    sae, x = make_sae(d_in=16, d_sae=300), inputs(n=60, d_in=16)
+    assert contrastive_loss(sae, x, 3, 0.01, by_index=True).indices_BM is None
+    few_active(sae, x, round(300 * experiment.harness.FEW) - 1)
+    assert contrastive_loss(sae, x, 3, 0.01, by_index=True).indices_BM is not None
+    with torch.no_grad():
+        sae.b_enc.fill_(-1e3)  # none at all
+    loss = contrastive_loss(sae, x, 3, 0.01, by_index=True)
+    assert float(loss.penalty) == 0.0 and not loss.fired(300).any()
+    loss.total.backward()
+    assert not sae.W_enc.grad.any()
+
+
+def test_training_by_index_is_training(monkeypatch) -> None:
+    """The same steps as with all features, but for rounding; and the same again, bit for bit."""
+    found = []
+    for few in (0.0, 0.5, 0.5):
+        monkeypatch.setattr(experiment.harness, "FEW", few)
+        found.append(trained(small_settings(d_sae=64, lr_warmup=0.0, resample=False), steps=40))
+    plain, fast, again = found
+    assert plain.by_index is None and fast.by_index
+    assert torch.allclose(plain.sae.W_dec, fast.sae.W_dec, atol=1e-3)
+    for one, other in zip(fast.sae.parameters(), again.sae.parameters()):
+        assert torch.equal(one, other)
+
+
+def test_a_loss_that_needs_all_features_gets_them(monkeypatch, capsys) -> None:
+    """An edit that is right for all features alone, as a mean over them: noticed, and served."""
+    monkeypatch.setattr(experiment.harness, "FEW", 0.5)
+    stock = contrastive_loss
+
+    def edited(*args):
+        loss = stock(*args)
+        loss.total = loss.total + 0.1 * loss.used_BF.mean()
+        return loss
+
+    monkeypatch.setattr(experiment, "contrastive_loss", edited)
+    trainer = trained(small_settings(lr_warmup=0.0), steps=40)
+    assert trainer.by_index is False
+    assert "other gradients with features by index: all are used" in capsys.readouterr().out
+
+
 def small_settings(**changes) -> Settings:
     small = dict(d_sae=32, k_min=4, batch=64, training_tokens=64 * 60, dead_after=64 * 5, lr=2e-3)
     return Settings(**small | changes)

@@ -373,7 +373,14 @@ def test_threads_take_the_parts_of_a_key_in_order_with_a_share_of_the_cores() ->
 
 def test_train_dtype_is_what_the_hardware_multiplies(toy, monkeypatch) -> None:
     settings = toy.settings_of("run_1", "tinylm")
-    for capabilities, expected in (({"avx512_bf16": True}, "bfloat16"), ({}, "float32")):
+    amx = {"avx512_bf16": True, "amx_bf16": True}
+    for name, capabilities, expected in (
+        ("AMD EPYC", {"avx512_bf16": True}, "bfloat16"),
+        ("AMD EPYC", {}, "float32"),
+        ("Intel(R) Xeon(R) Processor", {"avx512_bf16": True}, "float32"),
+        ("Intel(R) Xeon(R) Processor", amx, "bfloat16"),
+    ):
+        monkeypatch.setattr(harness, "processor_name", lambda name=name: name)
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
         assert harness.choose_train_dtype(settings, torch.device("cpu")) == expected
     forced = dataclasses.replace(settings, train_dtype="bfloat16")
