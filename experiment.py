@@ -1058,7 +1058,8 @@ def run(out_dir: Path, log: Path) -> None:
         harness.Progress.stage("train")
         texts = harness.documents(settings.training_text, "train")
         stream = harness.TokenStream(texts, lm.tokenizer, settings.context)
-        training_lm = lm.cast(train_dtype)
+        passes = settings.harvest_contexts, settings.context
+        training_lm = harness.for_harvest(lm, train_dtype, *passes)
         acts_key = key and harness.activations_key(settings, SOURCE, train_dtype, lm)
         buffer = ActivationBuffer(
             training_lm, stream, settings.layers, settings.harvest_contexts, acts_key

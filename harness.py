@@ -490,6 +490,8 @@ def set_generators(states: dict[str, Any]) -> None:
 class TensorFiles:
     """Tensors that are kept for the next run, in a file for each name.
 
+    A thread writes them, one file at a time, so that what comes next needn't wait.
+
     Args:
         kind: what they are, in words. key: all that they depend on, as JSON; None: none is kept.
     """
@@ -498,6 +500,8 @@ class TensorFiles:
         self.kind, self.on = kind, key is not None and not Progress.prefix
         self.folder = store_dir() / kind.replace(" ", "_") / digest(key)
         self.written = 0
+        self._turn = threading.Lock()
+        self._writing: Future | None = None
 
     def find(self, name: str) -> Any:
         """What `keep` was given, tensors on the CPU; None where there is none, or a damaged one."""
@@ -511,11 +515,37 @@ class TensorFiles:
         return None
 
     def keep(self, name: str, state: Any) -> None:
-        """Writes what `write_state` takes. A disk that is full costs the keeping alone."""
+        """Begins to write what `write_state` takes, which must not change until `flush` returns."""
+        with self._turn:
+            self._wait()
+            if self.on:
+                self._writing = Future()
+                writer = threading.Thread(target=self._write, args=(self._writing, name, state))
+                writer.start()
+
+    def flush(self) -> None:
+        """Returns when all is written."""
+        with self._turn:
+            self._wait()
+
+    def _wait(self) -> None:
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _write(self, writing: Future, name: str, state: Any) -> None:
+        """The thread."""
+        try:
+            self._write_file(name, state)
+        except BaseException as error:
+            writing.set_exception(error)
+        else:
+            writing.set_result(None)
+
+    def _write_file(self, name: str, state: Any) -> None:
+        """A disk that is full costs the keeping alone."""
         from safetensors import SafetensorError
 
-        if not self.on:
-            return
         partial = self.folder / f"partial-{os.getpid()}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -580,7 +610,8 @@ class ActivationStore:
         return acts
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the store and the text stand."""
+        """Where the store and the text stand, once what it counts is on the disk."""
+        self.files.flush()
         return {"number": self.number, "stream": self.after or self.stream.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -1736,10 +1767,11 @@ def take_steps(
 
     records: list[dict[str, Any]] = []
     parts = [range(i, min(i + 32, steps.stop)) for i in range(steps.start, steps.stop, 32)]
-    for _, part, found in in_threads(some_steps, list(trainers), parts, acts_LND.device):
-        records += found
-        note = "fvu " + "/".join(f"{r['fvu']:.2f}" for r in last.values() if r)
-        progress.advance(len(part) * settings.batch, note)
+    with memory_for_steps(settings, acts_LND.shape[-1]):
+        for _, part, found in in_threads(some_steps, list(trainers), parts, acts_LND.device):
+            records += found
+            note = "fvu " + "/".join(f"{r['fvu']:.2f}" for r in last.values() if r)
+            progress.advance(len(part) * settings.batch, note)
     place = {key: index for index, key in enumerate(trainers)}
     return sorted(records, key=lambda r: (r["step"], place[r["layer"], r["seed"]]))
 
@@ -2309,11 +2341,10 @@ class LanguageModel:
 
     def hooked(self) -> Any:
         """The same model as TransformerLens' HookedTransformer, unprocessed, for SAE-Bench."""
-        from transformer_lens import HookedTransformer
         from transformer_lens.pretrained.weight_conversions import convert_gemma_weights
 
         cfg = hooked_config(self.hf.config, self.hf.dtype, self.hf.device, self.name)
-        model = HookedTransformer(cfg, self.tokenizer, move_to_device=False)
+        model = hooked_class()(cfg, self.tokenizer, move_to_device=False)
         # Both forms share their matrices, but for W_E, which holds the embedding's scale.
         # load_and_process_state_dict (TransformerLens 3.9.0) would copy all of them by way of
         # float32, into a layout that the layers turn back before each product.
@@ -2323,6 +2354,165 @@ class LanguageModel:
         model.move_model_modules_to_device()
         model.requires_grad_(False)
         return model.eval()
+
+
+@functools.cache
+def hooked_class() -> type:
+    """HookedTransformer, with a `run_with_cache` that several threads may call at once.
+
+    Its hooks lie in the modules (TransformerLens 3.9.0): a call that finds those of the model in
+    use gets modules of its own, on the same weights.
+    """
+    from transformer_lens import HookedTransformer
+
+    class Hooked(HookedTransformer):
+        """See `hooked_class`."""
+
+        def run_with_cache(self, *args: Any, **kwargs: Any) -> Any:
+            free = self.__dict__.setdefault("_free", [self])
+            try:
+                lens = free.pop()
+            except IndexError:
+                shared = (*self.parameters(), *self.buffers(), self.tokenizer, self.cfg, free)
+                lens = copy.deepcopy(self, {id(thing): thing for thing in shared})
+            try:
+                return super(Hooked, lens).run_with_cache(*args, **kwargs)
+            finally:
+                free.append(lens)
+
+    return Hooked
+
+
+class FusedLanguageModel(LanguageModel):
+    """The same passes on a CPU, faster; see `LanguageModel`, which is the plain reference.
+
+    Matrices are laid out once as oneDNN multiplies them. Queries, keys and values are one product,
+    and GELU and the product with the gate part of others. The residual stream is float32 whatever
+    the precision of the products. Scores are capped in the form softmax(c tanh(s / c)) =
+    softmax(2 c σ(2 s / c)), since torch's σ takes a sixth of the time of its tanh.
+    """
+
+    def __init__(self, plain: LanguageModel, contexts: int, context: int) -> None:
+        """Args: contexts, context: the shape of the passes that are to be fast."""
+        import torch
+
+        super().__init__(plain.hf, plain.tokenizer, plain.name)
+        self.blocks, dtype = [], plain.hf.dtype
+
+        def laid_out(*weights: Tensor) -> Tensor:
+            weight = torch.cat([weight.detach() for weight in weights])
+            return torch.ops.mkldnn._reorder_linear_weight(weight, contexts * context)
+
+        for block in plain.hf.model.layers:
+            attention, mlp = block.self_attn, block.mlp
+            matrices = (
+                laid_out(*(getattr(attention, f"{x}_proj").weight for x in "qkv")),
+                laid_out(attention.o_proj.weight),
+                *(laid_out(getattr(mlp, f"{x}_proj").weight) for x in ("gate", "up", "down")),
+            )
+            gains = [
+                1 + norm.weight.detach().float()
+                for norm in (
+                    block.input_layernorm, block.post_attention_layernorm,
+                    block.pre_feedforward_layernorm, block.post_feedforward_layernorm,
+                )
+            ]  # fmt: skip
+            self.blocks.append((matrices, gains))
+        half = plain.hf.config.head_dim // 2
+        at_L = torch.arange(context)
+        angles = plain.hf.model.rotary_emb(torch.empty(1, 1, dtype=dtype), at_L[None])
+        self.cos_L1H, self.sin_L1H = (part[0, :, None, :half].clone() for part in angles)
+        far_LL = at_L[:, None] - at_L  # from the query back to the key
+        self.masks = []
+        for kind in plain.hf.config.layer_types:
+            window = plain.hf.config.sliding_window if kind == "sliding_attention" else context
+            seen_LL = (far_LL >= 0) & (far_LL < window)
+            self.masks.append(torch.zeros(context, context).masked_fill_(~seen_LL, -math.inf))
+
+    def activations(self, tokens_BL: Tensor, layers: tuple[int, ...]) -> list[Tensor]:
+        import torch
+
+        (n_contexts, length), config = tokens_BL.shape, self.hf.config
+        if length != len(self.masks[0]):
+            return super().activations(tokens_BL, layers)
+        heads, kv_heads, width = (
+            config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        )  # fmt: skip
+        half, cap, dtype = width // 2, config.attn_logit_softcapping, self.hf.dtype
+        product = torch.ops.mkldnn._linear_pointwise
+
+        def rms(x_ND: Tensor) -> Tensor:
+            norm_N1 = torch.linalg.vector_norm(x_ND, dim=-1, keepdim=True)
+            return (norm_N1.square_() / x_ND.shape[-1]).add_(config.rms_norm_eps).rsqrt_()
+
+        def by_head(part_BLHW: Tensor, rows: int) -> Tensor:
+            """(B, L, heads, W) -> (B · kv_heads, rows, W)."""
+            return part_BLHW.transpose(1, 2).reshape(n_contexts * kv_heads, rows, width)
+
+        found: dict[int, Tensor] = {}
+        with torch.no_grad():
+            x_ND = self.hf.model.embed_tokens(tokens_BL).flatten(0, 1).float()
+            for at, ((qkv, out, gate, up, down), gains) in enumerate(self.blocks):
+                y_ND = (x_ND * rms(x_ND)).mul_(gains[0]).to(dtype)
+                qkv_BLHW = product(y_ND, qkv, None, "none", [], "").view(
+                    n_contexts, length, heads + 2 * kv_heads, width
+                )
+                # Rotary embedding of queries and keys: two halves of a head are a plane's axes.
+                qk_BLHW, v_BLHW = qkv_BLHW.split([heads + kv_heads, kv_heads], dim=2)
+                a, b = qk_BLHW[..., :half], qk_BLHW[..., half:]
+                turned_BHLW = qk_BLHW.new_empty(n_contexts, heads + kv_heads, length, width)
+                turned_BLHW = turned_BHLW.transpose(1, 2)
+                for place, one, other, sign in ((slice(half), a, b, -1), (slice(half, None), b, a, 1)):
+                    goal = turned_BLHW[..., place]
+                    torch.mul(one, self.cos_L1H, out=goal)
+                    goal.addcmul_(other, self.sin_L1H, value=sign)
+                group = heads // kv_heads * length
+                q = by_head(turned_BLHW[:, :, :heads], group)
+                k = by_head(turned_BLHW[:, :, heads:], length)
+                scores = torch.bmm(q, k.transpose(1, 2)).float().view(-1, length, length)
+                scores.mul_(2 / cap / math.sqrt(config.query_pre_attn_scalar)).sigmoid_()
+                torch.add(self.masks[at], scores, alpha=2 * cap, out=scores)
+                weights = scores.softmax(-1).to(dtype).view(-1, group, length)
+                mixed_BHLW = torch.bmm(weights, by_head(v_BLHW, length)).view(
+                    n_contexts, heads, length, width
+                )
+                y_ND = mixed_BHLW.transpose(1, 2).reshape(len(x_ND), heads * width)
+                y_ND = product(y_ND, out, None, "none", [], "").float()
+                x_ND = torch.addcmul(x_ND, y_ND.mul_(rms(y_ND)), gains[1])
+                y_ND = (x_ND * rms(x_ND)).mul_(gains[2]).to(dtype)
+                h_NM = product(y_ND, gate, None, "gelu", [], "tanh")
+                h_NM = product.binary(y_ND, h_NM, up, None, "mul")
+                y_ND = product(h_NM, down, None, "none", [], "").float()
+                x_ND.addcmul_(y_ND.mul_(rms(y_ND)), gains[3])
+                if at in layers:
+                    found[at] = x_ND.to(dtype).view(n_contexts, length, -1)
+                if at == max(layers):
+                    break
+        return [found[layer] for layer in layers]
+
+
+def for_harvest(lm: LanguageModel, dtype: str, contexts: int, context: int) -> LanguageModel:
+    """The language model in the precision and the form in which its passes take least time.
+
+    On a CPU the fused form, where oneDNN has what it needs, the model is small enough to be held
+    twice, and its activations are those of the plain form: a context is passed through both.
+    """
+    import torch
+
+    plain = lm.cast(dtype)
+    config = plain.hf.config
+    small = sum(parameter.nbytes for parameter in plain.hf.parameters()) < 1e9
+    if plain.hf.device.type != "cpu" or not small or not config.attn_logit_softcapping:
+        return plain
+    last = (config.num_hidden_layers - 1,)
+    tokens_BL = torch.arange(context)[None] % config.vocab_size
+    try:
+        fused = FusedLanguageModel(plain, contexts, context)
+        found, expected = (form.activations(tokens_BL, last)[0] for form in (fused, plain))
+    except (AttributeError, RuntimeError):  # an operator that this build of torch doesn't have
+        return plain
+    error = (found.double() - expected.double()).norm() / expected.double().norm()
+    return fused if error < (1e-5 if dtype == "float32" else 2e-2) else plain
 
 
 def hooked_config(hf_config: Any, dtype: torch.dtype, device: Any, name: str) -> Any:
@@ -2750,8 +2940,8 @@ def memory_kept() -> Iterator[None]:
     """Has glibc's allocator keep what is freed, for the next tensor; elsewhere nothing.
 
     By itself it asks the system for every large tensor anew, and each page of it is then zeroed
-    when it is first touched: a third of the time of an evaluation on two cores. Training, with
-    more that is held for long, gains little by it and would take twice the memory.
+    when it is first touched: a third of the time of an evaluation on two cores. Training with
+    small tensors gains little by it and would take twice the memory; see `memory_for_steps`.
     """
     trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # as in malloc.h
     glibc = c_library()
@@ -2766,6 +2956,15 @@ def memory_kept() -> Iterator[None]:
             glibc.mallopt(mmap_threshold, 2**25)
             glibc.mallopt(trim_threshold, 2**26)
         trim_memory()
+
+
+def memory_for_steps(settings: Settings, d_in: int) -> contextlib.AbstractContextManager[None]:
+    """`memory_kept` for training steps whose tensors glibc would ask the system for every time.
+
+    Those of 32 MiB and more: at 2304 -> 16384 a step takes half to two thirds of the time with it.
+    """
+    largest = 4 * settings.d_sae * max(settings.batch, d_in)
+    return memory_kept() if largest >= 2**25 else contextlib.nullcontext()
 
 
 def trim_memory() -> None:
@@ -3057,6 +3256,7 @@ def run_core(
     try:
         with torch.no_grad(), memory_kept():
             results = side_by_side({key: job(key) for key in saes})
+            shared.kept.flush()
     except StopIteration as error:
         raise ExperimentError(
             f"the text {settings.core_text!r} is too short for one batch of core_prompts = "
@@ -3167,6 +3367,7 @@ def read_probe_texts(
                 {label: {"input_ids": e["input_ids"].to(device)} for label, e in part.items()}
                 for part in kept_texts.get("all", functools.partial(drawn, name))
             ]
+            kept_texts.flush()
             progress.advance(1, name)
     progress.close()
     return texts
@@ -3201,49 +3402,49 @@ def probing_passes(settings: Settings, model: Any, texts: list[dict[str, Any]]) 
 
 
 def pooled_features(
-    tokens: dict[str, Any],
+    splits: Sequence[dict[str, Any]],
     model: Any,
     saes: dict[str, CustomSAE],
     settings: Settings,
     kept_passes: TensorFiles | None = None,
-    split: str = "",
-) -> tuple[dict[int, dict], dict[str, dict]]:
+) -> list[tuple[dict[int, dict], dict[str, dict]]]:
     """Mean activations of each text, of the language model and of each SAE, in one forward pass.
 
     The batches are SAE-Bench's (`probe_llm_batch` texts through the model, `probe_sae_batch`
     through an SAE, one class at a time), and so are the functions: the features are the stock
-    ones bit for bit, without ever holding a data set's activations at once.
+    ones bit for bit, without ever holding a data set's activations at once. On a CPU classes are
+    passed through side by side, each on its own cores.
 
     Args:
-        tokens: class -> {"input_ids": (N, L)}, from SAE-Bench's tokenize_data_dictionary.
-        kept_passes: where the language model's are kept. split: which of its texts these are.
+        splits: class -> {"input_ids": (N, L)}, from SAE-Bench's tokenize_data_dictionary; of
+            several splits, train first.
+        kept_passes: where the language model's are kept.
     Returns:
-        by layer {class: (N, D)}, and by the SAE's name {class: (N, F)}.
+        for each split, by layer {class: (N, D)}, and by the SAE's name {class: (N, F)}.
     """
     import torch
     from sae_bench.sae_bench_utils import activation_collection as collection
 
-    layers = settings.layers
-    llm: dict[int, dict] = {layer: {} for layer in layers}
-    features: dict[str, dict] = {name: {} for name in saes}
-    hooks = {layer: f"blocks.{layer}.hook_resid_post" for layer in layers}
+    hooks = {layer: f"blocks.{layer}.hook_resid_post" for layer in settings.layers}
     kept_passes = kept_passes or TensorFiles("", None)
 
     def one_pass(tokens_BL: Tensor) -> list[Tensor]:
         _, cache = model.run_with_cache(
-            tokens_BL, names_filter=list(hooks.values()), stop_at_layer=max(layers) + 1
+            tokens_BL, names_filter=list(hooks.values()), stop_at_layer=max(hooks) + 1
         )
         return [cache[hook] for hook in hooks.values()]
 
-    for number, (label, encoded) in enumerate(tokens.items()):
-        tokens_NL = encoded["input_ids"]
-        waiting = {layer: [] for layer in layers}
-        llm_parts, sae_parts = {k: [] for k in llm}, {k: [] for k in features}
+    def one_class(item: tuple[int, int, str]) -> dict[Any, Tensor]:
+        """By layer (N, D), and by the SAE's name (N, F)."""
+        at, number, label = item
+        tokens_NL = splits[at][label]["input_ids"]
+        waiting = {layer: [] for layer in hooks}
+        parts: dict[Any, list] = {key: [] for key in (*hooks, *saes)}
         done = 0
         for start in range(0, len(tokens_NL), settings.probe_llm_batch):
             batch_BL = tokens_NL[start : start + settings.probe_llm_batch]
             mask_BL = collection.get_bos_pad_eos_mask(batch_BL, model.tokenizer)
-            name = f"{split}-{number:03d}-{start:06d}"
+            name = f"{('train', 'test')[at]}-{number:03d}-{start:06d}"
             acts = kept_passes.get(name, functools.partial(one_pass, batch_BL))
             for layer, acts_BLD in zip(hooks, acts):
                 waiting[layer].append(acts_BLD.to(mask_BL.device) * mask_BL[:, :, None])
@@ -3252,24 +3453,32 @@ def pooled_features(
                 done_now - done >= size
             ):
                 done += size
-                for layer in layers:
+                for layer in hooks:
                     acts_BLD = torch.cat(waiting[layer])
                     window = {label: acts_BLD[:size].clone()}
                     waiting[layer] = [acts_BLD[size:]]
-                    llm_parts[layer].append(
-                        collection.create_meaned_model_activations(window)[label]
-                    )
+                    parts[layer].append(collection.create_meaned_model_activations(window)[label])
                     for name, sae in saes.items():
                         if sae.cfg.hook_layer == layer:
-                            sae_parts[name].append(
-                                collection.get_sae_meaned_activations(
-                                    window, sae, settings.probe_sae_batch
-                                )[label]
+                            meaned = collection.get_sae_meaned_activations(
+                                window, sae, settings.probe_sae_batch
                             )
-        for parts, result in ((llm_parts, llm), (sae_parts, features)):
-            for key, tensors in parts.items():
-                result[key][label] = torch.cat(tensors)
-    return llm, features
+                            parts[name].append(meaned[label])
+        return {key: torch.cat(tensors) for key, tensors in parts.items()}
+
+    items = [
+        (at, number, label)
+        for at, tokens in enumerate(splits)
+        for number, label in enumerate(tokens)
+    ]
+    found = in_order(one_class, items, torch.device(model.cfg.device))
+    results = [({key: {} for key in hooks}, {key: {} for key in saes}) for _ in splits]
+    for (at, _, label), meaned in zip(items, found):
+        for kind in results[at]:
+            for key in kind:
+                kind[key][label] = meaned[key]
+    kept_passes.flush()
+    return results
 
 
 def tokens_digest(split: list[dict[str, Any]]) -> str:
@@ -3357,9 +3566,8 @@ def probe_data_set(
 
     with doing(dataset), memory_kept():
         passes = probing_passes(settings, model, split) if keep else None
-        (llm_train, sae_train), (llm_test, sae_test) = (
-            pooled_features(tokens, model, saes, settings, passes, part)
-            for part, tokens in zip(("train", "test"), split)
+        (llm_train, sae_train), (llm_test, sae_test) = pooled_features(
+            split, model, saes, settings, passes
         )
         llm, results = {}, {}
         for layer in {sae.cfg.hook_layer: None for sae in saes.values()}:
@@ -3418,7 +3626,7 @@ def evaluation_seconds(
     some = slice(settings.probe_sae_batch)
     sample = {label: {"input_ids": encoded["input_ids"][some]} for label, encoded in test.items()}
     began = time.monotonic()
-    features = pooled_features(sample, model, ready, settings)[1]
+    ((_, features),) = pooled_features([sample], model, ready, settings)
     n_texts = sum(size(train) + size(test) for train, test in texts.values())
     total += (time.monotonic() - began) * n_texts / size(sample)
     state = torch.get_rng_state()
