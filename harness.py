@@ -2361,24 +2361,30 @@ def hooked_class() -> type:
     """HookedTransformer, with a `run_with_cache` that several threads may call at once.
 
     Its hooks lie in the modules (TransformerLens 3.9.0): a call that finds those of the model in
-    use gets modules of its own, on the same weights.
+    use gets modules of its own, on the same weights. They are copies of modules that never run,
+    since a copy made during a pass would have that pass's hooks for ever.
     """
     from transformer_lens import HookedTransformer
 
     class Hooked(HookedTransformer):
         """See `hooked_class`."""
 
+        turn = threading.Lock()
+
         def run_with_cache(self, *args: Any, **kwargs: Any) -> Any:
-            free = self.__dict__.setdefault("_free", [self])
-            try:
-                lens = free.pop()
-            except IndexError:
-                shared = (*self.parameters(), *self.buffers(), self.tokenizer, self.cfg, free)
-                lens = copy.deepcopy(self, {id(thing): thing for thing in shared})
+            with self.turn:
+                if "free" not in self.__dict__:
+                    self.__dict__.update(unused=self.on_same_weights(), free=[self])
+                lens = self.free.pop() if self.free else self.unused.on_same_weights()
             try:
                 return super(Hooked, lens).run_with_cache(*args, **kwargs)
             finally:
-                free.append(lens)
+                self.free.append(lens)
+
+        def on_same_weights(self) -> Hooked:
+            """A copy of the modules."""
+            shared = (*self.parameters(), *self.buffers(), self.tokenizer, self.cfg)
+            return copy.deepcopy(self, {id(thing): thing for thing in shared})
 
     return Hooked
 

@@ -63,7 +63,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = folder
         lm = harness.load_language_model(settings.model)
-        lm = lm.cast(harness.choose_train_dtype(settings, lm.hf.device))
+        dtype = harness.choose_train_dtype(settings, lm.hf.device)
+        lm = harness.for_harvest(lm, dtype, settings.harvest_contexts, settings.context)
         seconds: dict[bool, list[float]] = {True: [], False: []}
         shares = []
         for repetition in range(options.repetitions):

@@ -125,11 +125,13 @@ class Contender:
     Args:
         start: sets it up and returns what a turn calls: one unit of work, and its tokens.
         columns: of its row, beside what is measured.
+        around: what its turn is in, as in a run.
     """
 
     name: str
     start: Callable[[], Call]
     columns: Row = dataclasses.field(default_factory=dict)
+    around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
 
 def alternate(
@@ -163,12 +165,13 @@ def alternate(
                 raise
             missing[name] = f"{name}: not measured, no module {error.name}; {INSTALL}"
             continue
-        for at in range(-warmup_calls, calls):
-            began = now(device)
-            tokens = call()
-            took = now(device) - began
-            if min(number, at) >= 0:
-                seconds[name].append(took / tokens)
+        with contender.around():
+            for at in range(-warmup_calls, calls):
+                began = now(device)
+                tokens = call()
+                took = now(device) - began
+                if min(number, at) >= 0:
+                    seconds[name].append(took / tokens)
         if cuda:
             held[name] = torch.cuda.max_memory_allocated() / 1e9
         del call
@@ -334,10 +337,11 @@ def our_step(
 def step_contenders(settings: Settings, x_NBD: Tensor, autocast: bool) -> list[Contender]:
     """All contenders of a shape and a precision."""
     contenders = []
+    memory = functools.partial(harness.memory_for_steps, settings, x_NBD.shape[-1])
     for name in PHASES:
         b_enc, columns = state_of(settings, x_NBD, name)
         start = functools.partial(our_step, settings, x_NBD, autocast, name, b_enc)
-        contenders.append(Contender(f"{OURS}, {name}", start, columns))
+        contenders.append(Contender(f"{OURS}, {name}", start, columns, memory))
     k = {"k": settings.k_min}
     # With the default of the first its backward fails: no view of a sparse tensor (SAELens 6.54.12,
     # torch 2.13.0 on a CPU).
@@ -419,6 +423,12 @@ def training_texts(settings: Settings, tokens: int) -> list[str]:
     return list(itertools.islice(harness.documents(settings.training_text, "train")(), n_texts))
 
 
+def for_harvest(dtype: str, settings: Settings) -> harness.LanguageModel:
+    """The language model as a run harvests with it."""
+    lm = language_model(settings.model)
+    return harness.for_harvest(lm, dtype, settings.harvest_contexts, settings.context)
+
+
 def our_harvest(lm: harness.LanguageModel, tokens_NL: Tensor, settings: Settings) -> Call:
     """ActivationBuffer.harvest: one pass of the language model for all layers."""
     layers, per_pass = settings.layers, settings.harvest_contexts
@@ -430,6 +440,7 @@ def harvest_rows(dtype: str, sizes: Sizes, device: torch.device) -> list[Row]:
     """The rows of a precision, in which the language model is for all contenders."""
     settings = experiment.settings_of("speed", "tinylm")
     lm = language_model(settings.model).cast(dtype)
+    fused = for_harvest(dtype, settings)
     n_contexts = (sizes.passes + 1) * settings.harvest_contexts
     texts = training_texts(settings, n_contexts * settings.context)
     stream = harness.TokenStream(lambda: iter(texts), lm.tokenizer, settings.context)
@@ -439,7 +450,7 @@ def harvest_rows(dtype: str, sizes: Sizes, device: torch.device) -> list[Row]:
     contenders = [
         Contender(name, functools.partial(setup, form, tokens_NL, settings, *options))
         for name, setup, form, *options in (
-            (OURS, our_harvest, lm),
+            (OURS, our_harvest, fused),
             ("TransformerLens, one pass for all layers", lens, model, True),
             ("TransformerLens, one pass per layer", lens, model, False),
             ("SAELens, one store for all layers", store, model, True),
@@ -483,7 +494,7 @@ def training_rows(batch: int, dtype: str, sizes: Sizes, device: torch.device) ->
     settings = dataclasses.replace(
         settings, batch=batch, training_tokens=sizes.tokens // batch * batch
     )
-    lm = language_model(settings.model).cast(dtype)
+    lm, fused = language_model(settings.model).cast(dtype), for_harvest(dtype, settings)
     texts = training_texts(settings, sizes.tokens)
     stream = harness.TokenStream(lambda: iter(texts), lm.tokenizer, settings.context)
     with contextlib.closing(stream):
@@ -491,10 +502,10 @@ def training_rows(batch: int, dtype: str, sizes: Sizes, device: torch.device) ->
         tokens = {"input_ids": stream.contexts(n_contexts).tolist()}
     later = functools.partial  # a contender is set up when its turn begins
     saelens = later(later, peers.saelens_training, lm.hooked(), settings=settings)
-    learning = later(later, peers.dictionary_learning_training, lm, texts, settings)
+    learning = later(later, peers.dictionary_learning_training, fused, texts, settings)
     text, k = {"text": texts}, dict(k=settings.k_min)
     standard = dict(kind="StandardTrainer", sparsity_warmup_steps=None)
-    contenders = [Contender(OURS, later(our_training, lm, texts, settings))]
+    contenders = [Contender(OURS, later(our_training, fused, texts, settings))]
     for name, start in (
         ("SAELens TopK", saelens(text, kind="topk", **k)),
         ("SAELens TopK, tokens given, prefetching", saelens(tokens, kind="topk", **k, prefetch=1)),
@@ -659,7 +670,7 @@ def growth_point(point: Row, sizes: Sizes) -> Row:
         changes = {name: value for name, value in point.items() if name not in ("of", "x")}
         settings = dataclasses.replace(settings, **changes)
         dtype = harness.choose_train_dtype(settings, torch.device("cpu"))
-        lm = language_model(settings.model).cast(dtype)
+        lm = for_harvest(dtype, settings)
         texts = training_texts(settings, settings.training_tokens)
         held = harness.peak_memory_gb()
         call, calls = our_training(lm, texts, settings), 1

@@ -64,6 +64,76 @@ def test_both_forms_agree(name: str, toy_model: Path) -> None:
         assert (lm.hf(tokens_BL).logits - logits).abs().max() < 1e-4
 
 
+def some_contexts(lm, length: int, n: int = 3) -> torch.Tensor:
+    """(n, length) of SOURCES, BOS first."""
+    ids = lm.tokenizer("\n".join(SOURCES), add_special_tokens=False)["input_ids"]
+    tokens_BL = torch.tensor(ids[: n * (length - 1)]).reshape(n, length - 1)
+    return torch.nn.functional.pad(tokens_BL, (1, 0), value=lm.tokenizer.bos_token_id)
+
+
+def relative_error(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    """‖found − expected‖ / ‖expected‖ at the layer where it is largest."""
+    return max(float((a.double() - b).norm() / b.norm()) for a, b in zip(found, expected))
+
+
+@pytest.mark.parametrize("name", ["toy", "tinylm"])
+def test_fused_passes_are_the_plain_ones(name: str, toy_model: Path) -> None:
+    """Within rounding, past the sliding window too; in bfloat16 with no more of it than plain."""
+    lm = harness.load_language_model(str(toy_model) if name == "toy" else name)
+    length = 40 if name == "toy" else 128  # the toy's window has 16
+    tokens_BL = some_contexts(lm, length)
+    layers = tuple(range(lm.hf.config.num_hidden_layers))
+    exact = [acts.double() for acts in lm.activations(tokens_BL, layers)]
+    fused = harness.for_harvest(lm, "float32", 3, length)
+    assert isinstance(fused, harness.FusedLanguageModel)
+    assert relative_error(fused.activations(tokens_BL, layers), exact) < 1e-5
+    assert fused.activations(tokens_BL, (1,))[0].shape == (3, length, lm.hf.config.hidden_size)
+    plain = lm.cast("bfloat16")
+    fused = harness.for_harvest(lm, "bfloat16", 3, length)
+    assert isinstance(fused, harness.FusedLanguageModel)
+    found = fused.activations(tokens_BL, layers)
+    assert found[0].dtype == torch.bfloat16
+    errors = [relative_error(acts, exact) for acts in (found, plain.activations(tokens_BL, layers))]
+    assert errors[0] < 1.1 * errors[1] < 0.05
+    short_BL = tokens_BL[:, :9]  # another length than it was made for
+    pairs = zip(fused.activations(short_BL, layers), plain.activations(short_BL, layers))
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_fused_passes_are_used_only_where_they_are_right(toy_lm, monkeypatch) -> None:
+    """A build of torch without the operators, or with wrong ones, gets the plain form."""
+    assert isinstance(harness.for_harvest(toy_lm, "float32", 2, 16), harness.FusedLanguageModel)
+    right = harness.FusedLanguageModel.activations
+    monkeypatch.setattr(
+        harness.FusedLanguageModel, "activations", lambda *a: [1.01 * x for x in right(*a)]
+    )
+    assert harness.for_harvest(toy_lm, "float32", 2, 16) is toy_lm
+
+    def missing(*args: object) -> None:
+        raise AttributeError("no such operator")
+
+    monkeypatch.setattr(harness.FusedLanguageModel, "activations", missing)
+    assert harness.for_harvest(toy_lm, "float32", 2, 16) is toy_lm
+
+
+def test_several_threads_may_cache_passes_of_one_model(toy_lm) -> None:
+    """Each gets its own activations, and the weights are held once."""
+    model, cpu = toy_lm.hooked(), torch.device("cpu")
+    names = [f"blocks.{layer}.hook_resid_post" for layer in (0, 2)]
+    batches = list(some_contexts(toy_lm, 40, 48).split(2))
+
+    def cached(tokens_BL: torch.Tensor) -> list[torch.Tensor]:
+        _, cache = model.run_with_cache(tokens_BL, names_filter=names, stop_at_layer=3)
+        return [cache[name] for name in names]
+
+    expected = [cached(tokens_BL) for tokens_BL in batches]
+    for found, alone in zip(harness.in_order(cached, batches, cpu), expected):
+        assert all(torch.equal(one, other) for one, other in zip(found, alone))
+    assert len(model.free) == torch.get_num_threads()
+    weights = {id(p) for lens in model.free for p in lens.parameters()}
+    assert len(weights) == len(list(model.parameters()))
+
+
 def test_forward_pass_stops_after_the_last_layer(toy_lm) -> None:
     calls = Counter()
     handles = [
