@@ -97,7 +97,7 @@ class Sizes:
     peak: int = 4096  # size of the matrices that the arithmetic peak is measured with
     passes: int = 8  # of the language model in a turn of `harvest`
     batches: tuple[int, ...] = (512, 2048)  # of `training`
-    tokens: int = 65_536  # of `training`
+    tokens: int = 131_072  # of `training`
     evaluation: dict[str, Any] = dataclasses.field(default_factory=dict)  # settings of its own
     widths: tuple[int, ...] = (1024, 4096, 16384, 65536)  # of `growth`, at d_in 256
     lengths: tuple[int, ...] = (32_768, 65_536, 131_072, 262_144)  # tokens

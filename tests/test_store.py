@@ -6,11 +6,13 @@ import ast
 import collections
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -454,6 +456,44 @@ def test_activations_are_harvested_once(toy, toy_lm, tmp_path, own_cache, monkey
     assert torch.equal(mended, expected) and n_mended == 40 - 8
     assert second.exists() and second.with_name(f"{second.name}.damaged").exists()
     assert taken([9000], {"a": 2})[1] == 40
+
+
+def test_tensors_are_written_while_work_goes_on(own_cache: Path, monkeypatch, capsys) -> None:
+    """Whole once `flush` returns; a disk that is full is said once, and costs the keeping alone."""
+    write, begun, go_on = harness.write_state, threading.Event(), threading.Event()
+
+    def slowly(state: object, path: Path) -> None:
+        begun.set()
+        assert go_on.wait(10)
+        write(state, path)
+
+    monkeypatch.setattr(harness, "write_state", slowly)
+    files = harness.TensorFiles("things", {"of": 1})
+    files.keep("a", {"x": torch.arange(4)})  # returns at once
+    assert begun.wait(10) and files.find("a") is None
+    go_on.set()
+    files.keep("b", {"x": torch.arange(5)})
+    files.flush()
+    again = harness.TensorFiles("things", {"of": 1})
+    assert [len(again.find(name)["x"]) for name in "ab"] == [4, 5]
+
+    def full(state: object, path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(harness, "write_state", full)
+    for name in "cd":
+        files.keep(name, {"x": torch.arange(4)})
+    files.flush()
+    assert capsys.readouterr().out.count("things can't be kept in") == 1
+    assert files.find("a") is None and not list(own_cache.rglob("partial-*"))
+
+    def broken(state: object, path: Path) -> None:
+        raise TypeError("a state that is none")
+
+    monkeypatch.setattr(harness, "write_state", broken)
+    again.keep("e", {"x": torch.arange(4)})
+    with pytest.raises(TypeError, match="a state that is none"):
+        again.flush()
 
 
 def test_the_keys_of_activations(toy, toy_lm, monkeypatch) -> None:
