@@ -606,7 +606,8 @@ class ActivationStore:
             self.stream.load_state_dict(self.after)
             self.after = None
         acts = harvest(PASSES)
-        self.files.keep(name, {"acts": acts, "after": self.stream.state_dict()})
+        # The list is the caller's to change, while the tensors are still being written.
+        self.files.keep(name, {"acts": list(acts), "after": self.stream.state_dict()})
         return acts
 
     def state_dict(self) -> dict[str, Any]:
@@ -1137,6 +1138,8 @@ def main(run: Callable[[Path, Path], None], argv: list[str] | None = None) -> in
     log = attempt = None
     status = 0
     Progress.stage_now = "start-up"
+    if glibc := c_library():  # before the first thread, which would have a heap of its own
+        glibc.mallopt(-8, 1)  # M_ARENA_MAX: what one thread frees is there for all
     try:
         parser = _Arguments(description="Train and score a parametric contrastive SAE.")
         parser.allow_abbrev = False
