@@ -1138,8 +1138,6 @@ def main(run: Callable[[Path, Path], None], argv: list[str] | None = None) -> in
     log = attempt = None
     status = 0
     Progress.stage_now = "start-up"
-    if glibc := c_library():  # before the first thread, which would have a heap of its own
-        glibc.mallopt(-8, 1)  # M_ARENA_MAX: what one thread frees is there for all
     try:
         parser = _Arguments(description="Train and score a parametric contrastive SAE.")
         parser.allow_abbrev = False
@@ -2471,8 +2469,9 @@ class FusedLanguageModel(LanguageModel):
                 a, b = qk_BLHW[..., :half], qk_BLHW[..., half:]
                 turned_BHLW = qk_BLHW.new_empty(n_contexts, heads + kv_heads, length, width)
                 turned_BLHW = turned_BHLW.transpose(1, 2)
-                for place, one, other, sign in ((slice(half), a, b, -1), (slice(half, None), b, a, 1)):
-                    goal = turned_BLHW[..., place]
+                for goal, one, other, sign in (
+                    (turned_BLHW[..., :half], a, b, -1), (turned_BLHW[..., half:], b, a, 1)
+                ):  # fmt: skip
                     torch.mul(one, self.cos_L1H, out=goal)
                     goal.addcmul_(other, self.sin_L1H, value=sign)
                 group = heads // kv_heads * length
@@ -3100,7 +3099,9 @@ class SharedPasses:
                 return {key: moved(item) for key, item in value.items()}
             return tuple(moved(item) for item in value)
 
-        return moved(self.kept.get(f"{self.n_batches:06d}-{name}", compute))
+        found = self.kept.get(f"{self.n_batches:06d}-{name}", compute)
+        self.kept.flush()  # logits are large: a copy of the next ones beside these takes 0.5 GB
+        return moved(found)
 
     def residuals(self) -> Any:
         """The residual streams by hook, and the count of what fvu needs of them."""

@@ -1,7 +1,7 @@
 """How fast this project is, beside its peers, its own floor and itself at other sizes.
 
     python bench/speed.py [--only step,harvest,training,evaluation,loop,growth] [--rounds N]
-        [--out FILE]
+        [--points PART] [--out FILE]
 
 Prints a Markdown table per section. Contenders take turns, in several rounds after a warm-up each;
 a figure is the median over all rounds, and "times ours" is a contender's seconds per token divided
@@ -765,7 +765,7 @@ def draw_growth(rows: list[Row], path: Path) -> None:
         axis.set_yticks([min(ys), max(ys)], [f"{y:.3g}" for y in (min(ys), max(ys))], fontsize=8)
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7, loc="lower right")
+        axis.legend(fontsize=7, loc="upper left")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
@@ -799,6 +799,7 @@ def main(argv: list[str] | None = None) -> int:
     """Reads the flags, measures what is asked, and prints it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, with commas between")
+    parser.add_argument("--points", default="", help="only those whose name has this: bfloat16")
     parser.add_argument("--out", type=Path, help="file that each point is appended to")
     parser.add_argument("--figure", type=Path, help="of growth; by default bench/growth.png")
     parser.add_argument("--rounds", type=int, help="turns of each contender; by default 3")
@@ -825,8 +826,12 @@ def main(argv: list[str] | None = None) -> int:
             rows: list[Row] = []
             with tempfile.TemporaryDirectory() as folder:
                 for point, measure in SECTIONS[section](sizes, device):
+                    if args.points not in point:
+                        continue
                     with harness.quiet(Path(folder) / "log"):
                         rows += results.rows(section, point, measure)
+            if not rows:
+                parser.error(f"no point of {section} has {args.points!r} in its name")
             print(f"\n## {section}\n\n{table(rows)}\n\n{circumstances(results)}", flush=True)
             if section == "growth" and (args.figure or not args.tiny):
                 draw_growth(rows, args.figure or ROOT / "bench" / "growth.png")

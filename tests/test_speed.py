@@ -240,3 +240,14 @@ def test_a_section_that_does_not_exist_is_named(capsys) -> None:
     with pytest.raises(SystemExit):
         speed.main(["--only", "step,stop"])
     assert "no section stop" in capsys.readouterr().err
+
+
+def test_points_can_be_chosen(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(speed, "TINY", TINY)
+    monkeypatch.setattr(speed, "step_rows", lambda shape, autocast, *how: [{"of": autocast}])
+    assert speed.main(["--tiny", "--only", "step", "--points", "bfloat16"]) == 0
+    out = capsys.readouterr().out
+    assert "| True |" in out and "| False |" not in out
+    with pytest.raises(SystemExit):
+        speed.main(["--tiny", "--only", "step", "--points", "float8"])
+    assert "no point of step has 'float8' in its name" in capsys.readouterr().err
