@@ -1050,6 +1050,8 @@ def run(out_dir: Path, log: Path) -> None:
         harness.check_layers(settings, lm)
         probe_texts = harness.read_probe_texts(settings, lm.tokenizer, device)
         model = lm.hooked()
+        passes = settings.harvest_contexts, settings.context
+        training_lm = harness.for_harvest(lm, train_dtype, *passes)
 
     def train_score_record(
         settings: Settings, probe_texts: dict, out_dir: Path, key: dict | None
@@ -1058,8 +1060,6 @@ def run(out_dir: Path, log: Path) -> None:
         harness.Progress.stage("train")
         texts = harness.documents(settings.training_text, "train")
         stream = harness.TokenStream(texts, lm.tokenizer, settings.context)
-        passes = settings.harvest_contexts, settings.context
-        training_lm = harness.for_harvest(lm, train_dtype, *passes)
         acts_key = key and harness.activations_key(settings, SOURCE, train_dtype, lm)
         buffer = ActivationBuffer(
             training_lm, stream, settings.layers, settings.harvest_contexts, acts_key

@@ -501,6 +501,7 @@ class TensorFiles:
         self.folder = store_dir() / kind.replace(" ", "_") / digest(key)
         self.written = 0
         self._turn = threading.Lock()
+        self._writer = ThreadPoolExecutor(1, "store")
         self._writing: Future | None = None
 
     def find(self, name: str) -> Any:
@@ -519,9 +520,7 @@ class TensorFiles:
         with self._turn:
             self._wait()
             if self.on:
-                self._writing = Future()
-                writer = threading.Thread(target=self._write, args=(self._writing, name, state))
-                writer.start()
+                self._writing = self._writer.submit(self._write, name, state)
 
     def flush(self) -> None:
         """Returns when all is written."""
@@ -533,16 +532,7 @@ class TensorFiles:
         if writing is not None:
             writing.result()
 
-    def _write(self, writing: Future, name: str, state: Any) -> None:
-        """The thread."""
-        try:
-            self._write_file(name, state)
-        except BaseException as error:
-            writing.set_exception(error)
-        else:
-            writing.set_result(None)
-
-    def _write_file(self, name: str, state: Any) -> None:
+    def _write(self, name: str, state: Any) -> None:
         """A disk that is full costs the keeping alone."""
         from safetensors import SafetensorError
 
@@ -2374,7 +2364,7 @@ def hooked_class() -> type:
 
         def run_with_cache(self, *args: Any, **kwargs: Any) -> Any:
             with self.turn:
-                if "free" not in self.__dict__:
+                if "free" not in self.__dict__:  # set there, or one would be a submodule
                     self.__dict__.update(unused=self.on_same_weights(), free=[self])
                 lens = self.free.pop() if self.free else self.unused.on_same_weights()
             try:
@@ -2969,7 +2959,7 @@ def memory_kept() -> Iterator[None]:
 def memory_for_steps(settings: Settings, d_in: int) -> contextlib.AbstractContextManager[None]:
     """`memory_kept` for training steps whose tensors glibc would ask the system for every time.
 
-    Those of 32 MiB and more: at 2304 -> 16384 a step takes half to two thirds of the time with it.
+    Those of 32 MiB and more: at 2304 -> 16384 a step takes a little over half of the time with it.
     """
     largest = 4 * settings.d_sae * max(settings.batch, d_in)
     return memory_kept() if largest >= 2**25 else contextlib.nullcontext()
@@ -3266,7 +3256,6 @@ def run_core(
     try:
         with torch.no_grad(), memory_kept():
             results = side_by_side({key: job(key) for key in saes})
-            shared.kept.flush()
     except StopIteration as error:
         raise ExperimentError(
             f"the text {settings.core_text!r} is too short for one batch of core_prompts = "

@@ -43,6 +43,13 @@ def test_configuration_of_gemma_2_2b_is_the_one_transformer_lens_has(tmp_path: P
         assert getattr(derived, field) == expected, field
 
 
+def some_contexts(lm, length: int, n: int = 3) -> torch.Tensor:
+    """(n, length) of SOURCES, BOS first."""
+    ids = lm.tokenizer("\n".join(SOURCES), add_special_tokens=False)["input_ids"]
+    tokens_BL = torch.tensor(ids[: n * (length - 1)]).reshape(n, length - 1)
+    return torch.nn.functional.pad(tokens_BL, (1, 0), value=lm.tokenizer.bos_token_id)
+
+
 @pytest.mark.parametrize("name", ["toy", "tinylm"])
 def test_both_forms_agree(name: str, toy_model: Path) -> None:
     """Also past the sliding window, which the contexts of a run never fill."""
@@ -51,9 +58,7 @@ def test_both_forms_agree(name: str, toy_model: Path) -> None:
     length = 40 if name == "toy" else 128
     if name == "toy":
         assert config.sliding_window < length
-    ids = lm.tokenizer("\n".join(SOURCES), add_special_tokens=False)["input_ids"]
-    tokens_BL = torch.tensor(ids[: 3 * (length - 1)]).reshape(3, length - 1)
-    tokens_BL = torch.nn.functional.pad(tokens_BL, (1, 0), value=lm.tokenizer.bos_token_id)
+    tokens_BL = some_contexts(lm, length)
     layers = tuple(range(config.num_hidden_layers))
     hooked = lm.hooked()
     logits, cache = hooked.run_with_cache(tokens_BL)
@@ -62,13 +67,6 @@ def test_both_forms_agree(name: str, toy_model: Path) -> None:
         assert difference < 1e-4, (layer, difference)
     with torch.no_grad():
         assert (lm.hf(tokens_BL).logits - logits).abs().max() < 1e-4
-
-
-def some_contexts(lm, length: int, n: int = 3) -> torch.Tensor:
-    """(n, length) of SOURCES, BOS first."""
-    ids = lm.tokenizer("\n".join(SOURCES), add_special_tokens=False)["input_ids"]
-    tokens_BL = torch.tensor(ids[: n * (length - 1)]).reshape(n, length - 1)
-    return torch.nn.functional.pad(tokens_BL, (1, 0), value=lm.tokenizer.bos_token_id)
 
 
 def relative_error(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
