@@ -139,19 +139,30 @@ PROFILES: dict[str, dict[str, Any]] = {
     ),
 }
 
+THREE, FIVE = (0, 1, 2), (0, 1, 2, 3, 4)  # seeds
+
 # The base name of --out_dir selects the run: `--out_dir=run_3` runs PLAN["run_3"].
 PLAN: dict[str, dict[str, Any]] = {
-    "run_1": dict(description="the full method"),
-    "run_2": dict(description="fixed temperatures", tau_sel=0.3, tau_pen=0.1),
-    "run_3": dict(description="fixed loss weight", gamma=0.15),
-    "run_4": dict(description="stronger regularization", reg_lambda=0.1),
-    "run_5": dict(description="no curriculum", curriculum=False),
+    "run_1": dict(description="the full method", seeds=FIVE),
+    "run_2": dict(description="fixed temperatures", tau_sel=0.3, tau_pen=0.1, seeds=FIVE),
+    "run_3": dict(description="fixed loss weight", gamma=0.15, seeds=FIVE),
+    "run_4": dict(description="stronger regularization", reg_lambda=0.1, seeds=THREE),
+    "run_5": dict(description="no curriculum", curriculum=False, seeds=THREE),
     "run_6": dict(
-        description="full ablation", tau_sel=0.3, tau_pen=0.1, gamma=0.15, curriculum=False
+        description="full ablation",
+        tau_sel=0.3,
+        tau_pen=0.1,
+        gamma=0.15,
+        curriculum=False,
+        seeds=FIVE,
     ),
-    "run_7": dict(description="the loss as first written", form="as_written", curriculum=False),
-    "run_8": dict(description="adaptation of the selection alone", tau_pen=0.15, gamma=0.15),
-    "run_9": dict(description="adaptation against its end point", fix_at="run_1"),
+    "run_7": dict(
+        description="the loss as first written", form="as_written", curriculum=False, seeds=THREE
+    ),
+    "run_8": dict(
+        description="adaptation of the selection alone", tau_pen=0.15, gamma=0.15, seeds=THREE
+    ),
+    "run_9": dict(description="adaptation against its end point", fix_at="run_1", seeds=FIVE),
     # run_10, the best form found, joins the plan when it is found.
 }
 
