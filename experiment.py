@@ -696,6 +696,7 @@ def train(
     log: Path,
     evaluation_seconds: Callable[[dict[tuple[int, int], CustomSAE]], float] = lambda saes: 0.0,
     checkpoints: harness.Checkpoints | None = None,
+    start: Callable[..., dict[tuple[int, int], Any]] = start_trainers,
 ) -> Training:
     """Trains an SAE per layer and seed, all on the same text and the same forward passes.
 
@@ -708,6 +709,7 @@ def train(
         log: train_log.jsonl.
         evaluation_seconds: estimates how long the evaluation of these SAEs will take.
         checkpoints: where training saves itself, whenever a filling of the buffer is used up.
+        start: makes the trainers; bench/quality.py has other projects' trained on the same tokens.
     """
     checkpoints = checkpoints or harness.Checkpoints(None)
     device, autocast = buffer.lm.hf.device, buffer.lm.hf.dtype == torch.bfloat16
@@ -725,7 +727,7 @@ def train(
     shuffles = {seed: torch.Generator().manual_seed(seed) for seed in settings.seeds}
     if saved:
         measured = {layer: (mean.to(device), s) for layer, (mean, s) in saved["measured"].items()}
-        trainers = start_trainers(settings, measured, fixed, autocast)
+        trainers = start(settings, measured, fixed, autocast)
         for key, trainer in trainers.items():
             trainer.load_state_dict(saved["trainers"][key])
         for seed, generator in shuffles.items():
@@ -758,7 +760,7 @@ def train(
             started = time.monotonic()
             if not trainers:
                 measured = measure(settings, acts_LND)
-                trainers = start_trainers(settings, measured, fixed, autocast)
+                trainers = start(settings, measured, fixed, autocast)
             orders = {
                 seed: torch.randperm(acts_LND.shape[1], generator=generator)
                 for seed, generator in shuffles.items()

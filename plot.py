@@ -1,8 +1,9 @@
 """Figures and tables from the records of the runs: `python plot.py`, no argument.
 
 Reads every folder run_* beside this file that holds a final_info.json, and writes for each profile
-figures/<profile>/adaptation, training_losses, training_sparsity, probing, ablation (.png and .pdf)
-and ablation.md. Profiles are never mixed. Needs matplotlib, numpy and scipy; no torch.
+figures/<profile>/adaptation, training_losses, training_sparsity, plane, probing, ablation, forest
+(.png and .pdf) and ablation.md; and from bench/quality.jsonl and bench/ground_truth.jsonl figures
+and tables in figures/bench. Profiles are never mixed. Needs matplotlib, numpy and scipy; no torch.
 """
 
 import json
@@ -19,6 +20,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from scipy import stats
 
 import harness
 
@@ -727,12 +729,300 @@ def draw_ablation(rows, styles, path):
     save(figure, path)
 
 
+# ---- what bench/ measured ------------------------------------------------------------------
+
+
+def read_rows(path):
+    """The lines of a file of bench/ that exists, as dicts; none where it doesn't."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def of(rows, **wanted):
+    return [row for row in rows if all(row.get(k) == v for k, v in wanted.items())]
+
+
+def in_order(rows, key):
+    """The values of a key, in the order in which they first appear."""
+    return list(dict.fromkeys(row[key] for row in rows))
+
+
+def row_primary(rows, who="sae"):
+    """The primary metric of the rows of one SAE per layer."""
+    return float(np.mean([row[f"{who}_top_{k}_test_accuracy"]
+                          for row in rows for k in harness.PRIMARY_KS]))
+
+
+def by_seed(rows, value):
+    """{seed: value of its rows}, of one method's rows at one sparsity."""
+    return {seed: value(of(rows, seed=seed)) for seed in in_order(rows, "seed")}
+
+
+def metric_mean(metric):
+    return lambda rows: float(np.mean([row[metric] for row in rows]))
+
+
+def paired(mine, theirs):
+    """Mean difference over shared seeds, its 95% interval (Student's t) and p; NaN for unknown."""
+    differences = [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
+    if not differences:
+        return (math.nan,) * 4
+    centre, error = harness.mean(differences), harness.stderr(differences)
+    if len(differences) < harness.MIN_SEEDS or error == 0:
+        return centre, math.nan, math.nan, math.nan
+    half = stats.t.ppf(0.975, len(differences) - 1) * error
+    p = 2 * stats.t.sf(abs(centre) / error, len(differences) - 1)
+    return centre, centre - half, centre + half, float(p)
+
+
+def holm(ps):
+    """Holm's adjustment of p values, NaN staying NaN (Holm 1979, Scandinavian J. Statistics 6)."""
+    known = sorted((p, i) for i, p in enumerate(ps) if math.isfinite(p))
+    adjusted, so_far = [math.nan] * len(ps), 0.0
+    for rank, (p, i) in enumerate(known):
+        so_far = max(so_far, min(1.0, p * (len(known) - rank)))
+        adjusted[i] = so_far
+    return adjusted
+
+
+def where_made(rows):
+    """Machine, cores and dates of rows, in words."""
+    machines = " and ".join(f"{row['machine']}, {row['cores']} cores" for row in
+                            {(r["machine"], r["cores"]): r for r in rows}.values())
+    dates = sorted(in_order(rows, "date"))
+    return f"{machines}; {dates[0]}" + (f" to {dates[-1]}" if len(dates) > 1 else "")
+
+
+def pm_seeds(values, digits):
+    return pm(harness.mean(list(values)), harness.stderr(list(values)), digits)
+
+
+PEER = "BatchTopK"  # what methods are compared to
+
+
+def seeds_table(rows, columns, first):
+    """A row per method: columns as mean ± s.e. over seeds, and its paired difference in `first`.
+
+    columns: heading -> (value of one seed's rows, digits).
+    """
+    methods = in_order(rows, "method")
+    value, digits = columns[first]
+    peer = by_seed(of(rows, method=PEER), value)
+    differences = [paired(by_seed(of(rows, method=m), value), peer) if m != PEER
+                   else (math.nan,) * 4 for m in methods]
+    adjusted = holm([p for *_, p in differences])
+    lines = []
+    for method, (centre, low, high, _), p in zip(methods, differences, adjusted):
+        mine = of(rows, method=method)
+        cells = [pm_seeds(by_seed(mine, function).values(), places)
+                 for function, places in columns.values()]
+        row = {"difference": centre, "low": low, "high": high}
+        lines.append([method, *cells, interval(row, digits), show(p, 3),
+                      len(in_order(mine, "seed"))])
+    return lines, ["method", *columns, f"{first}: difference to {PEER}", "p (Holm)", "seeds"]
+
+
+def quality_tables(rows):
+    """bench/quality.jsonl as Markdown: seeds at one L0, the curves, and the sweep."""
+    columns = {
+        "primary": (row_primary, 4), "L0": (metric_mean("l0"), 2), "FVU": (metric_mean("fvu"), 4),
+        "CE loss score": (metric_mean("ce_loss_score"), 4),
+        "alive": (metric_mean("frac_alive"), 3),
+    }
+    parts = []
+    seeds = of(rows, stage="seeds")
+    if seeds:
+        lines, header = seeds_table(seeds, columns, "primary")
+        ours = [row for row in seeds if row["method"] != "untrained"]
+        lines.append(["language model, best k dimensions", show(row_primary(ours, "llm"), 4),
+                      *["-"] * (len(header) - 2)])
+        parts += [f"At one L0. {where_made(seeds)}.", markdown(header, lines)]
+        fvu, heading = seeds_table(seeds, {"FVU": columns["FVU"]}, "FVU")
+        parts.append(markdown(heading, fvu))
+    curves = of(rows, stage="curves")
+    if curves:
+        lines = []
+        for method in in_order(curves, "method"):
+            mine = of(curves, method=method)
+            for sparsity in in_order([r | {"key": tuple(r["sparsity"])} for r in mine], "key"):
+                here = of(mine, sparsity=list(sparsity))
+                lines.append([method, f"{sparsity[0]:g}",
+                              *(show(function(here), digits)
+                                for function, digits in columns.values())])
+        parts += [f"Over L0, one seed. {where_made(curves)}.",
+                  markdown(["method", "k or coefficient", *columns], lines)]
+    sweep = of(rows, stage="sweep")
+    if sweep:
+        lines = [[method, f"{lr:g}", f"{window:,}",
+                  "; ".join(f"{of_layer:g}: {show(metric_mean('l0')(h), 1)}, "
+                            f"{show(metric_mean('fvu')(h), 4)}"
+                            for of_layer in in_order(here, "of_layer")
+                            for h in [of(here, of_layer=of_layer)])]
+                 for method in in_order(sweep, "method")
+                 for lr in in_order(of(sweep, method=method), "lr")
+                 for window in in_order(of(sweep, method=method), "dead_window")
+                 if (here := of(sweep, method=method, lr=lr, dead_window=window))]
+        parts += [f"The sweep. {where_made(sweep)}.",
+                  markdown(["method", "learning rate", "dead after, tokens",
+                            "k or coefficient: L0, FVU"], lines)]
+    return "\n\n".join(parts)
+
+
+GROUND_TRUTH = {  # heading -> metric of bench/ground_truth.jsonl, digits
+    "MCC": ("mcc", 3), "uniqueness": ("uniqueness", 3), "precision": ("precision", 3),
+    "recall": ("recall", 3), "dead": ("dead", 3), "FVU": ("fvu", 3), "L0": ("l0", 2),
+    "true L0": ("true_l0", 2),
+}
+
+
+def ground_truth_table(rows):
+    """bench/ground_truth.jsonl as Markdown: the means over seeds."""
+    seeds = of(rows, stage="seeds")
+    if not seeds:
+        return ""
+    columns = {heading: (metric_mean(metric), digits)
+               for heading, (metric, digits) in GROUND_TRUTH.items()}
+    lines, header = seeds_table(seeds, columns, "MCC")
+    return f"{where_made(seeds)}.\n\n{markdown(header, lines)}"
+
+
+def method_styles(methods):
+    """Colour and marker of each method; the untrained SAE's is grey."""
+    made = [method for method in methods if method != "untrained"]
+    looks = {m: (COLOURS[i % len(COLOURS)], "osD^v"[i // len(COLOURS)]) for i, m in enumerate(made)}
+    return looks | {"untrained": (GREY, "x")}
+
+
+def draw_quality(rows, path):
+    """FVU, CE loss score and the primary metric against L0: a line per method, dots for seeds."""
+    curves, seeds = of(rows, stage="curves"), of(rows, stage="seeds")
+    styles = method_styles(in_order(curves, "method"))
+    panels = (("FVU", metric_mean("fvu")), ("CE loss score", metric_mean("ce_loss_score")),
+              ("primary metric", row_primary))
+    figure, line = plt.subplots(1, 3, figsize=(DOUBLE, 2.6), layout="constrained")
+    for axes, (label, value) in zip(line, panels):
+        for method in in_order(curves, "method"):
+            colour, marker = styles[method]
+            mine = [r | {"key": tuple(r["sparsity"])} for r in of(curves, method=method)]
+            points = sorted((metric_mean("l0")(here), value(here))
+                            for key in in_order(mine, "key") for here in [of(mine, key=key)])
+            axes.plot(*zip(*points), color=colour, marker=marker, label=method)
+        for method in in_order(seeds, "method"):
+            mine = of(seeds, method=method)
+            l0, values = by_seed(mine, metric_mean("l0")), by_seed(mine, value)
+            if method == "untrained":
+                if value is row_primary:
+                    axes.axhline(harness.mean(list(values.values())), color=GREY, linestyle="-.")
+                continue
+            axes.plot(list(l0.values()), list(values.values()), color=styles[method][0],
+                      linestyle="none", marker=".", alpha=0.6)
+        if value is row_primary:
+            axes.axhline(row_primary(curves, "llm"), color="black", linestyle=":")
+        axes.set_xscale("log")
+        plain_log_axis(axes.xaxis, *axes.get_xlim())
+        axes.set_ylabel(label)
+    handles = line[0].get_legend_handles_labels()[0]
+    handles += [Line2D([], [], color="black", linestyle=":", label="language model")]
+    if of(seeds, method="untrained"):
+        handles += [Line2D([], [], color=GREY, linestyle="-.", label="untrained SAE")]
+    figure.supxlabel("L0: active features per token (mean over layers)", fontsize=7)
+    legend_above(figure, handles, DOUBLE)
+    save(figure, path)
+
+
+def draw_ground_truth(rows, path):
+    """A panel per figure of the ground truth: a dot per seed, a bar at their mean."""
+    seeds = of(rows, stage="seeds")
+    methods = in_order(seeds, "method")
+    shown = [(h, m) for h, (m, _) in GROUND_TRUTH.items() if m not in ("true_l0",)]
+    figure, line = plt.subplots(1, len(shown), sharey=True, layout="constrained",
+                                figsize=(DOUBLE, 0.6 + 0.2 * len(methods)))
+    styles = method_styles(methods)
+    for axes, (heading, metric) in zip(line, shown):
+        for i, method in enumerate(methods):
+            values = [row[metric] for row in of(seeds, method=method)]
+            colour = styles[method][0]
+            axes.plot(values, [i] * len(values), ".", color=colour, alpha=0.7)
+            axes.plot([np.mean(values)], [i], "|", color=colour, markersize=9)
+        if metric == "l0":
+            axes.axvline(np.mean([row["true_l0"] for row in seeds]), color="black", linestyle=":")
+        axes.set_xlabel(heading)
+        axes.xaxis.set_major_locator(MaxNLocator(2))
+    line[0].set_yticks(range(len(methods)), methods)
+    line[0].set_ylim(len(methods) - 0.5, -0.5)
+    save(figure, path)
+
+
+def draw_forest(runs, reference, path):
+    """The difference of each run's primary metric to the reference's, with its 95% interval."""
+    rows = []
+    for run in runs:
+        word, figures = compare(run, reference)
+        if math.isfinite(figures.get("ci95_low", math.nan)):
+            rows.append((run, word, figures, contrast_p(run, reference)))
+    if not rows:
+        return
+    adjusted = holm([p for *_, p in rows])
+    figure, axes = plt.subplots(figsize=(DOUBLE, 0.7 + 0.24 * len(rows)), layout="constrained")
+    for i, ((_, word, found, _), p) in enumerate(zip(rows, adjusted)):
+        colour = GREY if word == "not comparable" else "black"
+        centre = found["difference"]
+        axes.errorbar(centre, i, color=colour, marker="o", capsize=2, xerr=[
+            [centre - found["ci95_low"]], [found["ci95_high"] - centre]])
+        axes.text(1.02, i, f"L0 {found['l0']:.1f}   n = {found['n_paired_seeds']:.0f}   "
+                  f"p = {p:.2f}   {word}", transform=axes.get_yaxis_transform(), va="center",
+                  fontsize=6, color=colour)
+    axes.axvline(0, color="black", linewidth=0.6)
+    axes.set_yticks(range(len(rows)), [run_label(run, longest=1000) for run, *_ in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlabel(f"primary metric: difference to {reference['name']} (L0 "
+                    f"{rows[0][2]['l0_reference']:.1f}), paired over seeds, 95% interval; "
+                    "p by Holm over all rows")
+    save(figure, path)
+
+
+def contrast_p(run, reference):
+    """p of the paired difference in the primary metric (Student's t); NaN where there is none."""
+    mine, theirs = per_seed(run), per_seed(reference)
+    return paired(dict(zip(mine["seed"], mine["primary"])),
+                  dict(zip(theirs["seed"], theirs["primary"])))[3]
+
+
+def draw_plane(runs, styles, path):
+    """Each run's way through the plane of γ and τ_sel, a panel per layer; mean over seeds."""
+    layers = sorted({layer for run in runs for layer in run["log"]})
+    figure, (line,) = plt.subplots(1, len(layers), sharex=True, sharey=True, squeeze=False,
+                                   figsize=(DOUBLE, 2.6), layout="constrained")
+    handles = {}
+    for layer, axes in zip(layers, line):
+        for run in runs:
+            gamma, tau = curve(run, layer, "gamma"), curve(run, layer, "tau_sel")
+            if gamma is None or tau is None:
+                continue
+            colour, marker = styles[run["name"]]
+            axes.plot(gamma[1], tau[1], color=colour, linewidth=0.8)
+            axes.plot(gamma[1][-1:], tau[1][-1:], color=colour, marker=marker or "o")
+            handles[run["name"]] = Line2D([], [], color=colour, marker=marker or "o",
+                                          label=run_label(run))
+        axes.plot([0.15], [0.3], "k+", markersize=7)
+        axes.set_title(f"layer {layer}")
+    if not handles:
+        plt.close(figure)
+        return
+    line[0].set_ylabel(r"$\tau_\mathrm{sel}$")
+    figure.supxlabel(r"$\gamma$ (cross: where training starts; symbol: where it ends)", fontsize=7)
+    legend_above(figure, list(handles.values()), DOUBLE)
+    save(figure, path)
+
+
 # ---- all of it ------------------------------------------------------------------------------
 
 
 def draw_profile(profile, runs, reference, folder):
     """Every figure and table of one profile into folder; returns the tables' text."""
-    for stale in ("adaptation", "training_losses", "training_sparsity", "probing"):
+    for stale in ("adaptation", "training_losses", "training_sparsity", "probing", "forest",
+                  "plane"):
         for suffix in (".png", ".pdf"):
             (folder / stale).with_suffix(suffix).unlink(missing_ok=True)
     styles = styles_of(runs)
@@ -744,9 +1034,31 @@ def draw_profile(profile, runs, reference, folder):
     draw_probing(runs, styles, folder / "probing")
     rows = ablation_rows(runs, reference)
     draw_ablation(rows, styles, folder / "ablation")
+    if reference:
+        draw_forest(runs, reference, folder / "forest")
+    if logged:
+        draw_plane(logged, styles, folder / "plane")
     text = tables(profile, runs, rows)
     (folder / "ablation.md").write_text(text, encoding="utf-8")
     return text
+
+
+def draw_bench(root, folder):
+    """Figures and tables of what bench/ measured, where it did; returns the tables' text."""
+    texts = []
+    for name, table, draw in (("quality", quality_tables, draw_quality),
+                              ("ground_truth", ground_truth_table, draw_ground_truth)):
+        rows = read_rows(root / "bench" / f"{name}.jsonl")
+        text = table(rows)
+        if not text:
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        texts.append(f"# bench/{name}.py\n\n{text}\n")
+        (folder / f"{name}.md").write_text(texts[-1], encoding="utf-8")
+        if of(rows, stage="curves" if name == "quality" else "seeds"):
+            with plt.rc_context(STYLE):
+                draw(rows, folder / name)
+    return "\n".join(texts)
 
 
 def main(root=HERE):
@@ -770,6 +1082,8 @@ def main(root=HERE):
         print(text)
         print(f"figures of {profile}: {folder}" + (
             "" if any(run["log"] for run in mine) else " (no training logs, so no curves)"))
+    if text := draw_bench(root, root / "figures" / "bench"):
+        print(f"{text}\nfigures of bench/: {root / 'figures' / 'bench'}")
     return 0
 
 

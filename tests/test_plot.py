@@ -337,7 +337,7 @@ def test_a_log_of_one_line_is_a_point(tmp_path, figures):
 def test_nothing_overlaps_in_ten_runs_of_five_seeds(tmp_path, figures):
     ten_runs(tmp_path, seeds=range(5), steps=12)
     plot.main(tmp_path)
-    assert len(figures) == 5
+    assert len(figures) == 7
     for (_, name), figure in figures.items():
         assert figure.get_figwidth() == plot.DOUBLE
         figure.draw_without_rendering()
@@ -350,6 +350,8 @@ def test_nothing_overlaps_in_ten_runs_of_five_seeds(tmp_path, figures):
         texts = [text for text in figure.findobj(plt.Text)
                  if text.get_text().strip() and text.get_visible() and text.get_figure()]
         assert min(text.get_fontsize() for text in texts) >= 5.5, name
+        extents = [text.get_window_extent() for text in texts if name == "forest"]
+        assert all(page.x0 <= box.x0 and box.x1 <= page.x1 for box in extents), name
         if name == "ablation":
             cells = [text.get_window_extent() for text in figure.axes[0].texts]
             assert all(page.x0 <= box.x0 and box.x1 <= page.x1 for box in cells)

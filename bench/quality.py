@@ -1,0 +1,377 @@
+"""This SAE beside SAELens' trainers: the same activations, tokens, width, seeds, scale and export.
+
+    python bench/quality.py [--minutes 150] [--stages sweep,curves,seeds]
+
+Each trained and scored SAE is a line of bench/quality.jsonl. What stands there is not made again;
+no training is begun after `--minutes`, and the same command goes on. Prints the tables of what
+there is, in Markdown; plot.py draws it.
+
+- `sweep`: learning rate of each method, and for the coefficient of a penalty two values on either
+  side of the L0 that is wanted; for methods with an auxiliary loss, the tokens after which it takes
+  a feature for dead. Seed 100. What is chosen has the lowest FVU, in the mean over layers, at L0 =
+  k_min (methods with a penalty: on the line through its two values, both axes logarithmic).
+- `curves`: each method, at the learning rate chosen, at four values of its sparsity; seed 0.
+- `seeds`: each method at L0 = k_min, seeds 0 to 4. A penalty's coefficient is read off the curve,
+  layer by layer.
+
+Every SAE is trained by `experiment.train`, on the batches that this project's SAE of the same seed
+gets, exported to SAELens' files, read by SAELens, and scored by the evaluation of a run: core on
+held-out text, sparse probing on `tinylm/B`. L0 and everything else are of that evaluation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import functools
+import itertools
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import experiment
+import harness
+import plot
+from bench.trainers import PeerTrainer, exported
+from experiment import Settings
+
+FILE = ROOT / "bench" / "quality.jsonl"
+STAGES = ("sweep", "curves", "seeds")
+LEARNING_RATES = (7.5e-4, 1.5e-3, 3e-3)
+L0 = (8, 16, 32, 64)  # of the curves, for methods that are told it
+SWEEP_SEED, SEEDS = 100, (0, 1, 2, 3, 4)
+OURS, UNTRAINED = "this project (run_1)", "untrained"
+WIDTHS = (1, 3, 7, 15, 32)  # of the nested SAEs of Matryoshka, in F/32
+METRICS = ("l0", "fvu", "ce_loss_score", "frac_alive") + tuple(
+    f"{who}_top_{k}_test_accuracy" for who in ("sae", "llm") for k in (1, 2, 5, 10, 20, 50)
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One contender.
+
+    Args:
+        kind: SAELens' name, or None: this project's, with `options` as settings.
+        sparsity: the option, or setting, that L0 follows from.
+        near: two of its values between which L0 is k_min; None: it is L0.
+        curve: its values for the curves.
+        dead_windows: tokens without firing after which a feature counts as dead, if it matters.
+    """
+
+    kind: str | None
+    sparsity: str = "k"
+    near: tuple[float, float] | None = None
+    curve: tuple[float, ...] = L0
+    dead_windows: tuple[int, ...] = (100_000,)
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+AUXILIARY = dict(dead_windows=(10_000, 100_000))
+METHODS = {
+    OURS: Method(None, "k_min"),
+    "Standard": Method("standard", "l1_coefficient", (4.0, 12.0), (2.0, 5.0, 12.0, 30.0)),
+    "TopK": Method("topk", **AUXILIARY),
+    "BatchTopK": Method("batchtopk", **AUXILIARY),
+    "JumpReLU": Method("jumprelu", "l0_coefficient", (0.5, 2.0), (0.25, 0.7, 2.0, 6.0)),
+    "Gated": Method("gated", "l1_coefficient", (4.0, 12.0), (2.0, 5.0, 12.0, 30.0)),
+    "Matryoshka": Method("matryoshka_batchtopk", **AUXILIARY),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One training: an SAE on each layer. `sparsity` is by layer."""
+
+    stage: str
+    method: str
+    seed: int
+    lr: float
+    sparsity: tuple[float, ...]
+    dead_window: int
+
+
+class Results:
+    """The lines of a file: a dict for each SAE, with what identifies it, metrics, and where."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        self.rows: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines()]
+
+    def has(self, cell: Cell) -> bool:
+        """Whether a cell is complete; its rows are written together."""
+        wanted = json.loads(json.dumps(dataclasses.asdict(cell)))
+        return any(all(row[k] == v for k, v in wanted.items()) for row in self.rows)
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        """Appends lines, all at once."""
+        self.rows += rows
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+
+    def of(self, **wanted: Any) -> list[dict[str, Any]]:
+        """The rows that have these values."""
+        return [row for row in self.rows if all(row[k] == v for k, v in wanted.items())]
+
+
+@dataclasses.dataclass
+class Bench:
+    """Everything that is loaded once: language models, probing texts, settings."""
+
+    settings: Settings
+    out_dir: Path
+    log: Path
+
+    def __post_init__(self) -> None:
+        s = self.settings
+        device = harness.choose_device(s, "tinylm")
+        self.train_dtype = harness.choose_train_dtype(s, device)
+        harness.make_reproducible()
+        with harness.quiet(self.log):
+            lm = harness.load_language_model(s.model, s.lm_dtype, device)
+            self.texts = harness.read_probe_texts(s, lm.tokenizer, device)
+            self.model = lm.hooked()
+            self.training_lm = harness.for_harvest(
+                lm, self.train_dtype, s.harvest_contexts, s.context
+            )
+        self.acts_key = harness.activations_key(s, experiment.SOURCE, self.train_dtype, lm)
+
+    def train(self, settings: Settings, start: Callable) -> experiment.Training:
+        """`experiment.train` on the run's own text and batches, with the trainers of `start`."""
+        texts = harness.documents(settings.training_text, "train")
+        stream = harness.TokenStream(texts, self.training_lm.tokenizer, settings.context)
+        with contextlib.closing(stream):
+            buffer = experiment.ActivationBuffer(
+                self.training_lm, stream, settings.layers, settings.harvest_contexts, self.acts_key
+            )
+            keys = [(layer, seed) for layer in settings.layers for seed in settings.seeds]
+            constants = {n: getattr(settings, n) for n in experiment.BOUNDED}
+            fixed = {n: v for n, v in constants.items() if v is not None}
+            log = self.out_dir / "train_log.jsonl"
+            return experiment.train(settings, buffer, dict.fromkeys(keys, fixed), log, start=start)
+
+    def score(self, saes: dict[str, Any], settings: Settings, probing: bool) -> dict[str, dict]:
+        """SAE-Bench's figures of exported SAEs, by name."""
+        with harness.quiet(self.log):
+            found = experiment.core_evaluation(saes, self.model, settings, self.out_dir, keys={
+                name: None for name in saes
+            })  # fmt: skip
+            if probing:
+                progress = harness.Progress("sparse probing", len(self.texts) * len(saes), "")
+                probes = experiment.sparse_probing(
+                    saes, self.texts, self.model, settings, self.out_dir, progress
+                )
+                progress.close()
+                found = {name: row | probes[name] for name, row in found.items()}
+        return found
+
+
+def settings_for(cell: Cell, method: Method, base: Settings) -> Settings:
+    """The settings that `experiment.train` gets for a cell."""
+    changes: dict[str, Any] = {"seeds": (cell.seed,)}
+    if method.kind is None:
+        changes |= {"lr": cell.lr, **method.options, method.sparsity: int(cell.sparsity[0])}
+    return dataclasses.replace(base, **changes)
+
+
+def starter(cell: Cell, method: Method) -> Callable:
+    """What `experiment.train` makes a cell's trainers with."""
+    if method.kind is None:
+        return experiment.start_trainers
+
+    def start(settings: Settings, measured: dict, fixed: dict, autocast: bool) -> dict:
+        trainers = {}
+        for sparsity, (layer, (mean_D, scale)) in zip(cell.sparsity, measured.items()):
+            value = int(sparsity) if method.sparsity == "k" else sparsity
+            options = method.options | {method.sparsity: value}
+            if method.kind == "matryoshka_batchtopk":
+                options["matryoshka_widths"] = [settings.d_sae * width // 32 for width in WIDTHS]
+            if "l0_coefficient" in options or "l1_coefficient" in options:
+                name = method.sparsity.replace("coefficient", "warm_up_steps")
+                options[name] = settings.training_tokens // settings.batch // 10
+            trainers[layer, cell.seed] = PeerTrainer(
+                method.kind, settings, cell.seed, mean_D, scale, autocast, cell.lr,
+                dead_window=cell.dead_window, **options,
+            )  # fmt: skip
+        return trainers
+
+    return start
+
+
+def untrained(bench: Bench, training: experiment.Training, settings: Settings) -> dict:
+    """An SAE per layer as this project's start, that keeps k_min features and learned nothing."""
+    saes = {}
+    for (layer, seed), trained in training.saes.items():
+        shape = settings, layer, seed, training.mean[layer], trained.scale
+        sae = experiment.new_sae(*shape, {}, settings.k_min)
+        saes[experiment.sae_name(layer, seed)] = exported(sae, settings, layer)
+    return saes
+
+
+def run_cell(cell: Cell, bench: Bench) -> list[dict[str, Any]]:
+    """Trains, exports and scores a cell's SAEs: their rows."""
+    method = METHODS[cell.method]
+    settings = settings_for(cell, method, bench.settings)
+    started = time.monotonic()
+    training = bench.train(settings, starter(cell, method))
+    trained_s = time.monotonic() - started
+    saes = {
+        experiment.sae_name(layer, seed): exported(sae, settings, layer)
+        for (layer, seed), sae in training.saes.items()
+    }
+    probing = cell.stage != "sweep"
+    rows = rows_of(cell, settings, bench.score(saes, settings, probing))
+    if cell.stage == "seeds" and cell.method == OURS:
+        alike = dataclasses.replace(cell, method=UNTRAINED, lr=0.0)
+        twins = untrained(bench, training, settings)
+        rows += rows_of(alike, settings, bench.score(twins, settings, probing))
+    seconds = {"seconds_training": trained_s, "seconds": time.monotonic() - started}
+    return [row | seconds for row in rows]
+
+
+def machine() -> dict[str, Any]:
+    """Where and when figures are made."""
+    return {
+        "machine": harness.processor_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "date": str(datetime.date.today()),
+    }
+
+
+def rows_of(cell: Cell, settings: Settings, figures: dict[str, dict]) -> list[dict[str, Any]]:
+    """A row per layer: what identifies it, its figures, and where they were made."""
+    where, rows = machine(), []
+    for layer, sparsity in zip(settings.layers, cell.sparsity):
+        found = figures[experiment.sae_name(layer, cell.seed)]
+        row = dataclasses.asdict(cell) | {"layer": layer, "of_layer": sparsity}
+        rows.append(row | {m: v for m, v in found.items() if m in METRICS} | where)
+    return rows
+
+
+# ------------------------------------------------------------------------- what is to be made
+
+
+def line_at(points: list[tuple[float, float]], x: float) -> float:
+    """y at x by the straight line through the two nearest points, both axes logarithmic."""
+    near = sorted(points, key=lambda point: abs(math.log(point[0] / x)))[:2]
+    (x1, y1), (x2, y2) = ((math.log(a), math.log(b)) for a, b in near)
+    if x1 == x2:
+        return math.exp((y1 + y2) / 2)
+    return math.exp(y1 + (y2 - y1) * (math.log(x) - x1) / (x2 - x1))
+
+
+def sweep_cells(methods: dict[str, Method], base: Settings) -> Iterator[Cell]:
+    """Every method, learning rate, two values of a penalty, and ideas of when features are dead."""
+    for name, method in methods.items():
+        values = method.near or (base.k_min,)
+        for lr, value, window in itertools.product(LEARNING_RATES, values, method.dead_windows):
+            yield Cell("sweep", name, SWEEP_SEED, lr, (value,) * len(base.layers), window)
+
+
+def chosen(name: str, method: Method, base: Settings, results: Results) -> tuple[float, int, float]:
+    """The learning rate and the dead_window that the sweep found best, and FVU at L0 = k_min."""
+    found = []
+    for lr, window in itertools.product(LEARNING_RATES, method.dead_windows):
+        rows = results.of(stage="sweep", method=name, lr=lr, dead_window=window)
+        fvus = []
+        for layer in base.layers:
+            points = [(row["l0"], row["fvu"]) for row in rows if row["layer"] == layer]
+            fvus.append(line_at(points, base.k_min) if method.near else points[0][1])
+        found.append((harness.mean(fvus), lr, window))
+    fvu, lr, window = min(found)
+    return lr, window, fvu
+
+
+def curve_cells(methods: dict[str, Method], base: Settings, results: Results) -> Iterator[Cell]:
+    """Every method at the values of its `curve`, at what the sweep chose."""
+    for name, method in methods.items():
+        lr, window, _ = chosen(name, method, base, results)
+        for value in method.curve:
+            yield Cell("curves", name, SEEDS[0], lr, (value,) * len(base.layers), window)
+
+
+def seed_cells(
+    methods: dict[str, Method], base: Settings, results: Results, seeds: tuple[int, ...] = SEEDS
+) -> Iterator[Cell]:
+    """Every method at L0 = k_min: a penalty's coefficient read off the curve, by layer."""
+    for seed, (name, method) in itertools.product(seeds, methods.items()):
+        lr, window, _ = chosen(name, method, base, results)
+        values = []
+        for layer in base.layers:
+            rows = results.of(stage="curves", method=name, layer=layer)
+            points = [(row["l0"], row["of_layer"]) for row in rows]
+            values.append(line_at(points, base.k_min) if method.near else base.k_min)
+        yield Cell("seeds", name, seed, lr, tuple(values), window)
+
+
+def arguments_of(description: str, stages: tuple[str, ...], file: Path) -> argparse.Namespace:
+    """What the command line says: minutes, stages, and the file of results."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--minutes", type=float, default=150.0)
+    parser.add_argument("--stages", default=",".join(stages))
+    parser.add_argument("--file", type=Path, default=file)
+    return parser.parse_args()
+
+
+def make_missing(
+    cells: dict[str, Callable[[], Iterator[Cell]]],
+    stages: list[str],
+    make: Callable[[Cell], list[dict[str, Any]]],
+    results: Results,
+    minutes: float,
+) -> bool:
+    """Makes the cells that have no rows yet; False where the time was too short for all.
+
+    Args:
+        cells: by stage; a stage's are asked for when the stages before it are complete.
+    """
+    began = time.monotonic()
+    for stage in stages:
+        for cell in list(cells[stage]()):
+            if results.has(cell):
+                continue
+            if time.monotonic() - began > minutes * 60:
+                print("no time is left; the same command goes on from here")
+                return False
+            sparsity = "/".join(f"{value:.4g}" for value in cell.sparsity)
+            print(f"{stage}: {cell.method}, lr {cell.lr:g}, {sparsity}, seed {cell.seed}")
+            results.add(make(cell))
+    return True
+
+
+def main() -> int:
+    """Makes what is missing, as long as there is time, and prints the tables."""
+    arguments = arguments_of(__doc__.split("\n")[0], STAGES, FILE)
+    results = Results(arguments.file)
+    base = Settings(**experiment.PROFILES["tinylm"])
+    cells = {
+        "sweep": lambda: sweep_cells(METHODS, base),
+        "curves": lambda: curve_cells(METHODS, base, results),
+        "seeds": lambda: seed_cells(METHODS, base, results),
+    }
+    log = harness.new_log("quality")
+    print(f"log: {log}")
+    with tempfile.TemporaryDirectory() as folder:
+        bench = functools.cache(lambda: Bench(base, Path(folder), log))
+        stages = arguments.stages.split(",")
+        make_missing(
+            cells, stages, lambda cell: run_cell(cell, bench()), results, arguments.minutes
+        )
+    print(plot.quality_tables(results.rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

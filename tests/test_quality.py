@@ -1,0 +1,96 @@
+"""The comparison with other trainers: what is compared went the same way, and the arithmetic."""
+
+import copy
+import dataclasses
+import math
+
+import pytest
+import torch
+from scipy import stats
+
+import experiment
+import plot
+from bench import ground_truth, quality
+from bench.trainers import PeerTrainer, exported
+
+SETTINGS = dataclasses.replace(
+    experiment.Settings(), layers=(0,), d_sae=64, k_min=4, batch=64, training_tokens=64 * 40
+)
+SCALE = 0.25
+OPTIONS = {
+    "standard": dict(l1_coefficient=0.1),
+    "topk": dict(k=4),
+    "batchtopk": dict(k=4, topk_threshold_lr=0.5),
+    "jumprelu": dict(l0_coefficient=0.1),
+    "gated": dict(l1_coefficient=0.1),
+    "matryoshka_batchtopk": dict(k=4, topk_threshold_lr=0.5, matryoshka_widths=[16, 64]),
+}
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_an_exported_peer_is_the_trained_one_in_raw_units(kind, tmp_path):
+    from sae_lens import SAE
+
+    torch.manual_seed(0)
+    raw_BD = 4 * torch.randn(64, 16) + 2
+    trainer = PeerTrainer(kind, SETTINGS, 0, raw_BD.mean(0), SCALE, False, lr=1e-2, **OPTIONS[kind])
+    for step in range(40):
+        loss, record = trainer.step(raw_BD, step / 40, log=step == 39)
+    assert record["l0"] > 0 and math.isfinite(float(loss))
+    ours = exported(trainer.sae, SETTINGS, 0)
+    copy.deepcopy(trainer.sae).save_inference_model(tmp_path)
+    theirs = SAE.load_from_disk(tmp_path)  # in the units of training
+    f_BF, x_BD = ours.encode(raw_BD), ours(raw_BD)
+    torch.testing.assert_close(x_BD * SCALE, theirs(raw_BD * SCALE), atol=1e-4, rtol=1e-4)
+    norms_F = theirs.W_dec.norm(dim=1)
+    expected_BF = theirs.encode(raw_BD * SCALE) * norms_F
+    torch.testing.assert_close(f_BF * SCALE, expected_BF, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours.W_dec.norm(dim=1), torch.ones(64))
+    assert (f_BF > 0).any()
+
+
+def test_an_untrained_sae_does_not_begin_as_the_true_features(tmp_path):
+    # From one seed SAELens' dictionary and this project's initialization are the same directions.
+    base = dataclasses.replace(
+        SETTINGS, d_sae=ground_truth.N_FEATURES, k_min=8, batch=512, training_tokens=512 * 5
+    )
+    cell = quality.Cell("seeds", quality.OURS, 0, 1e-3, (8,), 10_000)
+    trained, untrained = ground_truth.run_cell(cell, base, tmp_path)
+    assert untrained["method"] == quality.UNTRAINED and untrained["mcc"] < 0.5
+    assert trained["mcc"] < 0.5  # five steps find nothing
+    assert untrained["l0"] == 8 and 6 < untrained["true_l0"] < 10
+
+
+def test_cells_that_have_rows_are_not_made_again(tmp_path):
+    results = quality.Results(tmp_path / "rows.jsonl")
+    cells = [quality.Cell("sweep", "TopK", 0, lr, (4.0,), 10) for lr in (1e-3, 2e-3)]
+    made = []
+
+    def make(cell):
+        made.append(cell)
+        return [dataclasses.asdict(cell) | {"l0": 4.0}]
+
+    stages = {"sweep": lambda: iter(cells)}
+    assert not quality.make_missing(stages, ["sweep"], make, results, minutes=-1)
+    assert quality.make_missing(stages, ["sweep"], make, results, minutes=1)
+    again = quality.Results(results.path)  # from the file
+    assert quality.make_missing(stages, ["sweep"], make, again, minutes=1)
+    assert made == cells and len(again.rows) == 2
+
+
+def test_a_coefficient_is_read_off_the_curve():
+    points = [(8.0, 12.0), (32.0, 3.0), (100.0, 1.0)]  # coefficient = 96 / L0, nearest two
+    assert quality.line_at(points, 16.0) == pytest.approx(6.0)
+    assert quality.line_at([(16.0, 2.0), (16.0, 8.0)], 20.0) == pytest.approx(4.0)
+
+
+def test_paired_differences_are_students_and_holm_is_stepwise():
+    mine, theirs = {0: 0.71, 1: 0.74, 2: 0.70, 7: 0.9}, {0: 0.70, 1: 0.70, 2: 0.69}
+    centre, low, high, p = plot.paired(mine, theirs)
+    test = stats.ttest_rel([0.71, 0.74, 0.70], [0.70, 0.70, 0.69])
+    assert (centre, p) == pytest.approx((0.02, test.pvalue))
+    assert (low, high) == pytest.approx(tuple(test.confidence_interval(0.95)))
+    assert math.isnan(plot.paired({0: 1.0, 1: 2.0}, {0: 0.0, 1: 0.0})[1])  # two seeds: no interval
+    adjusted = plot.holm([0.01, 0.04, math.nan, 0.03])
+    assert adjusted[:2] + adjusted[3:] == pytest.approx([0.03, 0.06, 0.06])
+    assert math.isnan(adjusted[2])
