@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 @pytest.fixture()
 def gemma(tmp_path: Path, monkeypatch) -> experiment.Settings:
     """The profile's settings, an empty cache, and a hub that has and grants everything."""
-    settings = experiment.settings_of("run_1", "gemma-2-2b")
+    settings = experiment.settings_of("run_try", "gemma-2-2b")
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
