@@ -759,6 +759,12 @@ def by_seed(rows, value):
     return {seed: value(of(rows, seed=seed)) for seed in in_order(rows, "seed")}
 
 
+def by_sparsity(rows):
+    """One method's rows in groups of the same sparsity, in the order in which they were made."""
+    return [of(rows, sparsity=list(sparsity))
+            for sparsity in dict.fromkeys(tuple(row["sparsity"]) for row in rows)]
+
+
 def metric_mean(metric):
     return lambda rows: float(np.mean([row[metric] for row in rows]))
 
@@ -844,10 +850,8 @@ def quality_tables(rows):
     if curves:
         lines = []
         for method in in_order(curves, "method"):
-            mine = of(curves, method=method)
-            for sparsity in in_order([r | {"key": tuple(r["sparsity"])} for r in mine], "key"):
-                here = of(mine, sparsity=list(sparsity))
-                lines.append([method, f"{sparsity[0]:g}",
+            for here in by_sparsity(of(curves, method=method)):
+                lines.append([method, f"{here[0]['sparsity'][0]:g}",
                               *(show(function(here), digits)
                                 for function, digits in columns.values())])
         parts += [f"Over L0, one seed. {where_made(curves)}.",
@@ -904,9 +908,8 @@ def draw_quality(rows, path):
     for axes, (label, value) in zip(line, panels):
         for method in in_order(curves, "method"):
             colour, marker = styles[method]
-            mine = [r | {"key": tuple(r["sparsity"])} for r in of(curves, method=method)]
             points = sorted((metric_mean("l0")(here), value(here))
-                            for key in in_order(mine, "key") for here in [of(mine, key=key)])
+                            for here in by_sparsity(of(curves, method=method)))
             axes.plot(*zip(*points), color=colour, marker=marker, label=method)
         for method in in_order(seeds, "method"):
             mine = of(seeds, method=method)

@@ -125,9 +125,8 @@ def run_cell(cell: Cell, base: Settings, folder: Path) -> list[dict[str, Any]]:
     settings = quality.settings_for(cell, METHODS[cell.method], base)
     model = synthetic_model(cell.seed)
     buffer: Any = SyntheticBuffer(activations(cell.seed, settings.training_tokens))
-    fixed = {n: v for n in experiment.BOUNDED if (v := getattr(settings, n)) is not None}
     training = experiment.train(
-        settings, buffer, {(0, cell.seed): fixed}, folder / "train_log.jsonl",
+        settings, buffer, experiment.constants(settings, folder), folder / "train_log.jsonl",
         start=quality.starter(cell, METHODS[cell.method]),
     )  # fmt: skip
     sae = training.saes[0, cell.seed]

@@ -156,11 +156,9 @@ class Bench:
             buffer = experiment.ActivationBuffer(
                 self.training_lm, stream, settings.layers, settings.harvest_contexts, self.acts_key
             )
-            keys = [(layer, seed) for layer in settings.layers for seed in settings.seeds]
-            constants = {n: getattr(settings, n) for n in experiment.BOUNDED}
-            fixed = {n: v for n, v in constants.items() if v is not None}
+            fixed = experiment.constants(settings, self.out_dir)
             log = self.out_dir / "train_log.jsonl"
-            return experiment.train(settings, buffer, dict.fromkeys(keys, fixed), log, start=start)
+            return experiment.train(settings, buffer, fixed, log, start=start)
 
     def score(self, saes: dict[str, Any], settings: Settings, probing: bool) -> dict[str, dict]:
         """SAE-Bench's figures of exported SAEs, by name."""
