@@ -3884,6 +3884,27 @@ def primary_metric(layers: Iterable[dict[str, list[float]]]) -> list[float]:
     return [mean(values) for values in zip(*per_layer)]
 
 
+def paired(mine: dict[int, float], theirs: dict[int, float]) -> dict[str, float]:
+    """The paired difference, mine − theirs, of a figure that both have by seed.
+
+    Returns:
+        `n_paired_seeds`; with one or more of them `difference`, the mean; from 3 on `ci95_low` and
+        `ci95_high`, its 95% interval, and `p`, two-sided (both by Student's t).
+    """
+    from scipy import stats
+
+    differences = [value - theirs[seed] for seed, value in mine.items() if seed in theirs]
+    found: dict[str, float] = {"n_paired_seeds": len(differences)}
+    if differences:
+        found["difference"] = centre = mean(differences)
+    if len(differences) >= MIN_SEEDS:
+        error, free = stderr(differences), len(differences) - 1
+        half = float(stats.t.ppf(0.975, free)) * error
+        p = 2 * float(stats.t.sf(abs(centre) / error, free)) if error else float(centre == 0)
+        found |= {"ci95_low": centre - half, "ci95_high": centre + half, "p": p}
+    return found
+
+
 def verdict(
     run: dict[str, list[float]], reference: dict[str, list[float]] | None, compare_to: str
 ) -> tuple[str, dict[str, float]]:
@@ -3906,28 +3927,17 @@ def verdict(
         "primary_reference": mean(reference["primary"]),
         "l0_reference": mean(reference["l0"]),
     }
-    at = {seed: index for index, seed in enumerate(reference["seed"])}
-    differences = [
-        ours - reference["primary"][at[seed]]
-        for seed, ours in zip(run["seed"], run["primary"])
-        if seed in at
-    ]
-    numbers["n_paired_seeds"] = len(differences)
-    if differences:
-        numbers["difference"] = mean(differences)
+    primaries = (dict(zip(lists["seed"], lists["primary"])) for lists in (run, reference))
+    numbers |= paired(*primaries)
     l0s = f"L0 {numbers['l0']:.1f} against {numbers['l0_reference']:.1f}"
-    if len(differences) < MIN_SEEDS:
-        shown = f", difference {numbers['difference']:+.4f}" if differences else ""
+    if "p" not in numbers:
+        shown = f", difference {numbers['difference']:+.4f}" if "difference" in numbers else ""
         return (
-            f"not comparable ({len(differences)} seeds shared with {compare_to}, "
+            f"not comparable ({numbers['n_paired_seeds']} seeds shared with {compare_to}, "
             f"{MIN_SEEDS} are needed{shown}, {l0s})",
             numbers,
         )
-    from scipy import stats
-
-    half = float(stats.t.ppf(0.975, len(differences) - 1)) * stderr(differences)
-    low, high = numbers["difference"] - half, numbers["difference"] + half
-    numbers |= {"ci95_low": low, "ci95_high": high}
+    low, high = numbers["ci95_low"], numbers["ci95_high"]
     figures = f"{numbers['difference']:+.4f} [{low:+.4f}, {high:+.4f}] against {compare_to}, {l0s}"
     larger, smaller = sorted((numbers["l0"], numbers["l0_reference"]), reverse=True)
     if larger > MAX_L0_RATIO * smaller:

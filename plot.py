@@ -20,7 +20,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
-from scipy import stats
 
 import harness
 
@@ -328,8 +327,7 @@ def ablation_rows(runs, reference):
             "primary": primary(run), "untrained": primary(run, "untrained"),
             "stderr": harness.stderr(seeds["primary"]) if seeds else math.nan,
             "seeds": len(seeds["seed"]) if seeds else "-", "verdict": verdict,
-            "difference": figures.get("difference", math.nan),
-            "low": figures.get("ci95_low", math.nan), "high": figures.get("ci95_high", math.nan),
+            **difference(figures),
             **{metric: mean_over_layers(run, metric) for metric, *_ in COLUMNS},
         })
     made = [run for run in runs if not run["given"]]
@@ -356,6 +354,12 @@ def reference_text(who, sources):
     full = np.mean([mean_over_layers(run, "llm_test_accuracy") for run in sources])
     probe = f"; probe on all dimensions: {full:.4f}" if math.isfinite(full) else ""
     return f"best k dimensions of the residual stream{probe}"
+
+
+def difference(figures):
+    """What `interval` reads, of what harness.paired or verdict found; NaN for what isn't there."""
+    names = {"difference": "difference", "low": "ci95_low", "high": "ci95_high"}
+    return {mine: figures.get(name, math.nan) for mine, name in names.items()}
 
 
 def interval(row, decimals, gap=" "):
@@ -769,19 +773,6 @@ def metric_mean(metric):
     return lambda rows: float(np.mean([row[metric] for row in rows]))
 
 
-def paired(mine, theirs):
-    """Mean difference over shared seeds, its 95% interval (Student's t) and p; NaN for unknown."""
-    differences = [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
-    if not differences:
-        return (math.nan,) * 4
-    centre, error = harness.mean(differences), harness.stderr(differences)
-    if len(differences) < harness.MIN_SEEDS or error == 0:
-        return centre, math.nan, math.nan, math.nan
-    half = stats.t.ppf(0.975, len(differences) - 1) * error
-    p = 2 * stats.t.sf(abs(centre) / error, len(differences) - 1)
-    return centre, centre - half, centre + half, float(p)
-
-
 def holm(ps):
     """Holm's adjustment of p values, NaN staying NaN (Holm 1979, Scandinavian J. Statistics 6)."""
     known = sorted((p, i) for i, p in enumerate(ps) if math.isfinite(p))
@@ -815,16 +806,15 @@ def seeds_table(rows, columns, first):
     methods = in_order(rows, "method")
     value, digits = columns[first]
     peer = by_seed(of(rows, method=PEER), value)
-    differences = [paired(by_seed(of(rows, method=m), value), peer) if m != PEER
-                   else (math.nan,) * 4 for m in methods]
-    adjusted = holm([p for *_, p in differences])
+    differences = [harness.paired(by_seed(of(rows, method=m), value), peer) if m != PEER else {}
+                   for m in methods]
+    adjusted = holm([found.get("p", math.nan) for found in differences])
     lines = []
-    for method, (centre, low, high, _), p in zip(methods, differences, adjusted):
+    for method, found, p in zip(methods, differences, adjusted):
         mine = of(rows, method=method)
         cells = [pm_seeds(by_seed(mine, function).values(), places)
                  for function, places in columns.values()]
-        row = {"difference": centre, "low": low, "high": high}
-        lines.append([method, *cells, interval(row, digits), show(p, 3),
+        lines.append([method, *cells, interval(difference(found), digits), show(p, 3),
                       len(in_order(mine, "seed"))])
     return lines, ["method", *columns, f"{first}: difference to {PEER}", "p (Holm)", "seeds"]
 
@@ -962,13 +952,13 @@ def draw_forest(runs, reference, path):
     rows = []
     for run in runs:
         word, figures = compare(run, reference)
-        if math.isfinite(figures.get("ci95_low", math.nan)):
-            rows.append((run, word, figures, contrast_p(run, reference)))
+        if "p" in figures:
+            rows.append((run, word, figures))
     if not rows:
         return
-    adjusted = holm([p for *_, p in rows])
+    adjusted = holm([figures["p"] for *_, figures in rows])
     figure, axes = plt.subplots(figsize=(DOUBLE, 0.7 + 0.24 * len(rows)), layout="constrained")
-    for i, ((_, word, found, _), p) in enumerate(zip(rows, adjusted)):
+    for i, ((_, word, found), p) in enumerate(zip(rows, adjusted)):
         colour = GREY if word == "not comparable" else "black"
         centre = found["difference"]
         axes.errorbar(centre, i, color=colour, marker="o", capsize=2, xerr=[
@@ -983,13 +973,6 @@ def draw_forest(runs, reference, path):
                     f"{rows[0][2]['l0_reference']:.1f}), paired over seeds, 95% interval; "
                     "p by Holm over all rows")
     save(figure, path)
-
-
-def contrast_p(run, reference):
-    """p of the paired difference in the primary metric (Student's t); NaN where there is none."""
-    mine, theirs = per_seed(run), per_seed(reference)
-    return paired(dict(zip(mine["seed"], mine["primary"])),
-                  dict(zip(theirs["seed"], theirs["primary"])))[3]
 
 
 def draw_plane(runs, styles, path):

@@ -9,6 +9,7 @@ import torch
 from scipy import stats
 
 import experiment
+import harness
 import plot
 from bench import ground_truth, quality
 from bench.trainers import PeerTrainer, exported
@@ -86,11 +87,14 @@ def test_a_coefficient_is_read_off_the_curve():
 
 def test_paired_differences_are_students_and_holm_is_stepwise():
     mine, theirs = {0: 0.71, 1: 0.74, 2: 0.70, 7: 0.9}, {0: 0.70, 1: 0.70, 2: 0.69}
-    centre, low, high, p = plot.paired(mine, theirs)
+    found = harness.paired(mine, theirs)
     test = stats.ttest_rel([0.71, 0.74, 0.70], [0.70, 0.70, 0.69])
-    assert (centre, p) == pytest.approx((0.02, test.pvalue))
-    assert (low, high) == pytest.approx(tuple(test.confidence_interval(0.95)))
-    assert math.isnan(plot.paired({0: 1.0, 1: 2.0}, {0: 0.0, 1: 0.0})[1])  # two seeds: no interval
+    assert (found["difference"], found["p"]) == pytest.approx((0.02, test.pvalue))
+    interval = found["ci95_low"], found["ci95_high"]
+    assert interval == pytest.approx(tuple(test.confidence_interval(0.95)))
+    assert "p" not in harness.paired({0: 1.0, 1: 2.0}, {0: 0.0, 1: 0.0})  # two seeds: no interval
+    same = harness.paired(dict.fromkeys(range(3), 0.5), dict.fromkeys(range(3), 0.5))
+    assert (same["ci95_low"], same["ci95_high"], same["p"]) == (0.0, 0.0, 1.0)
     adjusted = plot.holm([0.01, 0.04, math.nan, 0.03])
     assert adjusted[:2] + adjusted[3:] == pytest.approx([0.03, 0.06, 0.06])
     assert math.isnan(adjusted[2])
