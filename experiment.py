@@ -67,6 +67,8 @@ class Settings:
     gamma: float | None = None  # loss weight; None: learned in (0, 0.3)
     fix_at: str | None = None  # fix all three at the final values of this run, layer by layer
     reg_lambda: float = 0.01  # λ of L_reg, on the learned θ
+    selection: str = "token"  # the k largest of each token, or "threshold": of all, k in the mean
+    threshold_rate: float = 0.05  # by which the threshold follows k, per step
     curriculum: bool = True  # False: no selection, all active features reconstruct (k_min = 1)
     k_min: int = 16  # features selected per token at the end of the curriculum
     k_start_factor: float = 2.0  # the curriculum starts at k_start = k_start_factor · k_min
@@ -185,13 +187,14 @@ class CustomSAE(BaseSAE):
         x̂     = Σ_{i ∈ S} f_i W_dec[i] + b_dec                   reconstruction, (…, D)
         τ_sel = 0.1 + 0.4 σ(θ1),  τ_pen = 0.05 + 0.2 σ(θ2),  γ = 0.3 σ(θ3)
 
-    S holds the `k` largest features of x; with k = None there is no selection and S holds all
-    active ones. W_enc is (D, F), W_dec (F, D) with rows of unit norm.
+    S holds the `k` largest features of x, or those above `threshold`; without either there is no
+    selection and S holds all active ones. W_enc is (D, F), W_dec (F, D) with rows of unit norm.
 
     Args:
         d_in, d_sae: D and F.
         model_name, hook_layer: the residual stream it reads: blocks.{hook_layer}.hook_resid_post.
-        k: features kept by `encode`, or None.
+        k: features that `encode` keeps of each token, or None.
+        by_threshold: `encode` keeps what is above `threshold`, a number that `Trainer` moves.
         fixed: values of tau_sel, tau_pen or gamma that are constants; the others are learned.
         scale: s with E‖s x‖² = D: training multiplies activations by it. See `folded`.
     """
@@ -207,6 +210,7 @@ class CustomSAE(BaseSAE):
         k: int | None = None,
         fixed: dict[str, float] | None = None,
         scale: float = 1.0,
+        by_threshold: bool = False,
     ) -> None:
         super().__init__(d_in, d_sae, model_name, hook_layer, torch.device(device), dtype)
         self.k = k
@@ -215,8 +219,10 @@ class CustomSAE(BaseSAE):
         for name, (theta, _, _) in BOUNDED.items():
             zero = torch.zeros((), device=device, dtype=dtype)
             self.register_parameter(theta, None if name in self.fixed else nn.Parameter(zero))
+        zero = torch.zeros((), device=device, dtype=dtype) if by_threshold else None
+        self.register_buffer("threshold", zero)
         self.cfg.architecture = "parametric_contrastive"
-        self.cfg.activation_fn_str = "relu" if k is None else "topk"
+        self.cfg.activation_fn_str = "jumprelu" if by_threshold else "relu" if k is None else "topk"
         self.cfg.apply_b_dec_to_input = True
 
     def bounded(self, name: str) -> Tensor:
@@ -269,15 +275,19 @@ class CustomSAE(BaseSAE):
         return centred @ self.W_enc + bias_F
 
     def encode(self, x: Tensor) -> Tensor:
-        """(…, D) -> (…, F): the features, of which the k largest are kept."""
+        """(…, D) -> (…, F): the features, of which the selected are kept."""
         pre = self.preactivations(x)
+        if self.threshold is not None:
+            return torch.where(pre > self.threshold, pre, 0.0)
         if self.k is None:
             return torch.relu(pre)
         # In SAELens' order: bfloat16 has ties, which topk breaks otherwise among activations.
         values, indices = pre.topk(self.k, dim=-1, sorted=False)
         return torch.zeros_like(pre).scatter_(-1, indices, torch.relu(values))
 
-    def features(self, x_BD: Tensor, by_index: bool) -> tuple[Tensor, Tensor | None]:
+    def features(
+        self, x_BD: Tensor, by_index: bool, above: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """relu(preactivations): (B, F) and None, or the few that are active, by index.
 
         By index: (B, M) values and (B, M) features, M the most that a token has active, and zeros
@@ -285,11 +295,14 @@ class CustomSAE(BaseSAE):
 
         Args:
             by_index: where few enough are active for that to be faster.
+            above: a number above 0; what isn't larger counts as not active.
         """
         pre_BF = self.preactivations(x_BD)
-        if by_index and (few := harness.few_active(pre_BF)):
+        if by_index and (few := harness.few_active(pre_BF, above or 0.0)):
             return harness.active_values(pre_BF.detach(), few, *self.centred(x_BD), self.W_enc)
-        return torch.relu(pre_BF), None
+        if above is None:
+            return torch.relu(pre_BF), None
+        return torch.where(pre_BF > above, pre_BF, 0.0), None
 
     def decode(self, feature_acts: Tensor, indices: Tensor | None = None) -> Tensor:
         """(…, F) -> (…, D), or (B, M) -> (B, D) of the features that (B, M) `indices` names."""
@@ -316,18 +329,25 @@ class CustomSAE(BaseSAE):
     def folded(self) -> CustomSAE:
         """The same SAE for activations in raw units.
 
-        f is linear in the scale: with b_enc/s and b_dec/s in place of b_enc and b_dec, W_enc and
-        W_dec unchanged, raw activations give features and reconstructions in raw units.
+        f is linear in the scale: with b_enc/s, b_dec/s and threshold/s in the place of b_enc, b_dec
+        and threshold, W_enc and W_dec unchanged, raw activations give features and reconstructions
+        in raw units.
         """
         raw = copy.deepcopy(self)
-        raw.b_enc.div_(self.scale)
-        raw.b_dec.div_(self.scale)
+        for shifted in (raw.b_enc, raw.b_dec, raw.threshold):
+            if shifted is not None:
+                shifted.div_(self.scale)
         raw.scale = 1.0
         return raw
 
 
-def select(f_BF: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest features of each row, and the rest: two tensors of f's shape that add to f."""
+def select(f_BF: Tensor, k: int, threshold: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The k largest features of each row, and the rest: two tensors of f's shape that add to f.
+
+    With a threshold, what is above it, and the rest.
+    """
+    if threshold is not None:
+        return torch.where(f_BF > threshold, f_BF, 0.0), torch.where(f_BF > threshold, 0.0, f_BF)
     if k >= f_BF.shape[-1]:
         return f_BF, torch.zeros_like(f_BF)
     values, indices = f_BF.topk(k, dim=-1, sorted=False)
@@ -372,8 +392,9 @@ def contrastive_loss(
 
     Args:
         x_BD: (B, D), with E‖x‖² = D.
-        k: S is the k largest features, which alone reconstruct and are not penalised. None: no
-            selection; every active feature reconstructs, all but the strongest are penalised.
+        k: S is the k largest features, or those above the SAE's threshold, which alone reconstruct
+            and are not penalised. None: no selection; every active feature reconstructs, all but
+            the strongest are penalised.
         form: "as_written" is the method as it was first written down, kept as an ablation: no
             selection, tanh(f / τ_sel) averaged over tokens and features alike, and the
             reconstruction loss is mean ‖x − x̂‖.
@@ -381,13 +402,15 @@ def contrastive_loss(
             The same loss, faster; `Trainer.step` holds the one against the other.
     """
     tau_sel, tau_pen, gamma = (sae.bounded(name) for name in BOUNDED)
-    f_BF, indices_BM = sae.features(x_BD, by_index)
+    # Where nothing is penalised, features up to the threshold are of no use to the loss.
+    above = sae.threshold if sae.fixed.get("gamma") == 0 else None
+    f_BF, indices_BM = sae.features(x_BD, by_index, above)
     if form == "as_written":
         used_BF, penalised_BF = f_BF, f_BF
     elif k is None:
         used_BF, penalised_BF = f_BF, select(f_BF, 1)[1]
     else:
-        used_BF, penalised_BF = select(f_BF, k)
+        used_BF, penalised_BF = select(f_BF, k, sae.threshold)
     residual_BD = x_BD - sae.decode(used_BF, indices_BM)
     saturated_BF = torch.tanh(penalised_BF * (1 / tau_sel))  # / has a backward of twice the passes
     if form == "as_written":
@@ -515,6 +538,7 @@ class Trainer:
             sae.cfg.d_sae, dtype=torch.int64, device=sae.W_enc.device
         )
         self.generator = torch.Generator().manual_seed(seed)
+        self.threshold_started = False
         self.by_index: bool | None = None  # whether features may go by index; None: not yet known
 
     def dead(self) -> Tensor:
@@ -527,6 +551,7 @@ class Trainer:
         raw_BD = x_BD
         x_BD = x_BD.to(sae.W_enc.dtype) * sae.scale
         k = k_at(settings, progress)
+        self.start_threshold(x_BD, k)
 
         def loss_by(by_index: bool) -> Loss:
             return contrastive_loss(sae, x_BD, k, settings.reg_lambda, settings.form, by_index)
@@ -546,11 +571,33 @@ class Trainer:
         record = self.record(loss, x_BD, k, lr) if log else None
         self.optimizer.step()
         sae.normalize_decoder()
+        self.move_threshold(loss, k)
         fired_F = loss.fired(sae.cfg.d_sae)
         self.steps_since_active = torch.where(fired_F, 0, self.steps_since_active + 1)
         if settings.resample and progress < 1 - settings.lr_decay:
             self.resample(loss.residual_BD.detach())
         return loss.total.detach(), record
+
+    @torch.no_grad()
+    def start_threshold(self, x_BD: Tensor, k: int | None) -> None:
+        """Before the first step: k features per token of this batch are above the threshold."""
+        if self.sae.threshold is None or self.threshold_started:
+            return
+        self.threshold_started = True
+        pre_N = self.sae.preactivations(x_BD).flatten()
+        largest = pre_N.kthvalue(max(len(pre_N) - k * len(x_BD), 1)).values
+        self.sae.threshold.copy_(largest.clamp(min=1e-6))
+
+    @torch.no_grad()
+    def move_threshold(self, loss: Loss, k: int | None) -> None:
+        """Up where more than k features per token were above the threshold, down where fewer.
+
+        The threshold is the multiplier of the constraint L0 = k: it rises while L0 is too high.
+        """
+        if self.sae.threshold is not None:
+            l0 = (loss.used_BF > 0).sum() / len(loss.used_BF)
+            excess = (l0 / k - 1).clamp(max=1.0)
+            self.sae.threshold.mul_(torch.exp(self.settings.threshold_rate * excess))
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next steps depend on."""
@@ -638,10 +685,16 @@ def new_sae(
     scale: float,
     fixed: dict[str, float],
     k: int | None,
+    by_threshold: bool = False,
 ) -> CustomSAE:
-    """An initialized SAE for activations whose raw mean is `mean_D`, on its device."""
+    """An initialized SAE for activations whose raw mean is `mean_D`, on its device.
+
+    Args:
+        by_threshold: it selects by a threshold, whatever k.
+    """
     shape = (len(mean_D), settings.d_sae, settings.model, layer, mean_D.device)
-    sae = CustomSAE(*shape, k=k, fixed=fixed, scale=scale)
+    k = None if by_threshold else k
+    sae = CustomSAE(*shape, k=k, fixed=fixed, scale=scale, by_threshold=by_threshold)
     sae.initialize(seed, mean_D * scale)
     sae.cfg.context_size = settings.context
     sae.cfg.dataset_path = settings.training_text
@@ -681,10 +734,12 @@ def start_trainers(
 ) -> dict[tuple[int, int], Trainer]:
     """A trainer per layer and seed. See `measure`, `train` and `Trainer`."""
     k = k_at(settings, progress=1.0)
+    by_threshold = k is not None and settings.selection == "threshold"
     trainers = {}
     for layer, (mean_D, scale) in measured.items():
         for seed in settings.seeds:
-            sae = new_sae(settings, layer, seed, mean_D, scale, fixed[layer, seed], k)
+            shape = settings, layer, seed, mean_D, scale
+            sae = new_sae(*shape, fixed[layer, seed], k, by_threshold)
             trainers[layer, seed] = Trainer(sae, settings, seed, autocast)
     return trainers
 

@@ -1282,8 +1282,11 @@ def check_settings(name: str, s: Settings) -> None:
         *((field, lambda v: v >= 0, "0 or above") for field in ("reg_lambda",)),
         *(
             (field, lambda v: v is None or v > 0, "None or above 0")
-            for field in ("tau_sel", "tau_pen", "gamma", "budget_minutes")
+            for field in ("tau_sel", "tau_pen", "budget_minutes")
         ),
+        ("gamma", lambda v: v is None or v >= 0, "None, or 0 or above"),
+        ("threshold_rate", lambda v: 0 < v <= 1, "above 0, and at most 1"),
+        ("selection", lambda v: v in ("token", "threshold"), "'token' or 'threshold'"),
         ("k_min", lambda v: v <= s.d_sae, f"at most d_sae = {s.d_sae}"),
         ("context", lambda v: v >= 2, "at least 2"),
         ("probe_train", lambda v: v >= 4, "at least 4: two texts of a class"),
@@ -2651,15 +2654,15 @@ class Few(NamedTuple):
     widest: int  # M, the most in a row
 
 
-def few_active(pre_BF: Tensor) -> Few | None:
-    """Where preactivations are positive; None where they are too many, or on a GPU (unmeasured)."""
+def few_active(pre_BF: Tensor, above: float | Tensor = 0.0) -> Few | None:
+    """Where preactivations are above a number; None if there are many, or on a GPU (unmeasured)."""
     import numpy as np
     import torch
 
     if pre_BF.device.type != "cpu":
         return None
     n_rows, width = pre_BF.shape
-    active_BF = pre_BF.detach() > 0
+    active_BF = pre_BF.detach() > above
     if active_BF.count_nonzero() > FEW * active_BF.numel():
         return None
     flat = torch.from_numpy(np.flatnonzero(active_BF.numpy()))  # torch's nonzero takes 4 times it
@@ -3808,12 +3811,13 @@ def save_probing(
 
 
 def export(sae: CustomSAE, settings: Settings, folder: Path) -> None:
-    """Writes an SAE, folded, as SAELens stores it: as TopK where it selects, else as standard.
+    """Writes an SAE, folded, as SAELens stores it: TopK or JumpReLU if it selects, else standard.
 
     `sae_lens.SAE.load_from_disk(folder)` reads it. theta.json holds θ, what follows from it, and
     the scale that was folded.
     """
     import torch
+    from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
     from sae_lens.saes.sae import SAEMetadata
     from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
     from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
@@ -3827,11 +3831,15 @@ def export(sae: CustomSAE, settings: Settings, folder: Path) -> None:
         dataset_path=settings.training_text,
     )
     shape: dict[str, Any] = dict(d_in=sae.cfg.d_in, d_sae=sae.cfg.d_sae, metadata=metadata)
-    if sae.k is None:
-        stored: Any = StandardSAE(StandardSAEConfig(**shape))
+    if sae.threshold is not None:
+        stored: Any = JumpReLUSAE(JumpReLUSAEConfig(**shape))
+    elif sae.k is None:
+        stored = StandardSAE(StandardSAEConfig(**shape))
     else:
         stored = TopKSAE(TopKSAEConfig(k=sae.k, **shape))
     raw = sae.folded()
+    if sae.threshold is not None:
+        stored.threshold.data.fill_(raw.threshold)
     for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
         getattr(stored, name).data.copy_(getattr(raw, name).data)
     stored.save_model(folder)

@@ -41,7 +41,7 @@ from bench.trainers import exported
 from experiment import Settings
 
 FILE = ROOT / "bench" / "ground_truth.jsonl"
-SEEDS = (0, 1, 2)
+STAGES, SEEDS = ("sweep", "curves", "seeds"), (0, 1, 2)
 N_FEATURES, WIDTH = 512, 128
 SAMPLES = 50_000  # that the figures are of
 
@@ -153,7 +153,7 @@ def true_l0() -> int:
 
 def main() -> int:
     """Makes what is missing, as long as there is time, and prints the table."""
-    arguments = quality.arguments_of(__doc__.split("\n")[0], quality.STAGES, FILE)
+    arguments = quality.arguments_of(__doc__.split("\n")[0], STAGES, FILE)
     results = quality.Results(arguments.file)
     k = true_l0()
     base = dataclasses.replace(

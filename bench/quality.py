@@ -1,6 +1,6 @@
 """This SAE beside SAELens' trainers: the same activations, tokens, width, seeds, scale and export.
 
-    python bench/quality.py [--minutes 150] [--stages sweep,curves,seeds]
+    python bench/quality.py [--minutes 150] [--stages sweep,curves,seeds,forms]
 
 Each trained and scored SAE is a line of bench/quality.jsonl. What stands there is not made again;
 no training is begun after `--minutes`, and the same command goes on. Prints the tables of what
@@ -13,6 +13,8 @@ there is, in Markdown; plot.py draws it.
 - `curves`: each method, at the learning rate chosen, at four values of its sparsity; seed 0.
 - `seeds`: each method at L0 = k_min, seeds 0 to 4. A penalty's coefficient is read off the curve,
   layer by layer.
+- `forms`: forms of this project's method that are no run of the plan, seeds 0 to 2, and what the
+  planned ones are at other L0.
 
 Every SAE is trained by `experiment.train`, on the batches that this project's SAE of the same seed
 gets, exported to SAELens' files, read by SAELens, and scored by the evaluation of a run: core on
@@ -47,10 +49,10 @@ from bench.trainers import PeerTrainer, exported
 from experiment import Settings
 
 FILE = ROOT / "bench" / "quality.jsonl"
-STAGES = ("sweep", "curves", "seeds")
+STAGES = ("sweep", "curves", "seeds", "forms")
 LEARNING_RATES = (7.5e-4, 1.5e-3, 3e-3)
 L0 = (8, 16, 32, 64)  # of the curves, for methods that are told it
-SWEEP_SEED, SEEDS = 100, (0, 1, 2, 3, 4)
+SWEEP_SEED, SEEDS, FORM_SEEDS = 100, experiment.FIVE, experiment.THREE
 OURS, UNTRAINED = "this project (run_1)", "untrained"
 WIDTHS = (1, 3, 7, 15, 32)  # of the nested SAEs of Matryoshka, in F/32
 METRICS = ("l0", "fvu", "ce_loss_score", "frac_alive") + tuple(
@@ -81,12 +83,27 @@ class Method:
 AUXILIARY = dict(dead_windows=(10_000, 100_000))
 METHODS = {
     OURS: Method(None, "k_min"),
-    "Standard": Method("standard", "l1_coefficient", (4.0, 12.0), (2.0, 5.0, 12.0, 30.0)),
+    "Standard": Method("standard", "l1_coefficient", (1.0, 3.0), (0.3, 1.0, 3.0, 6.0)),
     "TopK": Method("topk", **AUXILIARY),
     "BatchTopK": Method("batchtopk", **AUXILIARY),
     "JumpReLU": Method("jumprelu", "l0_coefficient", (0.5, 2.0), (0.25, 0.7, 2.0, 6.0)),
-    "Gated": Method("gated", "l1_coefficient", (4.0, 12.0), (2.0, 5.0, 12.0, 30.0)),
+    "Gated": Method("gated", "l1_coefficient", (1.0, 3.0), (0.3, 1.0, 3.0, 6.0)),
     "Matryoshka": Method("matryoshka_batchtopk", **AUXILIARY),
+}
+
+
+def planned(name: str) -> dict[str, Any]:
+    """What the plan's entry changes in the method."""
+    changes = experiment.PLAN[name]
+    return {field: v for field, v in changes.items() if field not in ("description", "seeds")}
+
+
+FORMS = {
+    "run_1": Method(None, "k_min", curve=(4, 8, 16, 32, 64, 128)),
+    "run_1, theta_lr / 3": Method(None, "k_min", curve=(16,), options={"theta_lr": 1e-2 / 3}),
+    "run_1, theta_lr x 3": Method(None, "k_min", curve=(16,), options={"theta_lr": 3e-2}),
+    "run_1, k_start = k_min": Method(None, "k_min", curve=(16,), options={"k_start_factor": 1.0}),
+    "run_6": Method(None, "gamma", curve=(0.005, 0.015, 0.05), options=planned("run_6")),
 }
 
 
@@ -180,7 +197,9 @@ def settings_for(cell: Cell, method: Method, base: Settings) -> Settings:
     """The settings that `experiment.train` gets for a cell."""
     changes: dict[str, Any] = {"seeds": (cell.seed,)}
     if method.kind is None:
-        changes |= {"lr": cell.lr, **method.options, method.sparsity: int(cell.sparsity[0])}
+        value = cell.sparsity[0]
+        value = int(value) if method.sparsity == "k_min" else value
+        changes |= {"lr": cell.lr, **method.options, method.sparsity: value}
     return dataclasses.replace(base, **changes)
 
 
@@ -220,7 +239,7 @@ def untrained(bench: Bench, training: experiment.Training, settings: Settings) -
 
 def run_cell(cell: Cell, bench: Bench) -> list[dict[str, Any]]:
     """Trains, exports and scores a cell's SAEs: their rows."""
-    method = METHODS[cell.method]
+    method = (METHODS | FORMS)[cell.method]
     settings = settings_for(cell, method, bench.settings)
     started = time.monotonic()
     training = bench.train(settings, starter(cell, method))
@@ -314,6 +333,14 @@ def seed_cells(
         yield Cell("seeds", name, seed, lr, tuple(values), window)
 
 
+def form_cells(base: Settings) -> Iterator[Cell]:
+    """Every form at the values of its `curve`, at the run's own learning rate."""
+    for seed, (name, method) in itertools.product(FORM_SEEDS, FORMS.items()):
+        for value in method.curve:
+            sparsity = (value,) * len(base.layers)
+            yield Cell("forms", name, seed, base.lr, sparsity, base.dead_after)
+
+
 def arguments_of(description: str, stages: tuple[str, ...], file: Path) -> argparse.Namespace:
     """What the command line says: minutes, stages, and the file of results."""
     parser = argparse.ArgumentParser(description=description)
@@ -358,6 +385,7 @@ def main() -> int:
         "sweep": lambda: sweep_cells(METHODS, base),
         "curves": lambda: curve_cells(METHODS, base, results),
         "seeds": lambda: seed_cells(METHODS, base, results),
+        "forms": lambda: form_cells(base),
     }
     log = harness.new_log("quality")
     print(f"log: {log}")

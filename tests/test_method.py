@@ -14,8 +14,15 @@ import experiment
 from experiment import BOUNDED, CustomSAE, Settings, Trainer, contrastive_loss, curriculum_k
 
 
-def make_sae(d_in=3, d_sae=5, k=2, fixed=None, dtype=torch.float64, scale=1.0, seed=0):
-    sae = CustomSAE(d_in, d_sae, "toy", 0, dtype=dtype, k=k, fixed=fixed, scale=scale)
+def make_sae(
+    d_in=3, d_sae=5, k=2, fixed=None, dtype=torch.float64, scale=1.0, seed=0, threshold=None
+):
+    sae = CustomSAE(
+        d_in, d_sae, "toy", 0, dtype=dtype, k=k, fixed=fixed, scale=scale,
+        by_threshold=threshold is not None,
+    )  # fmt: skip
+    if threshold is not None:
+        sae.threshold.fill_(threshold)
     sae.initialize(seed, torch.linspace(-0.1, 0.1, d_in, dtype=dtype))
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
@@ -234,14 +241,55 @@ def test_encode_decode_are_the_formula_on_any_leading_shape() -> None:
     assert np.allclose(sae(x).detach().numpy(), f @ W_dec + b_dec)
 
 
-@pytest.mark.parametrize("k", [2, None])
-def test_folding_gives_raw_units(k) -> None:
-    sae = make_sae(k=k, scale=2.5)
+@pytest.mark.parametrize("k, threshold", [(2, None), (None, None), (None, 0.4)])
+def test_folding_gives_raw_units(k, threshold) -> None:
+    sae = make_sae(k=k, scale=2.5, threshold=threshold)
     raw, x = sae.folded(), inputs()
     assert torch.allclose(raw.encode(x), sae.encode(2.5 * x) / 2.5)
     assert torch.allclose(raw(x), sae(2.5 * x) / 2.5)
     assert torch.equal(raw.W_dec, sae.W_dec) and raw.scale == 1.0
     assert not torch.equal(raw.b_dec, sae.b_dec)  # the original is left as it was
+
+
+@pytest.mark.parametrize("by_index", [False, True])
+@pytest.mark.parametrize("fixed", [{}, {"gamma": 0.0}])
+def test_what_is_above_the_threshold_reconstructs_and_is_not_penalised(fixed, by_index) -> None:
+    sae, x = make_sae(d_in=16, d_sae=300, fixed=fixed, threshold=0.3), inputs(n=60, d_in=16)
+    few_active(sae, x, 6)
+    f = torch.relu((x - sae.b_dec) @ sae.W_enc + sae.b_enc)
+    used, rest = f * (f > 0.3), f * (f <= 0.3)
+    assert torch.equal(sae.encode(x) > 0, used > 0) and 0 < (used > 0).sum() < (f > 0).sum()
+    error = (x - used @ sae.W_dec - sae.b_dec).pow(2).mean()
+    weight = sae.bounded("gamma") * sae.bounded("tau_pen")
+    penalty = weight * torch.tanh(rest / sae.bounded("tau_sel")).sum(1).mean()
+    loss = contrastive_loss(sae, x, 4, 0.0, by_index=by_index)
+    assert float(loss.penalty) == pytest.approx(float(penalty))
+    for one, other in zip(
+        torch.autograd.grad(loss.total, sae.weights()),
+        torch.autograd.grad(error + penalty, sae.weights()),
+    ):
+        assert torch.allclose(one, other, rtol=1e-10, atol=1e-12)
+    if by_index:  # without a penalty the others aren't looked at
+        counted = used if fixed else f
+        assert loss.indices_BM.shape == (60, int((counted > 0).sum(1).max()))
+
+
+def test_threshold_keeps_l0_at_k() -> None:
+    settings = small_settings(selection="threshold", gamma=0.0, training_tokens=64 * 200)
+    (trainer,) = experiment.start_trainers(
+        settings, {0: (torch.zeros(8), 1.0)}, {(0, 0): {"gamma": 0.0}}, False
+    ).values()
+    assert trainer.sae.k is None
+    l0 = []
+    for step in range(200):
+        x = structured(64, seed=step)
+        if step in (0, 199):
+            trainer.start_threshold(x, experiment.k_at(settings, step / 200))
+            l0.append(float((trainer.sae.encode(x) > 0).sum(1).float().mean()))
+        trainer.step(x, step / 200, log=False)
+    assert l0[0] == pytest.approx(8, rel=0.01)  # k_start, from the first step
+    held_out = trainer.sae.encode(structured(2000, seed=1000))
+    assert float((held_out > 0).sum(1).float().mean()) == pytest.approx(4, rel=0.1)
 
 
 def few_active(sae: CustomSAE, x: torch.Tensor, n: int) -> None:
