@@ -657,6 +657,7 @@ class Trainer:
             "loss_reg": float(loss.reg),
             **sae.adaptive(),
             "k_t": k,
+            **({} if sae.threshold is None else {"threshold": float(sae.threshold)}),
             "l0": float((loss.used_BF > 0).sum(-1).float().mean()),
             "fvu": float(error / spread),
             "dead_fraction": float(self.dead().float().mean()),

@@ -846,6 +846,10 @@ def quality_tables(rows):
                                 for function, digits in columns.values())])
         parts += [f"Over L0, one seed. {where_made(curves)}.",
                   markdown(["method", "k or coefficient", *columns], lines)]
+    forms = of(rows, stage="forms")
+    if forms:
+        parts += [f"Forms of this project's method, mean ± s.e. over seeds. {where_made(forms)}.",
+                  forms_table(forms, columns)]
     sweep = of(rows, stage="sweep")
     if sweep:
         lines = [[method, f"{lr:g}", f"{window:,}",
@@ -861,6 +865,24 @@ def quality_tables(rows):
                   markdown(["method", "learning rate", "dead after, tokens",
                             "k or coefficient: L0, FVU"], lines)]
     return "\n\n".join(parts)
+
+
+def forms_table(rows, columns):
+    """A row per form and sparsity, and its paired difference to run_1 at run_1's own k."""
+    plain = of(rows, method="run_1")
+    reference = by_seed([row for row in plain if row["of_layer"] == 16], row_primary)
+    lines = []
+    for method in in_order(rows, "method"):
+        for here in by_sparsity(of(rows, method=method)):
+            found = harness.paired(by_seed(here, row_primary), reference)
+            same = method == "run_1" and here[0]["of_layer"] == 16
+            lines.append([method, f"{here[0]['of_layer']:g}",
+                          *(pm_seeds(by_seed(here, value).values(), digits)
+                            for value, digits in columns.values()),
+                          "-" if same else interval(difference(found), 4),
+                          len(in_order(here, "seed"))])
+    return markdown(["form", "k_min or gamma", *columns, "primary: difference to run_1", "seeds"],
+                    lines)
 
 
 GROUND_TRUTH = {  # heading -> metric of bench/ground_truth.jsonl, digits
@@ -888,14 +910,49 @@ def method_styles(methods):
     return looks | {"untrained": (GREY, "x")}
 
 
+PANELS = (("FVU", "fvu"), ("CE loss score", "ce_loss_score"), ("primary metric", "primary"))
+
+
+def draw_forms(rows, runs, path):
+    """FVU, CE loss score and the primary metric against L0: forms as lines, runs as letters.
+
+    A contrast between runs of unequal L0 is read off these lines. Bars: s.e. over seeds.
+    """
+    styles = method_styles(in_order(rows, "method"))
+    figure, line = plt.subplots(1, 3, figsize=(DOUBLE, 2.8), layout="constrained")
+    for axes, (label, metric) in zip(line, PANELS):
+        value = row_primary if metric == "primary" else metric_mean(metric)
+        for method in in_order(rows, "method"):
+            points = []
+            for here in by_sparsity(of(rows, method=method)):
+                values = list(by_seed(here, value).values())
+                points.append((metric_mean("l0")(here), harness.mean(values),
+                               harness.stderr(values)))
+            l0, mean, error = zip(*sorted(points))
+            colour, marker = styles[method]
+            axes.errorbar(l0, mean, yerr=error, color=colour, marker=marker, label=method,
+                          elinewidth=0.7, capsize=1.5)
+        for run in runs:
+            found = primary(run) if metric == "primary" else mean_over_layers(run, metric)
+            axes.text(mean_over_layers(run, "l0"), found, run["name"].removeprefix("run_"),
+                      ha="center", va="center", fontsize=6, zorder=5,
+                      bbox={"boxstyle": "circle,pad=0.15", "fc": "white", "lw": 0.5})
+        axes.set_xscale("log")
+        plain_log_axis(axes.xaxis, *axes.get_xlim())
+        axes.set_ylabel(label)
+    figure.supxlabel("L0: active features per token (mean over layers); in circles: the runs",
+                     fontsize=7)
+    legend_above(figure, line[0].get_legend_handles_labels()[0], DOUBLE)
+    save(figure, path)
+
+
 def draw_quality(rows, path):
     """FVU, CE loss score and the primary metric against L0: a line per method, dots for seeds."""
     curves, seeds = of(rows, stage="curves"), of(rows, stage="seeds")
     styles = method_styles(in_order(curves, "method"))
-    panels = (("FVU", metric_mean("fvu")), ("CE loss score", metric_mean("ce_loss_score")),
-              ("primary metric", row_primary))
     figure, line = plt.subplots(1, 3, figsize=(DOUBLE, 2.6), layout="constrained")
-    for axes, (label, value) in zip(line, panels):
+    for axes, (label, metric) in zip(line, PANELS):
+        value = row_primary if metric == "primary" else metric_mean(metric)
         for method in in_order(curves, "method"):
             colour, marker = styles[method]
             points = sorted((metric_mean("l0")(here), value(here))
@@ -1029,7 +1086,7 @@ def draw_profile(profile, runs, reference, folder):
     return text
 
 
-def draw_bench(root, folder):
+def draw_bench(root, folder, runs):
     """Figures and tables of what bench/ measured, where it did; returns the tables' text."""
     texts = []
     for name, table, draw in (("quality", quality_tables, draw_quality),
@@ -1041,6 +1098,9 @@ def draw_bench(root, folder):
         folder.mkdir(parents=True, exist_ok=True)
         texts.append(f"# bench/{name}.py\n\n{text}\n")
         (folder / f"{name}.md").write_text(texts[-1], encoding="utf-8")
+        if forms := of(rows, stage="forms"):
+            with plt.rc_context(STYLE):
+                draw_forms(forms, [run for run in runs if not run["given"]], folder / "forms")
         if of(rows, stage="curves" if name == "quality" else "seeds"):
             with plt.rc_context(STYLE):
                 draw(rows, folder / name)
@@ -1068,7 +1128,8 @@ def main(root=HERE):
         print(text)
         print(f"figures of {profile}: {folder}" + (
             "" if any(run["log"] for run in mine) else " (no training logs, so no curves)"))
-    if text := draw_bench(root, root / "figures" / "bench"):
+    tinylm = [run for run in runs if run["profile"] == "tinylm"]
+    if text := draw_bench(root, root / "figures" / "bench", tinylm):
         print(f"{text}\nfigures of bench/: {root / 'figures' / 'bench'}")
     return 0
 

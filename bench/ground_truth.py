@@ -46,6 +46,7 @@ N_FEATURES, WIDTH = 512, 128
 SAMPLES = 50_000  # that the figures are of
 
 
+@functools.lru_cache(maxsize=1)
 def synthetic_model(seed: int) -> Any:
     """SAELens' SyntheticModel: Zipfian frequencies, correlations, a hierarchy, superposition.
 

@@ -191,14 +191,20 @@ def test_fvu_is_the_formula(toy, toy_lm) -> None:
     assert results["constant"][2] == pytest.approx(1.0, rel=1e-5)
 
 
-@pytest.mark.parametrize("curriculum", [True, False])
-def test_exported_sae_gives_the_same_output(toy, toy_lm, tmp_path: Path, curriculum) -> None:
-    settings = dataclasses.replace(toy.settings_of("run_1", "tinylm"), curriculum=curriculum)
+@pytest.mark.parametrize(
+    "changes, form",
+    [({}, "topk"), ({"curriculum": False}, "standard"), ({"selection": "threshold"}, "jumprelu")],
+)
+def test_exported_sae_gives_the_same_output(toy, toy_lm, tmp_path: Path, changes, form) -> None:
+    settings = dataclasses.replace(toy.settings_of("run_1", "tinylm"), layers=(2,), **changes)
     mean = torch.randn(32, generator=torch.Generator().manual_seed(1))
-    sae = toy.new_sae(settings, 2, 0, mean, 0.7, {"gamma": 0.1}, toy.k_at(settings, 1.0))
+    trainers = toy.start_trainers(settings, {2: (mean, 0.7)}, {(2, 0): {"gamma": 0.1}}, False)
+    sae = trainers[2, 0].sae
+    if form == "jumprelu":
+        sae.threshold.fill_(0.9)
     harness.export(sae, settings, tmp_path)
     stored = SAE.load_from_disk(tmp_path)
-    assert stored.cfg.architecture() == ("topk" if curriculum else "standard")
+    assert stored.cfg.architecture() == form
     x = 3 * torch.randn(50, 32, generator=torch.Generator().manual_seed(2))
     assert torch.allclose(stored.encode(x), sae.folded().encode(x), atol=1e-6)
     assert torch.allclose(stored(x), sae.folded()(x), atol=1e-5)
