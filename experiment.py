@@ -165,7 +165,18 @@ PLAN: dict[str, dict[str, Any]] = {
         description="adaptation of the selection alone", tau_pen=0.15, gamma=0.15, seeds=THREE
     ),
     "run_9": dict(description="adaptation against its end point", fix_at="run_1", seeds=FIVE),
-    # run_10, the best form found, joins the plan when it is found.
+    "run_10": dict(
+        description="the best form found: a threshold, no penalty",
+        selection="threshold",
+        tau_sel=0.3,
+        tau_pen=0.15,
+        gamma=0.0,
+        k_start_factor=1.0,
+        lr=4.5e-3,
+        lr_warmup=0.05,
+        dead_after=100_000,
+        seeds=FIVE,
+    ),
 }
 
 # =============================================================================================

@@ -852,18 +852,16 @@ def quality_tables(rows):
                   forms_table(forms, columns)]
     sweep = of(rows, stage="sweep")
     if sweep:
-        lines = [[method, f"{lr:g}", f"{window:,}",
+        lines = [[method, f"{lr:g}",
                   "; ".join(f"{of_layer:g}: {show(metric_mean('l0')(h), 1)}, "
                             f"{show(metric_mean('fvu')(h), 4)}"
                             for of_layer in in_order(here, "of_layer")
                             for h in [of(here, of_layer=of_layer)])]
                  for method in in_order(sweep, "method")
                  for lr in in_order(of(sweep, method=method), "lr")
-                 for window in in_order(of(sweep, method=method), "dead_window")
-                 if (here := of(sweep, method=method, lr=lr, dead_window=window))]
+                 for here in [of(sweep, method=method, lr=lr)]]
         parts += [f"The sweep. {where_made(sweep)}.",
-                  markdown(["method", "learning rate", "dead after, tokens",
-                            "k or coefficient: L0, FVU"], lines)]
+                  markdown(["method", "learning rate", "k or coefficient: L0, FVU"], lines)]
     return "\n\n".join(parts)
 
 

@@ -7,9 +7,8 @@ no training is begun after `--minutes`, and the same command goes on. Prints the
 there is, in Markdown; plot.py draws it.
 
 - `sweep`: learning rate of each method, and for the coefficient of a penalty two values on either
-  side of the L0 that is wanted; for methods with an auxiliary loss, the tokens after which it takes
-  a feature for dead. Seed 100. What is chosen has the lowest FVU, in the mean over layers, at L0 =
-  k_min (methods with a penalty: on the line through its two values, both axes logarithmic).
+  side of the L0 that is wanted. Seed 100, layer 2. What is chosen has the lowest FVU at L0 = k_min
+  (methods with a penalty: on the line through its two values, both axes logarithmic).
 - `curves`: each method, at the learning rate chosen, at four values of its sparsity; seed 0.
 - `seeds`: each method at L0 = k_min, seeds 0 to 4. A penalty's coefficient is read off the curve,
   layer by layer.
@@ -50,10 +49,12 @@ from experiment import Settings
 
 FILE = ROOT / "bench" / "quality.jsonl"
 STAGES = ("sweep", "curves", "seeds", "forms")
-LEARNING_RATES = (7.5e-4, 1.5e-3, 3e-3)
+LEARNING_RATES = (7.5e-4, 1.5e-3, 3e-3, 6e-3)
 L0 = (8, 16, 32, 64)  # of the curves, for methods that are told it
-SWEEP_SEED, SEEDS, FORM_SEEDS = 100, experiment.FIVE, experiment.THREE
-OURS, UNTRAINED = "this project (run_1)", "untrained"
+SWEEP_SEED, SWEEP_LAYERS = 100, (2,)
+SEEDS, FORM_SEEDS = experiment.FIVE, experiment.THREE
+OURS, TENTH = "this project (run_1)", "this project (run_10)"
+UNTRAINED = "untrained"
 WIDTHS = (1, 3, 7, 15, 32)  # of the nested SAEs of Matryoshka, in F/32
 METRICS = ("l0", "fvu", "ce_loss_score", "frac_alive") + tuple(
     f"{who}_top_{k}_test_accuracy" for who in ("sae", "llm") for k in (1, 2, 5, 10, 20, 50)
@@ -69,33 +70,31 @@ class Method:
         sparsity: the option, or setting, that L0 follows from.
         near: two of its values between which L0 is k_min; None: it is L0.
         curve: its values for the curves.
-        dead_windows: tokens without firing after which a feature counts as dead, if it matters.
     """
 
     kind: str | None
     sparsity: str = "k"
     near: tuple[float, float] | None = None
     curve: tuple[float, ...] = L0
-    dead_windows: tuple[int, ...] = (100_000,)
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
-AUXILIARY = dict(dead_windows=(10_000, 100_000))
-METHODS = {
-    OURS: Method(None, "k_min"),
-    "Standard": Method("standard", "l1_coefficient", (1.0, 3.0), (0.3, 1.0, 3.0, 6.0)),
-    "TopK": Method("topk", **AUXILIARY),
-    "BatchTopK": Method("batchtopk", **AUXILIARY),
-    "JumpReLU": Method("jumprelu", "l0_coefficient", (0.5, 2.0), (0.25, 0.7, 2.0, 6.0)),
-    "Gated": Method("gated", "l1_coefficient", (1.0, 3.0), (0.3, 1.0, 3.0, 6.0)),
-    "Matryoshka": Method("matryoshka_batchtopk", **AUXILIARY),
-}
 
 
 def planned(name: str) -> dict[str, Any]:
     """What the plan's entry changes in the method."""
     changes = experiment.PLAN[name]
     return {field: v for field, v in changes.items() if field not in ("description", "seeds")}
+
+
+METHODS = {
+    OURS: Method(None, "k_min"),
+    TENTH: Method(None, "k_min", options=planned("run_10")),
+    "Standard": Method("standard", "l1_coefficient", (1.0, 3.0), (0.3, 1.0, 3.0, 6.0)),
+    "TopK": Method("topk"),
+    "BatchTopK": Method("batchtopk"),
+    "JumpReLU": Method("jumprelu", "l0_coefficient", (0.5, 2.0), (0.25, 0.7, 2.0, 6.0)),
+    "Gated": Method("gated", "l1_coefficient", (1.0, 3.0), (0.3, 1.0, 3.0, 6.0)),
+    "Matryoshka": Method("matryoshka_batchtopk"),
+}
 
 
 FORMS = {
@@ -109,14 +108,14 @@ FORMS = {
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One training: an SAE on each layer. `sparsity` is by layer."""
+    """One training: an SAE on each of `layers`. `sparsity` is by layer."""
 
     stage: str
     method: str
     seed: int
     lr: float
+    layers: tuple[int, ...]
     sparsity: tuple[float, ...]
-    dead_window: int
 
 
 class Results:
@@ -199,17 +198,18 @@ def settings_for(cell: Cell, method: Method, base: Settings) -> Settings:
     if method.kind is None:
         value = cell.sparsity[0]
         value = int(value) if method.sparsity == "k_min" else value
-        changes |= {"lr": cell.lr, **method.options, method.sparsity: value}
+        changes |= method.options | {"lr": cell.lr, method.sparsity: value}
     return dataclasses.replace(base, **changes)
 
 
 def starter(cell: Cell, method: Method) -> Callable:
     """What `experiment.train` makes a cell's trainers with."""
-    if method.kind is None:
-        return experiment.start_trainers
 
     def start(settings: Settings, measured: dict, fixed: dict, autocast: bool) -> dict:
         trainers = {}
+        measured = {layer: measured[layer] for layer in cell.layers}
+        if method.kind is None:
+            return experiment.start_trainers(settings, measured, fixed, autocast)
         for sparsity, (layer, (mean_D, scale)) in zip(cell.sparsity, measured.items()):
             value = int(sparsity) if method.sparsity == "k" else sparsity
             options = method.options | {method.sparsity: value}
@@ -219,9 +219,8 @@ def starter(cell: Cell, method: Method) -> Callable:
                 name = method.sparsity.replace("coefficient", "warm_up_steps")
                 options[name] = settings.training_tokens // settings.batch // 10
             trainers[layer, cell.seed] = PeerTrainer(
-                method.kind, settings, cell.seed, mean_D, scale, autocast, cell.lr,
-                dead_window=cell.dead_window, **options,
-            )  # fmt: skip
+                method.kind, settings, cell.seed, mean_D, scale, autocast, cell.lr, **options
+            )
         return trainers
 
     return start
@@ -270,7 +269,7 @@ def machine() -> dict[str, Any]:
 def rows_of(cell: Cell, settings: Settings, figures: dict[str, dict]) -> list[dict[str, Any]]:
     """A row per layer: what identifies it, its figures, and where they were made."""
     where, rows = machine(), []
-    for layer, sparsity in zip(settings.layers, cell.sparsity):
+    for layer, sparsity in zip(cell.layers, cell.sparsity):
         found = figures[experiment.sae_name(layer, cell.seed)]
         row = dataclasses.asdict(cell) | {"layer": layer, "of_layer": sparsity}
         rows.append(row | {m: v for m, v in found.items() if m in METRICS} | where)
@@ -290,33 +289,31 @@ def line_at(points: list[tuple[float, float]], x: float) -> float:
 
 
 def sweep_cells(methods: dict[str, Method], base: Settings) -> Iterator[Cell]:
-    """Every method, learning rate, two values of a penalty, and ideas of when features are dead."""
+    """Every method, learning rate, and two values of a penalty."""
+    layers = tuple(layer for layer in base.layers if layer in SWEEP_LAYERS) or base.layers
     for name, method in methods.items():
-        values = method.near or (base.k_min,)
-        for lr, value, window in itertools.product(LEARNING_RATES, values, method.dead_windows):
-            yield Cell("sweep", name, SWEEP_SEED, lr, (value,) * len(base.layers), window)
+        for lr, value in itertools.product(LEARNING_RATES, method.near or (base.k_min,)):
+            yield Cell("sweep", name, SWEEP_SEED, lr, layers, (value,) * len(layers))
 
 
-def chosen(name: str, method: Method, base: Settings, results: Results) -> tuple[float, int, float]:
-    """The learning rate and the dead_window that the sweep found best, and FVU at L0 = k_min."""
-    found = []
-    for lr, window in itertools.product(LEARNING_RATES, method.dead_windows):
-        rows = results.of(stage="sweep", method=name, lr=lr, dead_window=window)
-        fvus = []
-        for layer in base.layers:
-            points = [(row["l0"], row["fvu"]) for row in rows if row["layer"] == layer]
-            fvus.append(line_at(points, base.k_min) if method.near else points[0][1])
-        found.append((harness.mean(fvus), lr, window))
-    fvu, lr, window = min(found)
-    return lr, window, fvu
+def chosen(name: str, method: Method, base: Settings, results: Results) -> float:
+    """The learning rate with which the sweep found the lowest FVU at L0 = k_min."""
+
+    def fvu(lr: float) -> float:
+        rows = results.of(stage="sweep", method=name, lr=lr)
+        points = [(row["l0"], row["fvu"]) for row in rows]
+        return line_at(points, base.k_min) if method.near else points[0][1]
+
+    return min(LEARNING_RATES, key=fvu)
 
 
 def curve_cells(methods: dict[str, Method], base: Settings, results: Results) -> Iterator[Cell]:
     """Every method at the values of its `curve`, at what the sweep chose."""
     for name, method in methods.items():
-        lr, window, _ = chosen(name, method, base, results)
+        lr = chosen(name, method, base, results)
         for value in method.curve:
-            yield Cell("curves", name, SEEDS[0], lr, (value,) * len(base.layers), window)
+            sparsity = (value,) * len(base.layers)
+            yield Cell("curves", name, SEEDS[0], lr, base.layers, sparsity)
 
 
 def seed_cells(
@@ -324,13 +321,13 @@ def seed_cells(
 ) -> Iterator[Cell]:
     """Every method at L0 = k_min: a penalty's coefficient read off the curve, by layer."""
     for seed, (name, method) in itertools.product(seeds, methods.items()):
-        lr, window, _ = chosen(name, method, base, results)
         values = []
         for layer in base.layers:
             rows = results.of(stage="curves", method=name, layer=layer)
             points = [(row["l0"], row["of_layer"]) for row in rows]
             values.append(line_at(points, base.k_min) if method.near else base.k_min)
-        yield Cell("seeds", name, seed, lr, tuple(values), window)
+        lr = chosen(name, method, base, results)
+        yield Cell("seeds", name, seed, lr, base.layers, tuple(values))
 
 
 def form_cells(base: Settings) -> Iterator[Cell]:
@@ -338,7 +335,7 @@ def form_cells(base: Settings) -> Iterator[Cell]:
     for seed, (name, method) in itertools.product(FORM_SEEDS, FORMS.items()):
         for value in method.curve:
             sparsity = (value,) * len(base.layers)
-            yield Cell("forms", name, seed, base.lr, sparsity, base.dead_after)
+            yield Cell("forms", name, seed, base.lr, base.layers, sparsity)
 
 
 def arguments_of(description: str, stages: tuple[str, ...], file: Path) -> argparse.Namespace:

@@ -55,7 +55,7 @@ def test_an_untrained_sae_does_not_begin_as_the_true_features(tmp_path):
     base = dataclasses.replace(
         SETTINGS, d_sae=ground_truth.N_FEATURES, k_min=8, batch=512, training_tokens=512 * 5
     )
-    cell = quality.Cell("seeds", quality.OURS, 0, 1e-3, (8,), 10_000)
+    cell = quality.Cell("seeds", quality.OURS, 0, 1e-3, (0,), (8,))
     trained, untrained = ground_truth.run_cell(cell, base, tmp_path)
     assert untrained["method"] == quality.UNTRAINED and untrained["mcc"] < 0.5
     assert trained["mcc"] < 0.5  # five steps find nothing
@@ -64,7 +64,7 @@ def test_an_untrained_sae_does_not_begin_as_the_true_features(tmp_path):
 
 def test_cells_that_have_rows_are_not_made_again(tmp_path):
     results = quality.Results(tmp_path / "rows.jsonl")
-    cells = [quality.Cell("sweep", "TopK", 0, lr, (4.0,), 10) for lr in (1e-3, 2e-3)]
+    cells = [quality.Cell("sweep", "TopK", 0, lr, (0,), (4.0,)) for lr in (1e-3, 2e-3)]
     made = []
 
     def make(cell):
@@ -98,3 +98,16 @@ def test_paired_differences_are_students_and_holm_is_stepwise():
     adjusted = plot.holm([0.01, 0.04, math.nan, 0.03])
     assert adjusted[:2] + adjusted[3:] == pytest.approx([0.03, 0.06, 0.06])
     assert math.isnan(adjusted[2])
+
+
+def test_the_sweep_chooses_by_fvu_at_the_l0_that_is_wanted(tmp_path):
+    results = quality.Results(tmp_path / "rows.jsonl")
+    base = dataclasses.replace(SETTINGS, k_min=10)
+    # At L0 = 10 it is 0.1 and 0.05; the lowest FVU of all is at another L0.
+    for lr, l0, fvu in ((1.5e-3, 5, 0.2), (1.5e-3, 40, 0.025), (3e-3, 8, 0.0625), (3e-3, 16, 0.03)):
+        row = {"stage": "sweep", "method": "Standard", "lr": lr, "l0": l0, "fvu": fvu}
+        results.rows.append(row)
+    for lr in (7.5e-4, 6e-3):
+        row = {"stage": "sweep", "method": "Standard", "lr": lr, "l0": 10, "fvu": 0.9}
+        results.rows += [row, row]
+    assert quality.chosen("Standard", quality.METHODS["Standard"], base, results) == 3e-3

@@ -148,7 +148,7 @@ def test_activations_are_scaled_to_d(toy) -> None:
         assert torch.allclose(result.mean[layer], acts_ND.mean(0), atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["run_2", "run_5", "run_6", "run_7", "run_9"])
+@pytest.mark.parametrize("name", ["run_2", "run_5", "run_6", "run_7", "run_9", "run_10"])
 def test_planned_runs_train_as_the_plan_says(toy, toy_run: Path, name: str) -> None:
     """Constants stay constant in the log; without curriculum there is no k_t."""
     settings = toy.settings_of(name, "tinylm")
@@ -166,6 +166,7 @@ def test_planned_runs_train_as_the_plan_says(toy, toy_run: Path, name: str) -> N
         "run_6": {"tau_sel": 0.3, "tau_pen": 0.1, "gamma": 0.15},
         "run_7": {},
         "run_9": {metric: info[metric] for metric in ("tau_sel", "tau_pen", "gamma")},
+        "run_10": {"tau_sel": 0.3, "tau_pen": 0.15, "gamma": 0.0},
     }[name]
     for metric, theta in (("tau_sel", "theta_1"), ("tau_pen", "theta_2"), ("gamma", "theta_3")):
         values = {record[metric] for record in log}
@@ -177,7 +178,9 @@ def test_planned_runs_train_as_the_plan_says(toy, toy_run: Path, name: str) -> N
             assert len(values) == len(log)
     no_curriculum = name in ("run_5", "run_6", "run_7")
     assert {record["k_t"] is None for record in log} == {no_curriculum}
-    assert (result.saes[2, 0].k is None) == no_curriculum
+    by_threshold = result.saes[2, 0].threshold is not None
+    assert by_threshold == (name == "run_10")
+    assert (result.saes[2, 0].k is None) == (no_curriculum or by_threshold)
 
 
 # ------------------------------------------------------------------------------- the last words
