@@ -335,6 +335,8 @@ def ablation_rows(runs, reference):
             ("untrained", "untrained SAE", "untrained SAE"),
             ("llm", "language model", "language model, best k dimensions")):
         sources = [run for run in made if math.isfinite(primary(run, who))]
+        if who == "untrained" and any(run is reference for run in sources):  # at its L0
+            sources = [run for run in sources if same_l0(run, reference)]
         if not sources and who == "llm":  # the given baseline's figures of the model are sound
             sources = [run for run in runs if math.isfinite(primary(run, who))]
         values = [primary(run, who) for run in sources]
@@ -348,9 +350,16 @@ def ablation_rows(runs, reference):
     return rows
 
 
+def same_l0(run, other):
+    """Whether two runs' L0 are close enough for a comparison (harness.MAX_L0_RATIO)."""
+    smaller, larger = sorted(mean_over_layers(each, "l0") for each in (run, other))
+    return larger <= harness.MAX_L0_RATIO * smaller
+
+
 def reference_text(who, sources):
     if who == "untrained":
-        return "same width and L0, never trained"
+        text = "same width and L0, never trained"
+        return text if len(sources) == 1 else f"{text}: of {len(sources)} runs at one L0"
     full = np.mean([mean_over_layers(run, "llm_test_accuracy") for run in sources])
     probe = f"; probe on all dimensions: {full:.4f}" if math.isfinite(full) else ""
     return f"best k dimensions of the residual stream{probe}"
