@@ -342,7 +342,7 @@ def test_trained_halfway_by_threads_the_rest_comes_out_the_same(
     """After each filling of the buffer, in every form; the text starts again meanwhile."""
     monkeypatch.setattr(harness, "SAVE_EVERY", 0.0)
     monkeypatch.setattr(harness, "SAVE_SHARE", 1e9)
-    for name in ("run_1", "run_6"):
+    for name in ("run_1", "run_6", "run_10"):
         settings = dataclasses.replace(
             toy.settings_of(name, "tinylm"), seeds=(0, 1), training_tokens=49_152,
             buffer_tokens=12_288,
