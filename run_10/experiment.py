@@ -1,0 +1,1172 @@
+"""Train a parametric contrastive sparse autoencoder (SAE), score it with SAE-Bench, record it.
+
+    python experiment.py --out_dir=run_i
+
+configuration -> language model -> activation buffer -> trainer -> evaluation -> records.
+Edit anything here; `harness.py` holds the plumbing that nobody edits. In names of tensors,
+B is tokens or batch, L sequence, D model dimension, F features, K selected features, N rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+STARTED = time.monotonic()
+# The code that runs, whatever is edited while the imports below take their seconds.
+SOURCE = Path(__file__).read_text(encoding="utf-8")
+
+# Read when the libraries start: the same seed on the same machine gives the same weights.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+# Threads that wait don't spin: beside other jobs a run took half to a third of the time.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import torch
+from sae_bench.custom_saes.base_sae import BaseSAE
+from torch import Tensor, nn
+
+import harness
+from harness import ExperimentError
+
+# =============================================================================================
+# SETTINGS AND PLAN: edit these directly
+# =============================================================================================
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything a run depends on. `PROFILES` and `PLAN` below override these defaults."""
+
+    description: str = "defaults"  # what the run tests, for tables and figures
+
+    # The language model and its text.
+    model: str = "tinylm"  # a Hugging Face name or folder; "tinylm": the built-in model
+    lm_dtype: str = "float32"  # the precision of the language model in evaluation
+    train_dtype: str = "auto"  # of training's matrix products; "auto": what the hardware has
+    layers: tuple[int, ...] = (1, 2, 4)  # SAEs read blocks.L.hook_resid_post
+    context: int = 128  # tokens per context, BOS first
+    training_text: str = "tinylm"  # a data set with a "text" column; "tinylm": its corpus
+    device: str = "auto"  # "auto", "cpu" or "cuda"
+
+    # The SAE and its loss (DESIGN: the method).
+    d_sae: int = 1024  # F, the number of features
+    form: str = "contrastive"  # "contrastive", or "as_written": the loss as first written down
+    tau_sel: float | None = None  # selection temperature; None: learned in (0.1, 0.5)
+    tau_pen: float | None = None  # penalty temperature; None: learned in (0.05, 0.25)
+    gamma: float | None = None  # loss weight; None: learned in (0, 0.3)
+    fix_at: str | None = None  # fix all three at the final values of this run, layer by layer
+    reg_lambda: float = 0.01  # λ of L_reg, on the learned θ
+    selection: str = "token"  # the k largest of each token, or "threshold": of all, k in the mean
+    threshold_rate: float = 0.05  # by which the threshold follows k, per step
+    curriculum: bool = True  # False: no selection, all active features reconstruct (k_min = 1)
+    k_min: int = 16  # features selected per token at the end of the curriculum
+    k_start_factor: float = 2.0  # the curriculum starts at k_start = k_start_factor · k_min
+    curriculum_fraction: float = 0.1  # part of training after which k_t = k_min
+
+    # Training.
+    seeds: tuple[int, ...] = (0,)  # each sets initialization and the order of the tokens
+    training_tokens: int = 1_200_000
+    budget_minutes: float | None = None  # training is shortened once if the command would take more
+    batch: int = 512  # tokens per step
+    lr: float = 1.5e-3  # Adam's learning rate for weights and biases
+    lr_warmup: float = 0.2  # part of training over which it rises from 0, while θ settles
+    lr_decay: float = 0.2  # part of training, at the end, over which it falls to 0
+    theta_lr: float = 1e-2  # Adam's learning rate for θ: no warm-up, no decay
+    dead_after: int = 10_000  # tokens without firing after which a feature counts as dead
+    resample: bool = True  # bring dead features back, until the learning rate decays
+    buffer_tokens: int = 262_144  # activations per layer held, and shuffled, at once
+    harvest_contexts: int = 16  # contexts per forward pass of the language model
+    log_every: int = 20  # steps between lines of train_log.jsonl
+
+    # Evaluation, by SAE-Bench.
+    core_text: str = "tinylm"  # a data set with a "text" column; "tinylm": its held-out text
+    core_prompts: int = 16  # contexts per batch
+    core_reconstruction_batches: int = 10
+    core_sparsity_batches: int = 40
+    probe_sets: tuple[str, ...] = ("tinylm/B",)  # data sets; "tinylm/A": for choosing, B: to report
+    probe_train: int = 300  # SAE-Bench's probe_train_set_size: half of it per class
+    probe_test: int = 200
+    probe_ks: tuple[int, ...] = (1, 2, 5, 10, 20, 50)
+    probe_llm_batch: int = 32
+    probe_sae_batch: int = 125
+    probe_seed: int = 42
+    compare_to: str = "run_1"  # the run that the verdict compares this one to
+
+
+PROFILES: dict[str, dict[str, Any]] = {
+    "tinylm": {},  # the defaults above
+    "gemma-2-2b": dict(
+        model="google/gemma-2-2b",
+        lm_dtype="bfloat16",
+        layers=(5, 12, 19),
+        training_text="monology/pile-uncopyrighted",
+        d_sae=2304,  # 16384 is the next step up
+        k_min=64,
+        k_start_factor=4.0,
+        curriculum_fraction=0.3,
+        training_tokens=50_000_000,
+        budget_minutes=110.0,
+        batch=2048,
+        lr=3e-4,
+        lr_warmup=0.02,
+        dead_after=2_500_000,
+        harvest_contexts=64,
+        log_every=100,
+        core_text="Skylion007/openwebtext",
+        core_reconstruction_batches=200,
+        core_sparsity_batches=2000,
+        probe_sets=(
+            "LabHC/bias_in_bios_class_set1",
+            "LabHC/bias_in_bios_class_set2",
+            "LabHC/bias_in_bios_class_set3",
+            "canrager/amazon_reviews_mcauley_1and5",
+            "canrager/amazon_reviews_mcauley_1and5_sentiment",
+            "codeparrot/github-code",
+            "fancyzhx/ag_news",
+            "Helsinki-NLP/europarl",
+        ),
+        probe_train=4000,
+        probe_test=1000,
+    ),
+}
+
+THREE, FIVE = (0, 1, 2), (0, 1, 2, 3, 4)  # seeds
+
+# The base name of --out_dir selects the run: `--out_dir=run_3` runs PLAN["run_3"].
+PLAN: dict[str, dict[str, Any]] = {
+    "run_1": dict(description="the full method", seeds=FIVE),
+    "run_2": dict(description="fixed temperatures", tau_sel=0.3, tau_pen=0.1, seeds=FIVE),
+    "run_3": dict(description="fixed loss weight", gamma=0.15, seeds=FIVE),
+    "run_4": dict(description="stronger regularization", reg_lambda=0.1, seeds=THREE),
+    "run_5": dict(description="no curriculum", curriculum=False, seeds=THREE),
+    "run_6": dict(
+        description="full ablation",
+        tau_sel=0.3,
+        tau_pen=0.1,
+        gamma=0.15,
+        curriculum=False,
+        seeds=FIVE,
+    ),
+    "run_7": dict(
+        description="the loss as first written", form="as_written", curriculum=False, seeds=THREE
+    ),
+    "run_8": dict(
+        description="adaptation of the selection alone", tau_pen=0.15, gamma=0.15, seeds=THREE
+    ),
+    "run_9": dict(description="adaptation against its end point", fix_at="run_1", seeds=FIVE),
+    "run_10": dict(
+        description="the best form found: a threshold, no penalty",
+        selection="threshold",
+        tau_sel=0.3,
+        tau_pen=0.15,
+        gamma=0.0,
+        k_start_factor=1.0,
+        lr=4.5e-3,
+        lr_warmup=0.05,
+        dead_after=100_000,
+        seeds=FIVE,
+    ),
+}
+
+# =============================================================================================
+# THE METHOD: the SAE, its loss, its curriculum
+# =============================================================================================
+
+# The parameters that can be learned: name, θ, lower bound, width of the range.
+BOUNDED = {
+    "tau_sel": ("theta_1", 0.1, 0.4),
+    "tau_pen": ("theta_2", 0.05, 0.2),
+    "gamma": ("theta_3", 0.0, 0.3),
+}
+
+
+class CustomSAE(BaseSAE):
+    """The parametric contrastive SAE.
+
+        f     = ReLU((x − b_dec) W_enc + b_enc)                  features, (…, F)
+        x̂     = Σ_{i ∈ S} f_i W_dec[i] + b_dec                   reconstruction, (…, D)
+        τ_sel = 0.1 + 0.4 σ(θ1),  τ_pen = 0.05 + 0.2 σ(θ2),  γ = 0.3 σ(θ3)
+
+    S holds the `k` largest features of x, or those above `threshold`; without either there is no
+    selection and S holds all active ones. W_enc is (D, F), W_dec (F, D) with rows of unit norm.
+
+    Args:
+        d_in, d_sae: D and F.
+        model_name, hook_layer: the residual stream it reads: blocks.{hook_layer}.hook_resid_post.
+        k: features that `encode` keeps of each token, or None.
+        by_threshold: `encode` keeps what is above `threshold`, a number that `Trainer` moves.
+        fixed: values of tau_sel, tau_pen or gamma that are constants; the others are learned.
+        scale: s with E‖s x‖² = D: training multiplies activations by it. See `folded`.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        model_name: str,
+        hook_layer: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        k: int | None = None,
+        fixed: dict[str, float] | None = None,
+        scale: float = 1.0,
+        by_threshold: bool = False,
+    ) -> None:
+        super().__init__(d_in, d_sae, model_name, hook_layer, torch.device(device), dtype)
+        self.k = k
+        self.fixed = dict(fixed or {})
+        self.scale = scale
+        for name, (theta, _, _) in BOUNDED.items():
+            zero = torch.zeros((), device=device, dtype=dtype)
+            self.register_parameter(theta, None if name in self.fixed else nn.Parameter(zero))
+        zero = torch.zeros((), device=device, dtype=dtype) if by_threshold else None
+        self.register_buffer("threshold", zero)
+        self.cfg.architecture = "parametric_contrastive"
+        self.cfg.activation_fn_str = "jumprelu" if by_threshold else "relu" if k is None else "topk"
+        self.cfg.apply_b_dec_to_input = True
+
+    def bounded(self, name: str) -> Tensor:
+        """tau_sel, tau_pen or gamma: a scalar; differentiable in its θ unless it is fixed."""
+        if name in self.fixed:
+            return self.W_enc.new_tensor(self.fixed[name])
+        theta, low, width = BOUNDED[name]
+        return low + width * torch.sigmoid(getattr(self, theta))
+
+    def thetas(self) -> list[nn.Parameter]:
+        """The learned θ."""
+        return [getattr(self, t) for n, (t, _, _) in BOUNDED.items() if n not in self.fixed]
+
+    def adaptive(self) -> dict[str, float | None]:
+        """tau_sel, tau_pen, gamma, their w = γ τ_pen, and the θ (None where there is none)."""
+        values = {name: self.bounded(name).item() for name in BOUNDED}
+        thetas = {t: getattr(self, t) for t, _, _ in BOUNDED.values()}
+        return {
+            **values,
+            "w": values["gamma"] * values["tau_pen"],
+            **{name: None if theta is None else theta.item() for name, theta in thetas.items()},
+        }
+
+    def weights(self) -> list[nn.Parameter]:
+        """W_enc, W_dec, b_enc, b_dec."""
+        return [self.W_enc, self.W_dec, self.b_enc, self.b_dec]
+
+    @torch.no_grad()
+    def initialize(self, seed: int, mean_D: Tensor) -> None:
+        """W_dec rows random of unit norm, W_enc = W_decᵀ, b_enc = 0, b_dec = `mean_D`."""
+        generator = torch.Generator().manual_seed(seed)
+        W_dec = torch.randn(self.W_dec.shape, generator=generator)
+        self.W_dec.copy_(W_dec / W_dec.norm(dim=1, keepdim=True))
+        self.W_enc.copy_(self.W_dec.T)
+        self.b_enc.zero_()
+        self.b_dec.copy_(mean_D)
+
+    def centred(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x − b_dec, (…, D), and what to add to its product with W_enc, (F,).
+
+        b_dec gets its gradient through a term that is zero, a product with a vector where
+        (x − b_dec) W_enc would need one with a matrix. x gets none.
+        """
+        shift_F = (self.b_dec.detach() - self.b_dec) @ self.W_enc.detach()
+        return x.to(self.W_enc.dtype) - self.b_dec.detach(), self.b_enc + shift_F
+
+    def preactivations(self, x: Tensor) -> Tensor:
+        """(…, D) -> (…, F): what the ReLU is applied to, (x − b_dec) W_enc + b_enc."""
+        centred, bias_F = self.centred(x)
+        return centred @ self.W_enc + bias_F
+
+    def encode(self, x: Tensor) -> Tensor:
+        """(…, D) -> (…, F): the features, of which the selected are kept."""
+        pre = self.preactivations(x)
+        if self.threshold is not None:
+            return torch.where(pre > self.threshold, pre, 0.0)
+        if self.k is None:
+            return torch.relu(pre)
+        # In SAELens' order: bfloat16 has ties, which topk breaks otherwise among activations.
+        values, indices = pre.topk(self.k, dim=-1, sorted=False)
+        return torch.zeros_like(pre).scatter_(-1, indices, torch.relu(values))
+
+    def features(
+        self, x_BD: Tensor, by_index: bool, above: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """relu(preactivations): (B, F) and None, or the few that are active, by index.
+
+        By index: (B, M) values and (B, M) features, M the most that a token has active, and zeros
+        where it has fewer. The products that follow need only them then.
+
+        Args:
+            by_index: where few enough are active for that to be faster.
+            above: a number above 0; what isn't larger counts as not active.
+        """
+        pre_BF = self.preactivations(x_BD)
+        if by_index and (few := harness.few_active(pre_BF, above or 0.0)):
+            return harness.active_values(pre_BF.detach(), few, *self.centred(x_BD), self.W_enc)
+        if above is None:
+            return torch.relu(pre_BF), None
+        return torch.where(pre_BF > above, pre_BF, 0.0), None
+
+    def decode(self, feature_acts: Tensor, indices: Tensor | None = None) -> Tensor:
+        """(…, F) -> (…, D), or (B, M) -> (B, D) of the features that (B, M) `indices` names."""
+        if indices is not None:
+            return harness.sum_of_rows(feature_acts, indices, self.W_dec) + self.b_dec
+        return feature_acts @ self.W_dec + self.b_dec
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, D) -> (…, D): the reconstruction."""
+        return self.decode(self.encode(x))
+
+    @torch.no_grad()
+    def normalize_decoder(self) -> None:
+        """Rows of W_dec back to unit norm."""
+        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True))
+
+    @torch.no_grad()
+    def remove_parallel_gradient(self) -> None:
+        """Takes from W_dec's gradient what would only change the norm of its rows."""
+        grad = self.W_dec.grad
+        grad.addcmul_((grad * self.W_dec).sum(1, keepdim=True), self.W_dec, value=-1)
+
+    @torch.no_grad()
+    def folded(self) -> CustomSAE:
+        """The same SAE for activations in raw units.
+
+        f is linear in the scale: with b_enc/s, b_dec/s and threshold/s in the place of b_enc, b_dec
+        and threshold, W_enc and W_dec unchanged, raw activations give features and reconstructions
+        in raw units.
+        """
+        raw = copy.deepcopy(self)
+        for shifted in (raw.b_enc, raw.b_dec, raw.threshold):
+            if shifted is not None:
+                shifted.div_(self.scale)
+        raw.scale = 1.0
+        return raw
+
+
+def select(f_BF: Tensor, k: int, threshold: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The k largest features of each row, and the rest: two tensors of f's shape that add to f.
+
+    With a threshold, what is above it, and the rest.
+    """
+    if threshold is not None:
+        return torch.where(f_BF > threshold, f_BF, 0.0), torch.where(f_BF > threshold, 0.0, f_BF)
+    if k >= f_BF.shape[-1]:
+        return f_BF, torch.zeros_like(f_BF)
+    values, indices = f_BF.topk(k, dim=-1, sorted=False)
+    selected = torch.zeros_like(f_BF).scatter_(-1, indices, values)
+    return selected, f_BF.scatter(-1, indices, 0.0)
+
+
+@dataclass
+class Loss:
+    """The loss of one batch, its parts as they enter it (scalars), and what the parts came from."""
+
+    total: Tensor
+    reconstruction: Tensor
+    penalty: Tensor  # γ L_pen
+    reg: Tensor
+    used_BF: Tensor  # the features that reconstruct; (B, M) where they go by index
+    indices_BM: Tensor | None  # which features these are; None: all F in order
+    residual_BD: Tensor  # x − x̂
+
+    def fired(self, d_sae: int) -> Tensor:
+        """(F,) bool: the features that reconstruct some token."""
+        if self.indices_BM is None:
+            return self.used_BF.detach().amax(0) > 0
+        fired_F = torch.zeros(d_sae, dtype=torch.bool, device=self.used_BF.device)
+        fired_F[self.indices_BM[self.used_BF > 0]] = True
+        return fired_F
+
+
+def contrastive_loss(
+    sae: CustomSAE,
+    x_BD: Tensor,
+    k: int | None,
+    reg_lambda: float,
+    form: str = "contrastive",
+    by_index: bool = False,
+) -> Loss:
+    """The loss on a batch of scaled activations (DESIGN, the method).
+
+        L_pen = τ_pen · mean over tokens of Σ_{i ∉ S} tanh(f_i / τ_sel)
+        L_reg = λ Σ over the learned θ of θ²
+        loss  = mean over tokens of ‖x − x̂‖² / D  +  γ L_pen  +  L_reg
+
+    Args:
+        x_BD: (B, D), with E‖x‖² = D.
+        k: S is the k largest features, or those above the SAE's threshold, which alone reconstruct
+            and are not penalised. None: no selection; every active feature reconstructs, all but
+            the strongest are penalised.
+        form: "as_written" is the method as it was first written down, kept as an ablation: no
+            selection, tanh(f / τ_sel) averaged over tokens and features alike, and the
+            reconstruction loss is mean ‖x − x̂‖.
+        by_index: f_BF below is (B, M), see `CustomSAE.features`, where few features are active.
+            The same loss, faster; `Trainer.step` holds the one against the other.
+    """
+    tau_sel, tau_pen, gamma = (sae.bounded(name) for name in BOUNDED)
+    # Where nothing is penalised, features up to the threshold are of no use to the loss.
+    above = sae.threshold if sae.fixed.get("gamma") == 0 else None
+    f_BF, indices_BM = sae.features(x_BD, by_index, above)
+    if form == "as_written":
+        used_BF, penalised_BF = f_BF, f_BF
+    elif k is None:
+        used_BF, penalised_BF = f_BF, select(f_BF, 1)[1]
+    else:
+        used_BF, penalised_BF = select(f_BF, k, sae.threshold)
+    residual_BD = x_BD - sae.decode(used_BF, indices_BM)
+    saturated_BF = torch.tanh(penalised_BF * (1 / tau_sel))  # / has a backward of twice the passes
+    if form == "as_written":
+        reconstruction = residual_BD.norm(dim=-1).mean()
+        penalty = gamma * tau_pen * saturated_BF.sum(-1).mean() / sae.cfg.d_sae
+    else:
+        reconstruction = residual_BD.pow(2).mean()
+        penalty = gamma * tau_pen * saturated_BF.sum(-1).mean()
+    reg = reg_lambda * sum((theta**2 for theta in sae.thetas()), torch.zeros_like(gamma))
+    total = reconstruction + penalty + reg
+    return Loss(total, reconstruction, penalty, reg, used_BF, indices_BM, residual_BD)
+
+
+def curriculum_k(progress: float, k_start: int, k_min: int, fraction: float) -> int:
+    """k_t: from k_start log-linearly down to k_min over the first `fraction` of training.
+
+    Args:
+        progress: tokens seen / tokens in all, from 0 to 1.
+    """
+    if progress >= fraction:
+        return k_min
+    return round(k_start * (k_min / k_start) ** (progress / fraction))
+
+
+def lr_factor(progress: float, warmup: float, decay: float) -> float:
+    """The learning rate's factor: up to 1 over `warmup`, down to 0 over the last `decay`."""
+    rise = progress / warmup if progress < warmup else 1.0
+    fall = (1.0 - progress) / decay if progress > 1.0 - decay else 1.0
+    return min(rise, fall)
+
+
+# =============================================================================================
+# THE LANGUAGE MODEL AND ITS ACTIVATIONS
+# =============================================================================================
+
+
+class ActivationBuffer:
+    """Activations of several layers in corpus order, BOS, EOS and padding left out.
+
+    Args:
+        contexts: per forward pass.
+        key: all that activations depend on: they are kept under it, for the next run.
+    """
+
+    def __init__(
+        self,
+        lm: harness.LanguageModel,
+        stream: harness.TokenStream,
+        layers: tuple[int, ...],
+        contexts: int,
+        key: dict[str, Any] | None = None,
+    ) -> None:
+        self.lm, self.stream, self.layers, self.contexts = lm, stream, layers, contexts
+        self.store = harness.ActivationStore(stream, key)
+        self._rest: Tensor | None = None  # harvested, not yet handed out
+
+    def take(self, n: int, advance: Callable[[int], None] = lambda n: None) -> Tensor:
+        """The activations of the next n tokens: (layers, n, D), on the model's device.
+
+        Args:
+            advance: called with the number of tokens of each few forward passes.
+        """
+        hf, have = self.lm.hf, 0
+        shape = (len(self.layers), n, hf.config.hidden_size)
+        taken = torch.empty(shape, device=hf.device, dtype=hf.dtype)
+        parts = [] if self._rest is None else [self._rest]
+        while have < n:
+            if not parts:
+                n_passes = max(1, (n - have) // (self.contexts * (self.stream.context - 1)))
+                parts = self.store.passes(min(n_passes, harness.PASSES), self.harvest)
+                advance(sum(part.shape[1] for part in parts))
+            part = parts.pop(0).to(hf.device)
+            missing = n - have
+            taken[:, have : have + part.shape[1]] = part[:, :missing]
+            have, rest = have + part.shape[1], part[:, missing:]
+        self._rest = torch.cat([rest, *(part.to(hf.device) for part in parts)], dim=1)
+        return taken
+
+    def harvest(self, n_passes: int) -> list[Tensor]:
+        """The activations of the next forward passes, (layers, N, D) of each."""
+        passes = self.stream.contexts(n_passes * self.contexts).split(self.contexts)
+        special = torch.tensor(sorted(self.lm.special_ids))
+
+        def one_pass(tokens_BL: Tensor) -> Tensor:
+            keep_BL = ~torch.isin(tokens_BL, special)
+            acts = self.lm.activations(tokens_BL, self.layers)
+            return torch.stack([acts_BLD[keep_BL.to(acts_BLD.device)] for acts_BLD in acts])
+
+        return harness.in_order(one_pass, passes, self.lm.hf.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the text stands, and what is harvested and not handed out."""
+        return {"store": self.store.state_dict(), "rest": self._rest}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where another buffer on the same text stood."""
+        self.store.load_state_dict(state["store"])
+        rest = state["rest"]
+        self._rest = None if rest is None else rest.to(self.lm.hf.device)
+
+
+# =============================================================================================
+# TRAINING
+# =============================================================================================
+
+
+class Trainer:
+    """One SAE and what its training needs: Adam with a group for θ, and the count of dead features.
+
+    Args:
+        sae: initialized, on its device, in float32.
+        settings: the run's.
+        autocast: matrix products in bfloat16.
+    """
+
+    def __init__(
+        self, sae: CustomSAE, settings: Settings, seed: int, autocast: bool = False
+    ) -> None:
+        self.sae, self.settings, self.autocast = sae, settings, autocast
+        groups = [{"params": sae.weights(), "lr": settings.lr}]
+        if sae.thetas():
+            groups.append({"params": sae.thetas(), "lr": settings.theta_lr})
+        self.optimizer = torch.optim.Adam(groups, fused=True)
+        self.steps_since_active = torch.zeros(
+            sae.cfg.d_sae, dtype=torch.int64, device=sae.W_enc.device
+        )
+        self.generator = torch.Generator().manual_seed(seed)
+        self.threshold_started = False
+        self.by_index: bool | None = None  # whether features may go by index; None: not yet known
+
+    def dead(self) -> Tensor:
+        """(F,) bool: features that have not reconstructed anything for `dead_after` tokens."""
+        return self.steps_since_active * self.settings.batch >= self.settings.dead_after
+
+    def step(self, x_BD: Tensor, progress: float, log: bool) -> tuple[Tensor, dict | None]:
+        """One step on raw activations (B, D); the loss, and the step's record if `log`."""
+        settings, sae = self.settings, self.sae
+        raw_BD = x_BD
+        x_BD = x_BD.to(sae.W_enc.dtype) * sae.scale
+        k = k_at(settings, progress)
+        self.start_threshold(x_BD, k)
+
+        def loss_by(by_index: bool) -> Loss:
+            return contrastive_loss(sae, x_BD, k, settings.reg_lambda, settings.form, by_index)
+
+        with torch.autocast(x_BD.device.type, torch.bfloat16, enabled=self.autocast):
+            loss = loss_by(self.by_index is not False)
+        if loss.indices_BM is not None and self.by_index is None:
+            self.by_index = harness.same_by_index(loss_by, list(sae.parameters()))
+            if not self.by_index:
+                print("contrastive_loss has other gradients with features by index: all are used")
+                return self.step(raw_BD, progress, log)
+        self.optimizer.zero_grad()
+        loss.total.backward()
+        sae.remove_parallel_gradient()
+        lr = settings.lr * lr_factor(progress, settings.lr_warmup, settings.lr_decay)
+        self.optimizer.param_groups[0]["lr"] = lr
+        record = self.record(loss, x_BD, k, lr) if log else None
+        self.optimizer.step()
+        sae.normalize_decoder()
+        self.move_threshold(loss, k)
+        fired_F = loss.fired(sae.cfg.d_sae)
+        self.steps_since_active = torch.where(fired_F, 0, self.steps_since_active + 1)
+        if settings.resample and progress < 1 - settings.lr_decay:
+            self.resample(loss.residual_BD.detach())
+        return loss.total.detach(), record
+
+    @torch.no_grad()
+    def start_threshold(self, x_BD: Tensor, k: int | None) -> None:
+        """Before the first step: k features per token of this batch are above the threshold."""
+        if self.sae.threshold is None or self.threshold_started:
+            return
+        self.threshold_started = True
+        pre_N = self.sae.preactivations(x_BD).flatten()
+        largest = pre_N.kthvalue(max(len(pre_N) - k * len(x_BD), 1)).values
+        self.sae.threshold.copy_(largest.clamp(min=1e-6))
+
+    @torch.no_grad()
+    def move_threshold(self, loss: Loss, k: int | None) -> None:
+        """Up where more than k features per token were above the threshold, down where fewer.
+
+        The threshold is the multiplier of the constraint L0 = k: it rises while L0 is too high.
+        """
+        if self.sae.threshold is not None:
+            l0 = (loss.used_BF > 0).sum() / len(loss.used_BF)
+            excess = (l0 / k - 1).clamp(max=1.0)
+            self.sae.threshold.mul_(torch.exp(self.settings.threshold_rate * excess))
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next steps depend on."""
+        return {
+            "sae": self.sae.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "attributes": [harness.plain_attributes(thing) for thing in (self, self.sae)],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where another trainer of the same SAE stood."""
+        self.sae.load_state_dict(state["sae"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        for thing, attributes in zip((self, self.sae), state["attributes"]):
+            harness.set_attributes(thing, attributes)
+
+    @torch.no_grad()
+    def resample(self, residual_BD: Tensor) -> None:
+        """Points dead features at what badly reconstructed tokens lack, x − x̂.
+
+        After Bricken et al. 2023 ("Towards Monosemanticity", appendix, neuron resampling), with
+        tokens drawn in proportion to their squared loss; but at every step, as features die.
+        """
+        dead_N = self.dead().nonzero()[:, 0]
+        if not len(dead_N):
+            return
+        odds_B = residual_BD.pow(2).sum(-1).pow(2).cpu()
+        if not odds_B.isfinite().all():
+            return  # the loss isn't either, and take_steps says so
+        dead_N = dead_N[: len(odds_B)]
+        rows_N = torch.multinomial(odds_B, len(dead_N), generator=self.generator)
+        directions_ND = residual_BD[rows_N.to(residual_BD.device)]
+        directions_ND = directions_ND / directions_ND.norm(dim=1, keepdim=True)
+        sae = self.sae
+        sae.W_dec[dead_N] = directions_ND
+        sae.W_enc[:, dead_N] = directions_ND.T * sae.W_enc.norm(dim=0).mean()
+        sae.b_enc[dead_N] = 0.0
+        for parameter, index in (
+            (sae.W_dec, (dead_N,)), (sae.W_enc, (slice(None), dead_N)), (sae.b_enc, (dead_N,))
+        ):  # fmt: skip
+            for moment in ("exp_avg", "exp_avg_sq"):
+                self.optimizer.state[parameter][moment][index] = 0.0
+        self.steps_since_active[dead_N] = 0
+
+    @torch.no_grad()
+    def record(self, loss: Loss, x_BD: Tensor, k: int | None, lr: float) -> dict[str, Any]:
+        """What train_log.jsonl says of this batch, before its step."""
+        sae = self.sae
+        error = loss.residual_BD.pow(2).sum()
+        spread = (x_BD - x_BD.mean(0)).pow(2).sum()
+        return {
+            "loss": float(loss.total),
+            "loss_reconstruction": float(loss.reconstruction),
+            "loss_penalty": float(loss.penalty),
+            "loss_reg": float(loss.reg),
+            **sae.adaptive(),
+            "k_t": k,
+            **({} if sae.threshold is None else {"threshold": float(sae.threshold)}),
+            "l0": float((loss.used_BF > 0).sum(-1).float().mean()),
+            "fvu": float(error / spread),
+            "dead_fraction": float(self.dead().float().mean()),
+            "lr": lr,
+        }
+
+
+def k_at(settings: Settings, progress: float) -> int | None:
+    """k_t of a run at this point of its training; None where it selects nothing."""
+    if not settings.curriculum or settings.form == "as_written":
+        return None
+    k_start = min(round(settings.k_start_factor * settings.k_min), settings.d_sae)
+    return curriculum_k(progress, k_start, settings.k_min, settings.curriculum_fraction)
+
+
+def sae_name(layer: int, seed: int) -> str:
+    """What an SAE is called in files of results."""
+    return f"layer_{layer}_seed_{seed}"
+
+
+def new_sae(
+    settings: Settings,
+    layer: int,
+    seed: int,
+    mean_D: Tensor,
+    scale: float,
+    fixed: dict[str, float],
+    k: int | None,
+    by_threshold: bool = False,
+) -> CustomSAE:
+    """An initialized SAE for activations whose raw mean is `mean_D`, on its device.
+
+    Args:
+        by_threshold: it selects by a threshold, whatever k.
+    """
+    shape = (len(mean_D), settings.d_sae, settings.model, layer, mean_D.device)
+    k = None if by_threshold else k
+    sae = CustomSAE(*shape, k=k, fixed=fixed, scale=scale, by_threshold=by_threshold)
+    sae.initialize(seed, mean_D * scale)
+    sae.cfg.context_size = settings.context
+    sae.cfg.dataset_path = settings.training_text
+    return sae
+
+
+@dataclass
+class Training:
+    """What training leaves. Keys are (layer, seed), or the layer alone."""
+
+    saes: dict[tuple[int, int], CustomSAE]
+    mean: dict[int, Tensor]  # the raw mean of the first activations, (D,)
+    last: dict[tuple[int, int], dict[str, Any]]  # the last line of the log
+    tokens: int
+    seconds: dict[str, float]
+    shortened: str | None  # why it took fewer tokens than the settings say
+
+
+def measure(settings: Settings, acts_LND: Tensor) -> dict[int, tuple[Tensor, float]]:
+    """By layer, what SAEs are centred and scaled by: the mean (D,), and s with E‖s x‖² = D."""
+    measured = {}
+    for layer, acts_ND in zip(settings.layers, acts_LND):
+        total_D, squares = torch.zeros_like(acts_ND[0], dtype=torch.float64), 0.0
+        for part_ND in acts_ND.split(8192):  # float64 in parts: all of it would take gigabytes
+            total_D += part_ND.double().sum(0)
+            squares += float(part_ND.double().pow(2).sum())
+        scale = math.sqrt(acts_ND.numel() / squares)
+        measured[layer] = (total_D / len(acts_ND)).float(), scale
+    return measured
+
+
+def start_trainers(
+    settings: Settings,
+    measured: dict[int, tuple[Tensor, float]],
+    fixed: dict[tuple[int, int], dict[str, float]],
+    autocast: bool,
+) -> dict[tuple[int, int], Trainer]:
+    """A trainer per layer and seed. See `measure`, `train` and `Trainer`."""
+    k = k_at(settings, progress=1.0)
+    by_threshold = k is not None and settings.selection == "threshold"
+    trainers = {}
+    for layer, (mean_D, scale) in measured.items():
+        for seed in settings.seeds:
+            shape = settings, layer, seed, mean_D, scale
+            sae = new_sae(*shape, fixed[layer, seed], k, by_threshold)
+            trainers[layer, seed] = Trainer(sae, settings, seed, autocast)
+    return trainers
+
+
+def train(
+    settings: Settings,
+    buffer: ActivationBuffer,
+    fixed: dict[tuple[int, int], dict],
+    log: Path,
+    evaluation_seconds: Callable[[dict[tuple[int, int], CustomSAE]], float] = lambda saes: 0.0,
+    checkpoints: harness.Checkpoints | None = None,
+    start: Callable[..., dict[tuple[int, int], Any]] = start_trainers,
+) -> Training:
+    """Trains an SAE per layer and seed, all on the same text and the same forward passes.
+
+    Learning rate and k_t are functions of tokens / total. With `budget_minutes`, the total is
+    reduced once, after 5% of it, if training and evaluation would not fit. Goes on from what an
+    earlier attempt has saved: the weights come out as without the interruption.
+
+    Args:
+        fixed: by layer and seed, the constants among tau_sel, tau_pen and gamma.
+        log: train_log.jsonl.
+        evaluation_seconds: estimates how long the evaluation of these SAEs will take.
+        checkpoints: where training saves itself, whenever a filling of the buffer is used up.
+        start: makes the trainers; bench/quality.py has other projects' trained on the same tokens.
+    """
+    checkpoints = checkpoints or harness.Checkpoints(None)
+    device, autocast = buffer.lm.hf.device, buffer.lm.hf.dtype == torch.bfloat16
+    torch.manual_seed(0)  # for what an edit may draw without a generator of its own
+    saved = checkpoints.load()
+    state = saved or {
+        "done": 0,
+        "n_steps": settings.training_tokens // settings.batch,
+        "timed": settings.budget_minutes is None,
+        "shortened": None,
+        "records": [],
+        "seconds": {"seconds_harvest": 0.0, "seconds_training": 0.0},
+    }
+    trainers: dict[tuple[int, int], Trainer] = {}
+    shuffles = {seed: torch.Generator().manual_seed(seed) for seed in settings.seeds}
+    if saved:
+        measured = {layer: (mean.to(device), s) for layer, (mean, s) in saved["measured"].items()}
+        trainers = start(settings, measured, fixed, autocast)
+        for key, trainer in trainers.items():
+            trainer.load_state_dict(saved["trainers"][key])
+        for seed, generator in shuffles.items():
+            generator.set_state(saved["shuffles"][seed])
+        buffer.load_state_dict(saved["buffer"])
+
+    def whole_state() -> dict[str, Any]:
+        return state | {
+            "measured": measured,
+            "trainers": {key: trainer.state_dict() for key, trainer in trainers.items()},
+            "shuffles": {seed: shuffle.get_state() for seed, shuffle in shuffles.items()},
+            "buffer": buffer.state_dict(),
+        }
+
+    portion = max(settings.buffer_tokens // settings.batch, 1)  # steps per filling of the buffer
+    seconds = state["seconds"]
+    # A token counts when it is read, and when an SAE learns from it.
+    per_step = (1 + len(settings.layers) * len(settings.seeds)) * settings.batch
+    progress = harness.Progress("train", state["n_steps"] * per_step, "tokens read or learned")
+    progress.resume(state["done"] * per_step, sum(seconds.values()))
+    with log.open("w", encoding="utf-8") as log_file:
+        log_file.writelines(json.dumps(record) + "\n" for record in state["records"])
+        while state["done"] < state["n_steps"]:
+            steps = range(state["done"], min(state["done"] + portion, state["n_steps"]))
+            started = time.monotonic()
+            acts_LND = None  # not two fillings at once
+            harness.trim_memory()
+            acts_LND = buffer.take(len(steps) * settings.batch, progress.advance)
+            seconds["seconds_harvest"] += time.monotonic() - started
+            started = time.monotonic()
+            if not trainers:
+                measured = measure(settings, acts_LND)
+                trainers = start(settings, measured, fixed, autocast)
+            orders = {
+                seed: torch.randperm(acts_LND.shape[1], generator=generator)
+                for seed, generator in shuffles.items()
+            }
+            n_steps = state["n_steps"]
+            records = harness.take_steps(
+                settings, trainers, acts_LND, orders, steps, n_steps, progress
+            )
+            state["records"] += records
+            log_file.writelines(json.dumps(record) + "\n" for record in records)
+            log_file.flush()
+            seconds["seconds_training"] += time.monotonic() - started
+            state["done"] = steps.stop
+            save = checkpoints.due() or steps.stop == n_steps
+            if not state["timed"] and steps.stop >= 0.05 * n_steps:
+                evaluation = evaluation_seconds({key: t.sae for key, t in trainers.items()})
+                state["timed"] = save = True
+                state["n_steps"], state["shortened"] = harness.fit_budget(
+                    n_steps, steps.stop, sum(seconds.values()), evaluation,
+                    settings.budget_minutes * 60,
+                )  # fmt: skip
+                progress.total = state["n_steps"] * per_step
+            if save:
+                checkpoints.save(whole_state, steps.stop / state["n_steps"])
+    progress.close()
+    return Training(
+        saes={key: trainer.sae for key, trainer in trainers.items()},
+        mean={layer: mean_D for layer, (mean_D, _) in measured.items()},
+        last={(record["layer"], record["seed"]): record for record in state["records"]},
+        tokens=state["n_steps"] * settings.batch,
+        seconds=seconds,
+        shortened=state["shortened"],
+    )
+
+
+# =============================================================================================
+# EVALUATION, by SAE-Bench
+# =============================================================================================
+
+
+def core_evaluation(
+    saes: dict[str, CustomSAE],
+    model: Any,
+    settings: Settings,
+    out_dir: Path,
+    advance: Callable[[int], None] = lambda n: None,
+    keys: dict[str, dict] | None = None,
+) -> dict[str, dict[str, float]]:
+    """SAE-Bench's core evaluation of folded SAEs: by name, its scalars by their names, and fvu.
+
+    Calls `run_evals`: `multiple_evals` loads the model by name and swallows every exception.
+    Writes eval_results/core/….json in SAE-Bench's own form.
+
+    Args:
+        keys: by SAE, all that its figures depend on: they are kept under it.
+    Raises:
+        ExperimentError: a scalar is not finite, or is the -1 that stands for NaN, or L0 is 0.
+    """
+    from sae_bench.evals.core import main as core
+
+    ready = {name: harness.formatted(sae, settings) for name, sae in saes.items()}
+
+    def compute(names: list[str]) -> dict[str, tuple]:
+        return harness.run_core(
+            {n: ready[n] for n in names}, model, settings, advance, keep=keys is not None
+        )
+
+    results = harness.kept_each("core evaluation", keys or dict.fromkeys(saes), compute)
+    found: dict[str, dict[str, float]] = {}
+    for name, (scalars, features, fvu) in results.items():
+        scalars["misc_metrics"] = core.calculate_misc_metrics(features)
+        flat = {metric: value for group in scalars.values() for metric, value in group.items()}
+        found[name] = flat | {"fvu": fvu}
+        harness.check_core(name, found[name])
+        harness.save_core(name, ready[name], scalars, features, settings, out_dir)
+    return found
+
+
+def sparse_probing(
+    saes: dict[str, CustomSAE],
+    texts: dict[str, list[dict]],
+    model: Any,
+    settings: Settings,
+    out_dir: Path,
+    progress: harness.Progress,
+    keys: dict[str, dict] | None = None,
+) -> dict[str, dict[str, float]]:
+    """SAE-Bench's sparse probing of folded SAEs: by name, sae_… and llm_… mean accuracies.
+
+    Stock SAE-Bench draws all probes of an SAE from one generator, seeded once. This keeps a
+    generator state per SAE, so that an SAE's figures are those of a stock call that finds the
+    activations stored (the second call of `run_eval_single_sae`). Writes
+    eval_results/sparse_probing/….json in SAE-Bench's own form.
+
+    Args:
+        texts: by data set, the token ids of the train and the test split.
+        keys: by SAE, all that its figures depend on beside the texts: they are kept under it.
+    """
+    torch.manual_seed(settings.probe_seed)
+    states = dict.fromkeys(saes, torch.get_rng_state().numpy().tobytes().hex())
+    per_class: dict[str, dict] = {name: {} for name in saes}
+    ready = {name: harness.formatted(sae, settings) for name, sae in saes.items()}
+    for dataset, split in texts.items():
+        before = {"dataset": dataset, "texts": harness.tokens_digest(split)}
+
+        def compute(names: list[str], dataset: str = dataset, split: list = split) -> dict:
+            some = {name: ready[name] for name in names}
+            return harness.probe_data_set(
+                dataset, split, some, states, model, settings, keep=keys is not None
+            )
+
+        found = harness.kept_each(
+            "sparse probing",
+            {n: keys and keys[n] | before | {"state": states[n]} for n in saes},
+            compute,
+        )
+        for name, (results, state) in found.items():
+            per_class[name][f"{dataset}_results"], states[name] = results, state
+        progress.advance(len(saes), dataset)
+    return {
+        name: harness.save_probing(name, ready[name], per_class[name], settings, out_dir)
+        for name in saes
+    }
+
+
+def evaluate(
+    settings: Settings,
+    training: Training,
+    texts: dict[str, list[dict]],
+    model: Any,
+    out_dir: Path,
+    log: Path,
+) -> tuple[dict[str, dict[str, dict]], dict[str, float]]:
+    """Scores every SAE and its untrained twin: {kind: {name: results}}, and each kind's seconds.
+
+    The twin has the same initialization, width and L0 (it keeps as many features per token as
+    the trained SAE has active), and was never trained. Its name ends in "_untrained".
+    """
+    seconds = {}
+    started = time.monotonic()
+    n_batches = settings.core_reconstruction_batches + settings.core_sparsity_batches
+    progress = harness.Progress("core evaluation", n_batches, "batches")
+    trained = {key: sae.folded() for key, sae in training.saes.items()}
+    with harness.quiet(log):
+        l0 = harness.mean_l0(trained, model, settings)
+        saes = {}
+        for (layer, seed), sae in trained.items():
+            k = min(max(round(l0[layer, seed]), 1), settings.d_sae)
+            scale = training.saes[layer, seed].scale
+            twin = new_sae(settings, layer, seed, training.mean[layer], scale, {}, k)
+            name = sae_name(layer, seed)
+            harness.check_trained(training.saes[layer, seed], twin, name)
+            saes |= {name: sae, f"{name}_untrained": twin.folded()}
+        keys = harness.evaluation_keys(saes, settings, SOURCE, ["core_evaluation"])
+        core = core_evaluation(saes, model, settings, out_dir, progress.advance, keys)
+    progress.close()
+    seconds["seconds_core"] = time.monotonic() - started
+    started = time.monotonic()
+    progress = harness.Progress("sparse probing", len(texts) * len(saes), "SAEs x sets")
+    with harness.quiet(log):
+        keys = harness.evaluation_keys(saes, settings, SOURCE, ["sparse_probing"])
+        probing = sparse_probing(saes, texts, model, settings, out_dir, progress, keys)
+    progress.close()
+    seconds["seconds_sparse_probing"] = time.monotonic() - started
+    evaluation = {"core": core, "probing": probing}
+    harness.check_results(saes, evaluation, settings, out_dir)
+    return evaluation, seconds
+
+
+# =============================================================================================
+# RECORDS
+# =============================================================================================
+
+
+def layer_metrics(
+    settings: Settings, layer: int, training: Training, evaluation: dict[str, dict]
+) -> dict[str, list[float]]:
+    """{metric: a value per seed} of one layer, for final_info.json."""
+    per_seed: dict[str, list[float]] = {}
+    for seed in settings.seeds:
+        name, twin = sae_name(layer, seed), f"{sae_name(layer, seed)}_untrained"
+        last = training.last[layer, seed]
+        row = evaluation["core"][name] | evaluation["probing"][name]
+        for metric, value in evaluation["probing"][twin].items():
+            if metric.startswith("sae_"):
+                row[f"untrained_{metric.removeprefix('sae_')}"] = value
+        for metric in ("l0", "ce_loss_score", "fvu"):
+            row[f"untrained_{metric}"] = evaluation["core"][twin][metric]
+        row |= {m: last[m] for m in (*BOUNDED, "w", "dead_fraction")}
+        row |= {m: value for m, value in last.items() if m.startswith("loss")}
+        row["training_tokens"] = training.tokens
+        row["n_seeds"] = len(settings.seeds)
+        for metric, value in row.items():
+            per_seed.setdefault(metric, []).append(float(value))
+    return per_seed
+
+
+SHOWN = (
+    "l0", "fvu", "ce_loss_score", "frac_alive", "sae_top_1_test_accuracy",
+    "sae_top_5_test_accuracy", "untrained_top_5_test_accuracy", "llm_top_5_test_accuracy",
+    "tau_sel", "tau_pen", "gamma",
+)  # fmt: skip
+
+
+def write_records(
+    settings: Settings,
+    profile: str,
+    training: Training,
+    evaluation: dict[str, dict],
+    seconds: dict[str, float],
+    out_dir: Path,
+) -> None:
+    """Writes warnings.json and, last, final_info.json; prints the closing block."""
+    layers = {
+        f"layer_{layer}": layer_metrics(settings, layer, training, evaluation)
+        | {stage: [value] * len(settings.seeds) for stage, value in seconds.items()}
+        for layer in settings.layers
+    }
+    overall = {
+        "seed": [float(seed) for seed in settings.seeds],
+        "primary": harness.primary_metric(layers.values()),
+        "l0": [harness.mean(values) for values in zip(*(m["l0"] for m in layers.values()))],
+    }
+    reference = harness.read_reference(settings, out_dir, profile)
+    sentence, numbers = harness.verdict(overall, reference, settings.compare_to)
+    info = {name: harness.summarize(metrics) for name, metrics in layers.items()}
+    info["verdict"] = harness.summarize(overall)
+    info["verdict"]["means"] |= numbers
+    warnings = harness.odd_results(layers, settings.d_sae)
+    if training.shortened:
+        warnings.insert(0, training.shortened)
+    baseline, differing = harness.against_given_baseline(settings, layers)
+    warnings += differing
+    notes = [baseline] if baseline else []
+    harness.check_info(info)
+    harness.write_reused(out_dir)
+    harness.write_json(out_dir / "warnings.json", warnings)
+    harness.write_json(out_dir / "final_info.json", info)
+
+    harness.print_closing_block(
+        out_dir, profile, info, SHOWN, seconds, warnings, notes, sentence
+    )
+
+
+# =============================================================================================
+# MAIN
+# =============================================================================================
+
+
+def settings_of(name: str, profile: str) -> Settings:
+    """The settings of the run called `name`, checked.
+
+    Raises:
+        ExperimentError: a field that doesn't exist, or a value that can't be.
+    """
+    chosen = PROFILES[profile] | PLAN.get(name, {})
+    try:
+        s = Settings(**chosen)
+    except TypeError as error:
+        raise ExperimentError(
+            f"PLAN[{name!r}] sets what Settings has no field for ({error}): "
+            "see the list at the top of experiment.py"
+        ) from error
+    harness.check_settings(name, s)
+    return s
+
+
+def constants(settings: Settings, out_dir: Path) -> dict[tuple[int, int], dict[str, float]]:
+    """By layer and seed: which of tau_sel, tau_pen and gamma are constants, and their values.
+
+    With `fix_at`, all of them, at the final values that another run has for the layer and seed.
+    """
+    given = {n: getattr(settings, n) for n in BOUNDED if getattr(settings, n) is not None}
+    keys = [(layer, seed) for layer in settings.layers for seed in settings.seeds]
+    if settings.fix_at is None:
+        return dict.fromkeys(keys, given)
+    return harness.final_values(out_dir.parent / settings.fix_at, keys, tuple(BOUNDED))
+
+
+def run(out_dir: Path, log: Path) -> None:
+    """One experiment, from its settings to its records, after a rehearsal of all of it."""
+    harness.check_out_dir(out_dir)
+    name = out_dir.name
+    profile = harness.choose_profile(PROFILES)
+    settings = settings_of(name, profile)
+    device = harness.choose_device(settings, profile)
+    train_dtype = harness.choose_train_dtype(settings, device)
+    print(f"profile: {profile} on {device}")
+    if name not in PLAN:
+        print(f"{name}: not in PLAN, defaults")
+    fixed = constants(settings, out_dir)
+    with harness.quiet(log):
+        needs = harness.preflight(settings, device)
+    print("\n".join(needs), end="\n" if needs else "")
+    if needs:
+        settings = harness.fit_core_batches(settings, device)
+    harness.make_reproducible()
+    with harness.quiet(log):
+        lm = harness.load_language_model(settings.model, settings.lm_dtype, device)
+        harness.check_layers(settings, lm)
+        probe_texts = harness.read_probe_texts(settings, lm.tokenizer, device)
+        model = lm.hooked()
+        passes = settings.harvest_contexts, settings.context
+        training_lm = harness.for_harvest(lm, train_dtype, *passes)
+
+    def train_score_record(
+        settings: Settings, probe_texts: dict, out_dir: Path, key: dict | None
+    ) -> None:
+        harness.write_config(settings, profile, device, train_dtype, SOURCE, out_dir)
+        harness.Progress.stage("train")
+        texts = harness.documents(settings.training_text, "train")
+        stream = harness.TokenStream(texts, lm.tokenizer, settings.context)
+        acts_key = key and harness.activations_key(settings, SOURCE, train_dtype, lm)
+        buffer = ActivationBuffer(
+            training_lm, stream, settings.layers, settings.harvest_contexts, acts_key
+        )
+
+        def evaluation_seconds(saes: dict) -> float:
+            with harness.quiet(log):
+                return harness.evaluation_seconds(saes, model, probe_texts, settings)
+
+        with harness.Checkpoints(key) as checkpoints, contextlib.closing(stream):
+            train_log = out_dir / "train_log.jsonl"
+            training = train(settings, buffer, fixed, train_log, evaluation_seconds, checkpoints)
+        harness.Progress.stage("export")
+        for (layer, seed), sae in training.saes.items():
+            harness.export(sae, settings, out_dir / "sae" / f"layer_{layer}" / f"seed_{seed}")
+        evaluation, seconds = evaluate(settings, training, probe_texts, model, out_dir, log)
+        harness.Progress.stage("records")
+        seconds = training.seconds | seconds | {"seconds_total": time.monotonic() - STARTED}
+        write_records(settings, profile, training, evaluation, seconds, out_dir)
+        harness.check_complete(out_dir)
+
+    harness.rehearse(train_score_record, settings, probe_texts, SOURCE, log)
+    if moved := harness.prepare_out_dir(out_dir):
+        print(moved)
+    key = harness.training_key(settings, SOURCE, fixed, train_dtype, device)
+    train_score_record(settings, probe_texts, out_dir, key)
+
+
+if __name__ == "__main__":
+    sys.exit(harness.main(run))
