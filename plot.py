@@ -477,7 +477,7 @@ def plain_log_axis(axis, low, high):
         if math.log(tick / kept[-1]) >= math.log(high / low) / 8:
             kept.append(tick)
     axis.set_ticks(kept or [low, high])
-    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.3g}" if 1e-3 < v < 1e4
+    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.4g}" if 1e-3 < v < 1e4
                                            else f"{v:.2g}".replace("e-0", "e-")))
     axis.set_minor_locator(NullLocator())
 
@@ -1061,6 +1061,7 @@ def draw_plane(runs, styles, path):
         plt.close(figure)
         return
     line[0].set_ylabel(r"$\tau_\mathrm{sel}$")
+    line[0].xaxis.set_major_locator(MaxNLocator(4))
     figure.supxlabel(r"$\gamma$ (cross: where training starts; symbol: where it ends)", fontsize=7)
     legend_above(figure, list(handles.values()), DOUBLE)
     save(figure, path)
