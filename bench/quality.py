@@ -49,7 +49,7 @@ from experiment import Settings
 
 FILE = ROOT / "bench" / "quality.jsonl"
 STAGES = ("sweep", "curves", "seeds", "forms")
-LEARNING_RATES = (7.5e-4, 1.5e-3, 3e-3, 6e-3)
+LEARNING_RATES = (7.5e-4, 1.5e-3, 3e-3, 4.5e-3, 6e-3)
 L0 = (8, 16, 32, 64)  # of the curves, for methods that are told it
 SWEEP_SEED, SWEEP_LAYERS = 100, (2,)
 SEEDS, FORM_SEEDS = experiment.FIVE, experiment.THREE
