@@ -165,6 +165,7 @@ PLAN: dict[str, dict[str, Any]] = {
         description="adaptation of the selection alone", tau_pen=0.15, gamma=0.15, seeds=THREE
     ),
     "run_9": dict(description="adaptation against its end point", fix_at="run_1", seeds=FIVE),
+    # Learning rate, warm-up and dead_after were found on tinylm; elsewhere they are a guess.
     "run_10": dict(
         description="best form found: threshold, no penalty",
         selection="threshold",

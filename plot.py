@@ -315,7 +315,8 @@ def is_fixed(run, metric):
 def ablation_rows(runs, reference):
     """The ablation table: a dict per run, then the untrained SAE and the language model.
 
-    Numbers are means over the run's layers and seeds; a run's dict also keeps the run itself.
+    Numbers are means over the run's layers and seeds; a run's dict also keeps the run itself. p is
+    Holm's over all runs that have one.
     """
     rows = []
     for run in [r for r in runs if not r["given"]] + [r for r in runs if r["given"]]:
@@ -327,9 +328,12 @@ def ablation_rows(runs, reference):
             "primary": primary(run), "untrained": primary(run, "untrained"),
             "stderr": harness.stderr(seeds["primary"]) if seeds else math.nan,
             "seeds": len(seeds["seed"]) if seeds else "-", "verdict": verdict,
-            **difference(figures),
+            **difference(figures), "p": figures.get("p", math.nan),
+            "paired": figures.get("n_paired_seeds", 0),
             **{metric: mean_over_layers(run, metric) for metric, *_ in COLUMNS},
         })
+    for row, p in zip(rows, holm([row["p"] for row in rows])):
+        row["p"] = p
     made = [run for run in runs if not run["given"]]
     for who, label, short in (
             ("untrained", "untrained SAE", "untrained SAE"),
@@ -393,18 +397,18 @@ def markdown(header, lines):
 
 def tables(profile, runs, rows):
     """Both tables of a profile as Markdown text: a row per run, and a row per run and layer."""
-    header = ["run", "what it tests", "primary", f"difference to {REFERENCE}", "verdict",
+    header = ["run", "what it tests", "primary", f"difference to {REFERENCE}", "p", "verdict",
               "untrained SAE",
               *(heading for _, heading, _, _ in COLUMNS), "seeds"]
     lines = []
     for row in rows:
         if row["kind"] == "reference":
-            lines.append([row["label"], row["tests"], spread(row), "-", "-", "-",
+            lines.append([row["label"], row["tests"], spread(row), "-", "-", "-", "-",
                           *(show(row[metric], digits) for metric, _, _, digits in COLUMNS), "-"])
             continue
         lines.append([
             row_name(row), row["tests"] or "-", pm(row["primary"], row["stderr"], 4),
-            interval(row, 4), row["verdict"], show(row["untrained"], 4),
+            interval(row, 4), show(row["p"], 3), row["verdict"], show(row["untrained"], 4),
             *(show(row[metric], digits) + (" (fixed)" if is_fixed(row["run"], metric) else "")
               for metric, _, _, digits in COLUMNS), row["seeds"]])
     detail = [(metric, heading, digits) for metric, heading, _, digits in COLUMNS]
@@ -420,9 +424,9 @@ def tables(profile, runs, rows):
         "primary: mean over layers of the sparse-probing test accuracy at k = 1, 2 and 5, ± "
         f"standard error over seeds (none for one seed). Difference to {REFERENCE}: paired over "
         f"the seeds that both have, from {harness.MIN_SEEDS} seeds on with its 95% interval "
-        "(Student's t) and a verdict, which is \"not comparable\" where L0 differs by over "
-        f"{100 * (harness.MAX_L0_RATIO - 1):.0f}%. The other columns are means over layers. A "
-        "dash: not recorded, or nothing to compare.",
+        "(Student's t), p by Holm over all runs, and a verdict, which is \"not comparable\" where "
+        f"L0 differs by over {100 * (harness.MAX_L0_RATIO - 1):.0f}%. The other columns are means "
+        "over layers. A dash: not recorded, or nothing to compare.",
         markdown(header, lines), *task_sets(runs),
         "## By layer",
         markdown(["run", "layer", *(heading for _, heading, _ in detail)], by_layer),
@@ -1011,30 +1015,25 @@ def draw_ground_truth(rows, path):
     save(figure, path)
 
 
-def draw_forest(runs, reference, path):
+def draw_forest(rows, reference, path):
     """The difference of each run's primary metric to the reference's, with its 95% interval."""
-    rows = []
-    for run in runs:
-        word, figures = compare(run, reference)
-        if "p" in figures:
-            rows.append((run, word, figures))
+    rows = [row for row in rows if math.isfinite(row.get("p", math.nan))]
     if not rows:
         return
-    adjusted = holm([figures["p"] for *_, figures in rows])
     figure, axes = plt.subplots(figsize=(DOUBLE, 0.7 + 0.24 * len(rows)), layout="constrained")
-    for i, ((_, word, found), p) in enumerate(zip(rows, adjusted)):
-        colour = GREY if word == "not comparable" else "black"
-        centre = found["difference"]
+    for i, row in enumerate(rows):
+        colour = GREY if row["verdict"] == "not comparable" else "black"
+        centre = row["difference"]
         axes.errorbar(centre, i, color=colour, marker="o", capsize=2, xerr=[
-            [centre - found["ci95_low"]], [found["ci95_high"] - centre]])
-        axes.text(1.02, i, f"L0 {found['l0']:.1f}   n = {found['n_paired_seeds']:.0f}   "
-                  f"p = {p:.2f}   {word}", transform=axes.get_yaxis_transform(), va="center",
+            [centre - row["low"]], [row["high"] - centre]])
+        axes.text(1.02, i, f"L0 {row['l0']:.1f}   n = {row['paired']:.0f}   p = {row['p']:.2f}   "
+                  f"{row['verdict']}", transform=axes.get_yaxis_transform(), va="center",
                   fontsize=6, color=colour)
     axes.axvline(0, color="black", linewidth=0.6)
-    axes.set_yticks(range(len(rows)), [run_label(run, longest=1000) for run, *_ in rows])
+    axes.set_yticks(range(len(rows)), [run_label(row["run"], longest=1000) for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel(f"primary metric: difference to {reference['name']} (L0 "
-                    f"{rows[0][2]['l0_reference']:.1f}), paired over seeds, 95% interval; "
+                    f"{mean_over_layers(reference, 'l0'):.1f}), paired over seeds, 95% interval; "
                     "p by Holm over all rows")
     save(figure, path)
 
@@ -1086,7 +1085,7 @@ def draw_profile(profile, runs, reference, folder):
     rows = ablation_rows(runs, reference)
     draw_ablation(rows, styles, folder / "ablation")
     if reference:
-        draw_forest(runs, reference, folder / "forest")
+        draw_forest(rows, reference, folder / "forest")
     if logged:
         draw_plane(logged, styles, folder / "plane")
     text = tables(profile, runs, rows)

@@ -166,7 +166,7 @@ PLAN: dict[str, dict[str, Any]] = {
     ),
     "run_9": dict(description="adaptation against its end point", fix_at="run_1", seeds=FIVE),
     "run_10": dict(
-        description="the best form found: a threshold, no penalty",
+        description="best form found: threshold, no penalty",
         selection="threshold",
         tau_sel=0.3,
         tau_pen=0.15,
