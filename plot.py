@@ -300,6 +300,10 @@ def show(value, decimals, sign=False):
     return f"{value:{'+' if sign else ''}.{decimals}f}"
 
 
+def show_p(p):
+    return "< 0.001" if p < 0.001 else show(p, 3)
+
+
 def pm(value, error, decimals):
     """value ± error; the value alone for one seed (error 0) or an unknown error."""
     return show(value, decimals) + (f" ± {error:.{decimals}f}" if error > 0 else "")
@@ -408,7 +412,7 @@ def tables(profile, runs, rows):
             continue
         lines.append([
             row_name(row), row["tests"] or "-", pm(row["primary"], row["stderr"], 4),
-            interval(row, 4), show(row["p"], 3), row["verdict"], show(row["untrained"], 4),
+            interval(row, 4), show_p(row["p"]), row["verdict"], show(row["untrained"], 4),
             *(show(row[metric], digits) + (" (fixed)" if is_fixed(row["run"], metric) else "")
               for metric, _, _, digits in COLUMNS), row["seeds"]])
     detail = [(metric, heading, digits) for metric, heading, _, digits in COLUMNS]
@@ -827,9 +831,16 @@ def seeds_table(rows, columns, first):
         mine = of(rows, method=method)
         cells = [pm_seeds(by_seed(mine, function).values(), places)
                  for function, places in columns.values()]
-        lines.append([method, *cells, interval(difference(found), digits), show(p, 3),
+        lines.append([method, *cells, interval(difference(found), digits), show_p(p),
                       len(in_order(mine, "seed"))])
     return lines, ["method", *columns, f"{first}: difference to {PEER}", "p (Holm)", "seeds"]
+
+
+def language_model(rows, width, at):
+    """A table's row for the language model's own dimensions, the primary metric in cell `at`."""
+    line = ["language model, best k dimensions", *["-"] * (width - 1)]
+    line[at] = show(row_primary(rows, "llm"), 4)
+    return line
 
 
 def quality_tables(rows):
@@ -841,11 +852,10 @@ def quality_tables(rows):
     }
     parts = []
     seeds = of(rows, stage="seeds")
+    twins = of(seeds, method="untrained")
     if seeds:
         lines, header = seeds_table(seeds, columns, "primary")
-        ours = [row for row in seeds if row["method"] != "untrained"]
-        lines.append(["language model, best k dimensions", show(row_primary(ours, "llm"), 4),
-                      *["-"] * (len(header) - 2)])
+        lines.append(language_model(seeds, len(header), at=1))
         parts += [f"At one L0. {where_made(seeds)}.", markdown(header, lines)]
         fvu, heading = seeds_table(seeds, {"FVU": columns["FVU"]}, "FVU")
         parts.append(markdown(heading, fvu))
@@ -857,6 +867,10 @@ def quality_tables(rows):
                 lines.append([method, f"{here[0]['sparsity'][0]:g}",
                               *(show(function(here), digits)
                                 for function, digits in columns.values())])
+        if twins:
+            cells = (show(function(twins), digits) for function, digits in columns.values())
+            lines.append(["untrained, five seeds", "-", *cells])
+        lines.append(language_model(curves, len(columns) + 2, at=2))
         parts += [f"Over L0, one seed. {where_made(curves)}.",
                   markdown(["method", "k or coefficient", *columns], lines)]
     forms = of(rows, stage="forms")
@@ -892,6 +906,7 @@ def forms_table(rows, columns):
                             for value, digits in columns.values()),
                           "-" if same else interval(difference(found), 4),
                           len(in_order(here, "seed"))])
+    lines.append(language_model(rows, len(columns) + 4, at=2))
     return markdown(["form", "k_min or gamma", *columns, "primary: difference to run_1", "seeds"],
                     lines)
 
@@ -925,10 +940,12 @@ PANELS = (("FVU", "fvu"), ("CE loss score", "ce_loss_score"), ("primary metric",
 
 
 def draw_forms(rows, runs, path):
-    """FVU, CE loss score and the primary metric against L0: forms as lines, runs as letters.
+    """FVU, CE loss score and the primary metric against L0: forms as lines, runs in circles.
 
-    A contrast between runs of unequal L0 is read off these lines. Bars: s.e. over seeds.
+    A contrast of runs with unequal L0 is read off these lines. Bars: s.e. over seeds.
     """
+    reference = next((run for run in runs if run["name"] == REFERENCE), None)
+    runs = [run for run in runs if reference and not same_l0(run, reference)]
     styles = method_styles(in_order(rows, "method"))
     figure, line = plt.subplots(1, 3, figsize=(DOUBLE, 2.8), layout="constrained")
     for axes, (label, metric) in zip(line, PANELS):
@@ -945,14 +962,15 @@ def draw_forms(rows, runs, path):
                           elinewidth=0.7, capsize=1.5)
         for run in runs:
             found = primary(run) if metric == "primary" else mean_over_layers(run, metric)
-            axes.text(mean_over_layers(run, "l0"), found, run["name"].removeprefix("run_"),
-                      ha="center", va="center", fontsize=6, zorder=5,
-                      bbox={"boxstyle": "circle,pad=0.15", "fc": "white", "lw": 0.5})
+            at = mean_over_layers(run, "l0"), found
+            axes.scatter(*at, s=60, facecolor="white", edgecolor="black", linewidth=0.6, zorder=4)
+            axes.text(*at, run["name"].removeprefix("run_"), ha="center", va="center_baseline",
+                      fontsize=6, zorder=5)
         axes.set_xscale("log")
         plain_log_axis(axes.xaxis, *axes.get_xlim())
         axes.set_ylabel(label)
-    figure.supxlabel("L0: active features per token (mean over layers); in circles: the runs",
-                     fontsize=7)
+    figure.supxlabel("L0: active features per token (mean over layers); in circles: runs of the "
+                     f"plan at another L0 than {REFERENCE}", fontsize=7)
     legend_above(figure, line[0].get_legend_handles_labels()[0], DOUBLE)
     save(figure, path)
 
@@ -1026,9 +1044,9 @@ def draw_forest(rows, reference, path):
         centre = row["difference"]
         axes.errorbar(centre, i, color=colour, marker="o", capsize=2, xerr=[
             [centre - row["low"]], [row["high"] - centre]])
-        axes.text(1.02, i, f"L0 {row['l0']:.1f}   n = {row['paired']:.0f}   p = {row['p']:.2f}   "
-                  f"{row['verdict']}", transform=axes.get_yaxis_transform(), va="center",
-                  fontsize=6, color=colour)
+        axes.text(1.02, i, f"L0 {row['l0']:.1f}   n = {row['paired']:.0f}   "
+                  f"p: {show_p(row['p'])}   {row['verdict']}", fontsize=6, color=colour,
+                  transform=axes.get_yaxis_transform(), va="center")
     axes.axvline(0, color="black", linewidth=0.6)
     axes.set_yticks(range(len(rows)), [run_label(row["run"], longest=1000) for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
