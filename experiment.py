@@ -310,7 +310,7 @@ class CustomSAE(BaseSAE):
             above: a number above 0; what isn't larger counts as not active.
         """
         pre_BF = self.preactivations(x_BD)
-        if by_index and (few := harness.few_active(pre_BF, above or 0.0)):
+        if by_index and (few := harness.few_active(pre_BF, 0.0 if above is None else above)):
             return harness.active_values(pre_BF.detach(), few, *self.centred(x_BD), self.W_enc)
         if above is None:
             return torch.relu(pre_BF), None

@@ -1287,6 +1287,11 @@ def check_settings(name: str, s: Settings) -> None:
         ("gamma", lambda v: v is None or v >= 0, "None, or 0 or above"),
         ("threshold_rate", lambda v: 0 < v <= 1, "above 0, and at most 1"),
         ("selection", lambda v: v in ("token", "threshold"), "'token' or 'threshold'"),
+        (
+            "selection",
+            lambda v: v == "token" or (s.curriculum and s.form == "contrastive"),
+            "'token' where nothing is selected (curriculum=False, or form='as_written')",
+        ),
         ("k_min", lambda v: v <= s.d_sae, f"at most d_sae = {s.d_sae}"),
         ("context", lambda v: v >= 2, "at least 2"),
         ("probe_train", lambda v: v >= 4, "at least 4: two texts of a class"),

@@ -217,6 +217,12 @@ def words(error: str) -> dict[str, str]:
         ({"tau_sel": -0.3}, "tau_sel must be None or above 0"),
         ({"lr": 0.0}, "lr must be above 0"),
         ({"form": "other"}, "form must be 'contrastive' or 'as_written'"),
+        ({"gamma": -0.1}, "gamma must be None, or 0 or above"),
+        ({"selection": "batch"}, "selection must be 'token' or 'threshold'"),
+        (
+            {"selection": "threshold", "curriculum": False},
+            "selection must be 'token' where nothing is selected",
+        ),
         ({"kmin": 3}, "PLAN.'run_3'. sets what Settings has no field for .*'kmin'"),
         ({"device": "cuda"}, "needs a CUDA GPU, and none is available"),
         ({"fix_at": "run_77"}, "needs the final values in .*run 'run_77' first|run run_77 first"),
