@@ -1,6 +1,7 @@
 """This SAE beside SAELens' trainers: the same activations, tokens, width, seeds, scale and export.
 
     python bench/quality.py [--minutes 150] [--stages sweep,curves,seeds,forms]
+                            [--methods "BatchTopK;this project (run_10)"]
 
 Each trained and scored SAE is a line of bench/quality.jsonl. What stands there is not made again;
 no training is begun after `--minutes`, and the same command goes on. Prints the tables of what
@@ -288,23 +289,26 @@ def line_at(points: list[tuple[float, float]], x: float) -> float:
     return math.exp(y1 + (y2 - y1) * (math.log(x) - x1) / (x2 - x1))
 
 
-def sweep_cells(methods: dict[str, Method], base: Settings) -> Iterator[Cell]:
+def sweep_cells(
+    methods: dict[str, Method], base: Settings, rates: tuple[float, ...] = LEARNING_RATES
+) -> Iterator[Cell]:
     """Every method, learning rate, and two values of a penalty."""
     layers = tuple(layer for layer in base.layers if layer in SWEEP_LAYERS) or base.layers
     for name, method in methods.items():
-        for lr, value in itertools.product(LEARNING_RATES, method.near or (base.k_min,)):
+        for lr, value in itertools.product(rates, method.near or (base.k_min,)):
             yield Cell("sweep", name, SWEEP_SEED, lr, layers, (value,) * len(layers))
 
 
 def chosen(name: str, method: Method, base: Settings, results: Results) -> float:
     """The learning rate with which the sweep found the lowest FVU at L0 = k_min."""
 
+    rows = results.of(stage="sweep", method=name)
+
     def fvu(lr: float) -> float:
-        rows = results.of(stage="sweep", method=name, lr=lr)
-        points = [(row["l0"], row["fvu"]) for row in rows]
+        points = [(row["l0"], row["fvu"]) for row in rows if row["lr"] == lr]
         return line_at(points, base.k_min) if method.near else points[0][1]
 
-    return min(LEARNING_RATES, key=fvu)
+    return min({row["lr"] for row in rows}, key=fvu)
 
 
 def curve_cells(methods: dict[str, Method], base: Settings, results: Results) -> Iterator[Cell]:
@@ -339,12 +343,15 @@ def form_cells(base: Settings) -> Iterator[Cell]:
 
 
 def arguments_of(description: str, stages: tuple[str, ...], file: Path) -> argparse.Namespace:
-    """What the command line says: minutes, stages, and the file of results."""
+    """What the command line says: minutes, stages, methods, and the file of results."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--minutes", type=float, default=150.0)
     parser.add_argument("--stages", default=",".join(stages))
+    parser.add_argument("--methods", default=";".join(METHODS), help="names, a semicolon between")
     parser.add_argument("--file", type=Path, default=file)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    arguments.methods = {name: METHODS[name] for name in arguments.methods.split(";")}
+    return arguments
 
 
 def make_missing(
@@ -378,10 +385,11 @@ def main() -> int:
     arguments = arguments_of(__doc__.split("\n")[0], STAGES, FILE)
     results = Results(arguments.file)
     base = Settings(**experiment.PROFILES["tinylm"])
+    methods = arguments.methods
     cells = {
-        "sweep": lambda: sweep_cells(METHODS, base),
-        "curves": lambda: curve_cells(METHODS, base, results),
-        "seeds": lambda: seed_cells(METHODS, base, results),
+        "sweep": lambda: sweep_cells(methods, base),
+        "curves": lambda: curve_cells(methods, base, results),
+        "seeds": lambda: seed_cells(methods, base, results),
         "forms": lambda: form_cells(base),
     }
     log = harness.new_log("quality")
