@@ -1011,9 +1011,12 @@ def draw_quality(rows, path):
 
 
 def draw_ground_truth(rows, path):
-    """A panel per figure of the ground truth: a dot per seed, a bar at their mean."""
+    """A panel per figure of the ground truth: a dot per seed, a bar at their mean.
+
+    Without the untrained SAE, far off in all but L0: it is in the table.
+    """
     seeds = of(rows, stage="seeds")
-    methods = in_order(seeds, "method")
+    methods = [method for method in in_order(seeds, "method") if method != "untrained"]
     shown = [(h, m) for h, (m, _) in GROUND_TRUTH.items() if m not in ("true_l0",)]
     figure, line = plt.subplots(1, len(shown), sharey=True, layout="constrained",
                                 figsize=(DOUBLE, 0.6 + 0.2 * len(methods)))
