@@ -225,7 +225,7 @@ def test_the_keys_of_evaluations() -> None:
     for changes in ({"probe_ks": (1, 2, 5)}, {"core_prompts": 8}, {"context": 64}):
         assert keys(**changes) != [core, probing]
     other = experiment.new_sae(settings, 2, 0, torch.zeros(32), 1.0, {}, 4)
-    other.threshold = 0.1  # no parameter, and yet a part of what an edited SAE computes with
+    other.cutoff = 0.1  # no parameter, and yet a part of what an edited SAE computes with
     assert keys(sae=other)[0] != core
 
 
