@@ -939,6 +939,12 @@ def method_styles(methods):
 PANELS = (("FVU", "fvu"), ("CE loss score", "ce_loss_score"), ("primary metric", "primary"))
 
 
+def against_l0(axes, label):
+    axes.set_xscale("log")
+    plain_log_axis(axes.xaxis, *axes.get_xlim())
+    axes.set_ylabel(label)
+
+
 def draw_forms(rows, runs, path):
     """FVU, CE loss score and the primary metric against L0: forms as lines, runs in circles.
 
@@ -966,9 +972,7 @@ def draw_forms(rows, runs, path):
             axes.scatter(*at, s=60, facecolor="white", edgecolor="black", linewidth=0.6, zorder=4)
             axes.text(*at, run["name"].removeprefix("run_"), ha="center", va="center_baseline",
                       fontsize=6, zorder=5)
-        axes.set_xscale("log")
-        plain_log_axis(axes.xaxis, *axes.get_xlim())
-        axes.set_ylabel(label)
+        against_l0(axes, label)
     figure.supxlabel("L0: active features per token (mean over layers); in circles: runs of the "
                      f"plan at another L0 than {REFERENCE}", fontsize=7)
     legend_above(figure, line[0].get_legend_handles_labels()[0], DOUBLE)
@@ -998,9 +1002,7 @@ def draw_quality(rows, path):
                       linestyle="none", marker=".", alpha=0.6)
         if value is row_primary:
             axes.axhline(row_primary(curves, "llm"), color="black", linestyle=":")
-        axes.set_xscale("log")
-        plain_log_axis(axes.xaxis, *axes.get_xlim())
-        axes.set_ylabel(label)
+        against_l0(axes, label)
     handles = line[0].get_legend_handles_labels()[0]
     handles += [Line2D([], [], color="black", linestyle=":", label="language model")]
     if of(seeds, method="untrained"):

@@ -41,7 +41,7 @@ from bench.trainers import exported
 from experiment import Settings
 
 FILE = ROOT / "bench" / "ground_truth.jsonl"
-STAGES, SEEDS = ("sweep", "curves", "seeds"), (0, 1, 2)
+STAGES, SEEDS = ("sweep", "curves", "seeds"), experiment.THREE
 N_FEATURES, WIDTH = 512, 128
 SAMPLES = 50_000  # that the figures are of
 LEARNING_RATES = (1.5e-3, 3e-3, 6e-3)
@@ -137,12 +137,9 @@ def run_cell(cell: Cell, base: Settings, folder: Path) -> list[dict[str, Any]]:
         settings, buffer, experiment.constants(settings, folder), folder / "train_log.jsonl",
         start=quality.starter(cell, METHODS[cell.method]),
     )  # fmt: skip
-    sae = training.saes[0, cell.seed]
-    kinds = {cell.method: exported(sae, settings, 0)}
+    kinds = {cell.method: exported(training.saes[0, cell.seed], settings, 0)}
     if cell.stage == "seeds" and cell.method == OURS:
-        shape = settings, 0, cell.seed, training.mean[0], sae.scale
-        twin = experiment.new_sae(*shape, {}, settings.k_min)
-        kinds[UNTRAINED] = exported(twin, settings, 0)
+        (kinds[UNTRAINED],) = quality.untrained(training, settings).values()
     return [
         dataclasses.asdict(dataclasses.replace(cell, method=name))
         | {"layer": 0, "of_layer": cell.sparsity[0]}

@@ -58,7 +58,7 @@ OURS, TENTH = "this project (run_1)", "this project (run_10)"
 UNTRAINED = "untrained"
 WIDTHS = (1, 3, 7, 15, 32)  # of the nested SAEs of Matryoshka, in F/32
 METRICS = ("l0", "fvu", "ce_loss_score", "frac_alive") + tuple(
-    f"{who}_top_{k}_test_accuracy" for who in ("sae", "llm") for k in (1, 2, 5, 10, 20, 50)
+    f"{who}_top_{k}_test_accuracy" for who in ("sae", "llm") for k in Settings.probe_ks
 )
 
 
@@ -98,11 +98,16 @@ METHODS = {
 }
 
 
+def variant(**options: Any) -> Method:
+    """run_1's form with other settings, at its own k_min."""
+    return Method(None, "k_min", curve=(Settings.k_min,), options=options)
+
+
 FORMS = {
     "run_1": Method(None, "k_min", curve=(4, 8, 16, 32, 64, 128)),
-    "run_1, theta_lr / 3": Method(None, "k_min", curve=(16,), options={"theta_lr": 1e-2 / 3}),
-    "run_1, theta_lr x 3": Method(None, "k_min", curve=(16,), options={"theta_lr": 3e-2}),
-    "run_1, k_start = k_min": Method(None, "k_min", curve=(16,), options={"k_start_factor": 1.0}),
+    "run_1, theta_lr / 3": variant(theta_lr=Settings.theta_lr / 3),
+    "run_1, theta_lr x 3": variant(theta_lr=Settings.theta_lr * 3),
+    "run_1, k_start = k_min": variant(k_start_factor=1.0),
     "run_6": Method(None, "gamma", curve=(0.005, 0.015, 0.05), options=planned("run_6")),
 }
 
@@ -124,13 +129,11 @@ class Results:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        self.rows: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines()]
+        self.rows: list[dict[str, Any]] = plot.read_rows(path)
 
     def has(self, cell: Cell) -> bool:
         """Whether a cell is complete; its rows are written together."""
-        wanted = json.loads(json.dumps(dataclasses.asdict(cell)))
-        return any(all(row[k] == v for k, v in wanted.items()) for row in self.rows)
+        return bool(self.of(**json.loads(json.dumps(dataclasses.asdict(cell)))))
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         """Appends lines, all at once."""
@@ -140,7 +143,7 @@ class Results:
 
     def of(self, **wanted: Any) -> list[dict[str, Any]]:
         """The rows that have these values."""
-        return [row for row in self.rows if all(row[k] == v for k, v in wanted.items())]
+        return plot.of(self.rows, **wanted)
 
 
 @dataclasses.dataclass
@@ -227,7 +230,7 @@ def starter(cell: Cell, method: Method) -> Callable:
     return start
 
 
-def untrained(bench: Bench, training: experiment.Training, settings: Settings) -> dict:
+def untrained(training: experiment.Training, settings: Settings) -> dict[str, Any]:
     """An SAE per layer as this project's start, that keeps k_min features and learned nothing."""
     saes = {}
     for (layer, seed), trained in training.saes.items():
@@ -252,7 +255,7 @@ def run_cell(cell: Cell, bench: Bench) -> list[dict[str, Any]]:
     rows = rows_of(cell, settings, bench.score(saes, settings, probing))
     if cell.stage == "seeds" and cell.method == OURS:
         alike = dataclasses.replace(cell, method=UNTRAINED, lr=0.0)
-        twins = untrained(bench, training, settings)
+        twins = untrained(training, settings)
         rows += rows_of(alike, settings, bench.score(twins, settings, probing))
     seconds = {"seconds_training": trained_s, "seconds": time.monotonic() - started}
     return [row | seconds for row in rows]
