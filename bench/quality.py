@@ -35,7 +35,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +89,11 @@ def planned(name: str) -> dict[str, Any]:
 METHODS = {
     OURS: Method(None, "k_min"),
     TENTH: Method(None, "k_min", options=planned("run_10")),
-    "Standard": Method("standard", "l1_coefficient", (1.0, 3.0), (0.3, 1.0, 3.0, 6.0)),
+    "Standard": Method("standard", "l1_coefficient", (1.0, 3.0), (0.6, 1.0, 1.6, 2.7)),
     "TopK": Method("topk"),
     "BatchTopK": Method("batchtopk"),
-    "JumpReLU": Method("jumprelu", "l0_coefficient", (0.5, 2.0), (0.25, 0.7, 2.0, 6.0)),
-    "Gated": Method("gated", "l1_coefficient", (1.0, 3.0), (0.3, 1.0, 3.0, 6.0)),
+    "JumpReLU": Method("jumprelu", "l0_coefficient", (0.5, 2.0), (0.17, 0.35, 0.7, 1.4)),
+    "Gated": Method("gated", "l1_coefficient", (1.0, 3.0), (0.8, 1.25, 2.0, 3.2)),
     "Matryoshka": Method("matryoshka_batchtopk"),
 }
 
@@ -337,23 +337,37 @@ def seed_cells(
         yield Cell("seeds", name, seed, lr, base.layers, tuple(values))
 
 
-def form_cells(base: Settings) -> Iterator[Cell]:
+def form_cells(forms: dict[str, Method], base: Settings) -> Iterator[Cell]:
     """Every form at the values of its `curve`, at the run's own learning rate."""
-    for seed, (name, method) in itertools.product(FORM_SEEDS, FORMS.items()):
+    for seed, (name, method) in itertools.product(FORM_SEEDS, forms.items()):
         for value in method.curve:
             sparsity = (value,) * len(base.layers)
             yield Cell("forms", name, seed, base.lr, base.layers, sparsity)
 
 
-def arguments_of(description: str, stages: tuple[str, ...], file: Path) -> argparse.Namespace:
-    """What the command line says: minutes, stages, methods, and the file of results."""
+def arguments_of(
+    description: str, stages: tuple[str, ...], known: dict[str, Method], file: Path
+) -> argparse.Namespace:
+    """What the command line says: minutes, stages, methods of those known, the file of results."""
+
+    def names_of(text: str, between: str, among: Iterable[str]) -> list[str]:
+        names = text.split(between)
+        if unknown := [name for name in names if name not in among]:
+            raise argparse.ArgumentTypeError(f"no {unknown}; there are {list(among)}")
+        return names
+
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--minutes", type=float, default=150.0)
-    parser.add_argument("--stages", default=",".join(stages))
-    parser.add_argument("--methods", default=";".join(METHODS), help="names, a semicolon between")
+    parser.add_argument(
+        "--stages", type=lambda text: names_of(text, ",", stages), default=list(stages)
+    )
+    parser.add_argument(
+        "--methods", type=lambda text: names_of(text, ";", known), default=list(known),
+        help="names, a semicolon between",
+    )  # fmt: skip
     parser.add_argument("--file", type=Path, default=file)
     arguments = parser.parse_args()
-    arguments.methods = {name: METHODS[name] for name in arguments.methods.split(";")}
+    arguments.methods = {name: known[name] for name in arguments.methods}
     return arguments
 
 
@@ -385,24 +399,27 @@ def make_missing(
 
 def main() -> int:
     """Makes what is missing, as long as there is time, and prints the tables."""
-    arguments = arguments_of(__doc__.split("\n")[0], STAGES, FILE)
+    arguments = arguments_of(__doc__.split("\n")[0], STAGES, METHODS | FORMS, FILE)
     results = Results(arguments.file)
     base = Settings(**experiment.PROFILES["tinylm"])
-    methods = arguments.methods
+    methods, forms = (
+        {name: method for name, method in arguments.methods.items() if name in known}
+        for known in (METHODS, FORMS)
+    )
     cells = {
         "sweep": lambda: sweep_cells(methods, base),
         "curves": lambda: curve_cells(methods, base, results),
         "seeds": lambda: seed_cells(methods, base, results),
-        "forms": lambda: form_cells(base),
+        "forms": lambda: form_cells(forms, base),
     }
     log = harness.new_log("quality")
     print(f"log: {log}")
     with tempfile.TemporaryDirectory() as folder:
         bench = functools.cache(lambda: Bench(base, Path(folder), log))
-        stages = arguments.stages.split(",")
         make_missing(
-            cells, stages, lambda cell: run_cell(cell, bench()), results, arguments.minutes
-        )
+            cells, arguments.stages, lambda cell: run_cell(cell, bench()), results,
+            arguments.minutes,
+        )  # fmt: skip
     print(plot.quality_tables(results.rows))
     return 0
 

@@ -110,3 +110,25 @@ def test_the_sweep_chooses_by_fvu_at_the_l0_that_is_wanted(tmp_path):
     row = {"stage": "sweep", "method": "Standard", "lr": 6e-3, "l0": 10, "fvu": 0.9}
     results.rows += [row, row]
     assert quality.chosen("Standard", quality.METHODS["Standard"], base, results) == 3e-3
+
+
+def test_every_form_has_settings_that_can_be():
+    forms = quality.METHODS | quality.FORMS | ground_truth.METHODS
+    assert len(ground_truth.METHODS) > len(quality.METHODS)
+    for name, method in forms.items():
+        if method.kind is None:
+            cell = quality.Cell("forms", name, 0, 1e-3, (0,), (method.curve[0],))
+            settings = quality.settings_for(cell, method, SETTINGS)
+            harness.check_settings(name, settings)
+            assert settings.lr == 1e-3 and getattr(settings, method.sparsity) == method.curve[0]
+
+
+def test_a_method_or_stage_that_is_not_there_is_named(capsys, monkeypatch):
+    for option, value in (("--methods", "TopK;Topk"), ("--stages", "sweep,seed")):
+        monkeypatch.setattr("sys.argv", ["quality.py", option, value])
+        with pytest.raises(SystemExit):
+            quality.arguments_of("", quality.STAGES, quality.METHODS, quality.FILE)
+        assert f"no {[value[5:].strip(';,')]}" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["quality.py", "--methods", "TopK;Gated"])
+    found = quality.arguments_of("", quality.STAGES, quality.METHODS, quality.FILE)
+    assert list(found.methods) == ["TopK", "Gated"] and found.stages == list(quality.STAGES)
