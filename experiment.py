@@ -173,7 +173,7 @@ PLAN: dict[str, dict[str, Any]] = {
         k_start_factor=1.0,
         lr=4.5e-3,
         lr_warmup=0.05,
-        dead_after=100_000,
+        dead_after=30_000,
         seeds=FIVE,
     ),
 }
@@ -614,9 +614,12 @@ class Trainer(harness.Resumable):
         """Points dead features at what badly reconstructed tokens lack, x − x̂.
 
         After Bricken et al. 2023 ("Towards Monosemanticity", appendix, neuron resampling), with
-        tokens drawn in proportion to their squared loss; but at every step, as features die.
+        tokens drawn in proportion to their squared loss; but at every step, as features die. With a
+        threshold they get the others' mean bias: without one they are above it on many tokens, and
+        it rises to hold L0 and silences others, which are resampled in turn.
         """
-        dead_N = self.dead().nonzero()[:, 0]
+        dead_F = self.dead()
+        dead_N = dead_F.nonzero()[:, 0]
         if not len(dead_N):
             return
         odds_B = residual_BD.pow(2).sum(-1).pow(2).cpu()
@@ -629,7 +632,8 @@ class Trainer(harness.Resumable):
         sae = self.sae
         sae.W_dec[dead_N] = directions_ND
         sae.W_enc[:, dead_N] = directions_ND.T * sae.W_enc.norm(dim=0).mean()
-        sae.b_enc[dead_N] = 0.0
+        alike = sae.threshold is not None and not dead_F.all()
+        sae.b_enc[dead_N] = sae.b_enc[~dead_F].mean() if alike else 0.0
         for parameter, index in (
             (sae.W_dec, (dead_N,)), (sae.W_enc, (slice(None), dead_N)), (sae.b_enc, (dead_N,))
         ):  # fmt: skip

@@ -43,9 +43,10 @@ from experiment import Settings
 FILE = ROOT / "bench" / "ground_truth.jsonl"
 STAGES, SEEDS = ("sweep", "curves", "seeds"), experiment.THREE
 N_FEATURES, WIDTH = 512, 128
-# Forms that say what run_10's loses true features by; on tinylm the first collapses at k = 8.
+# What run_10's threshold loses true features by: when silent ones come back.
 FORMS = {
     "this project (run_10, dead after 10,000)": {"dead_after": 10_000},
+    "this project (run_10, dead after 100,000)": {"dead_after": 100_000},
     "this project (run_10, k of each token)": {"selection": "token"},
 }
 METHODS = quality.METHODS | {

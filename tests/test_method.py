@@ -434,6 +434,29 @@ def test_dead_features_are_counted_and_brought_back() -> None:
     assert left[True] <= 4
 
 
+@pytest.mark.parametrize("selection", ["token", "threshold"])
+def test_a_resampled_feature_of_a_threshold_has_the_bias_of_the_others(selection) -> None:
+    settings = small_settings(selection=selection)
+    sae = experiment.new_sae(
+        settings, 0, 0, torch.zeros(8), 1.0, {}, 4, by_threshold=selection == "threshold"
+    )
+    trainer = Trainer(sae, settings, 0)
+    trainer.step(structured(64), 0.5, log=False)
+    with torch.no_grad():
+        sae.b_enc.copy_(torch.linspace(-3, -1, 32))
+    expected_F = sae.b_enc.detach().clone()
+    trainer.steps_since_active[:8] = 1000
+    expected_F[:8] = expected_F[8:].mean() if selection == "threshold" else 0.0
+    before_F = sae.W_enc.norm(dim=0).mean()
+    trainer.resample(structured(64, seed=1))
+    assert torch.allclose(sae.b_enc, expected_F)
+    assert torch.allclose(sae.W_enc[:, :8].norm(dim=0), before_F)
+    assert not trainer.dead().any()
+    trainer.steps_since_active[:] = 1000  # none is left to be like
+    trainer.resample(structured(64, seed=2))
+    assert not sae.b_enc.any()
+
+
 def test_bfloat16_products_leave_float32_weights_and_nearly_the_same_training() -> None:
     """Gradients differ by bfloat16's rounding (2^-9 per factor), and only by that."""
     grads = {}
