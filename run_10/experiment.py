@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import math
 import os
 import sys
@@ -37,7 +36,6 @@ from sae_bench.custom_saes.base_sae import BaseSAE
 from torch import Tensor, nn
 
 import harness
-from harness import ExperimentError
 
 # =============================================================================================
 # SETTINGS AND PLAN: edit these directly
@@ -165,6 +163,7 @@ PLAN: dict[str, dict[str, Any]] = {
         description="adaptation of the selection alone", tau_pen=0.15, gamma=0.15, seeds=THREE
     ),
     "run_9": dict(description="adaptation against its end point", fix_at="run_1", seeds=FIVE),
+    # Learning rate, warm-up and dead_after were found on tinylm; elsewhere they are a guess.
     "run_10": dict(
         description="best form found: threshold, no penalty",
         selection="threshold",
@@ -174,7 +173,7 @@ PLAN: dict[str, dict[str, Any]] = {
         k_start_factor=1.0,
         lr=4.5e-3,
         lr_warmup=0.05,
-        dead_after=100_000,
+        dead_after=30_000,
         seeds=FIVE,
     ),
 }
@@ -309,7 +308,7 @@ class CustomSAE(BaseSAE):
             above: a number above 0; what isn't larger counts as not active.
         """
         pre_BF = self.preactivations(x_BD)
-        if by_index and (few := harness.few_active(pre_BF, above or 0.0)):
+        if by_index and (few := harness.few_active(pre_BF, 0.0 if above is None else above)):
             return harness.active_values(pre_BF.detach(), few, *self.centred(x_BD), self.W_enc)
         if above is None:
             return torch.relu(pre_BF), None
@@ -528,7 +527,7 @@ class ActivationBuffer:
 # =============================================================================================
 
 
-class Trainer:
+class Trainer(harness.Resumable):
     """One SAE and what its training needs: Adam with a group for θ, and the count of dead features.
 
     Args:
@@ -610,31 +609,17 @@ class Trainer:
             excess = (l0 / k - 1).clamp(max=1.0)
             self.sae.threshold.mul_(torch.exp(self.settings.threshold_rate * excess))
 
-    def state_dict(self) -> dict[str, Any]:
-        """All that the next steps depend on."""
-        return {
-            "sae": self.sae.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "generator": self.generator.get_state(),
-            "attributes": [harness.plain_attributes(thing) for thing in (self, self.sae)],
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where another trainer of the same SAE stood."""
-        self.sae.load_state_dict(state["sae"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.generator.set_state(state["generator"])
-        for thing, attributes in zip((self, self.sae), state["attributes"]):
-            harness.set_attributes(thing, attributes)
-
     @torch.no_grad()
     def resample(self, residual_BD: Tensor) -> None:
         """Points dead features at what badly reconstructed tokens lack, x − x̂.
 
         After Bricken et al. 2023 ("Towards Monosemanticity", appendix, neuron resampling), with
-        tokens drawn in proportion to their squared loss; but at every step, as features die.
+        tokens drawn in proportion to their squared loss; but at every step, as features die. With a
+        threshold they get the others' mean bias: without one they are above it on many tokens, and
+        it rises to hold L0 and silences others, which are resampled in turn.
         """
-        dead_N = self.dead().nonzero()[:, 0]
+        dead_F = self.dead()
+        dead_N = dead_F.nonzero()[:, 0]
         if not len(dead_N):
             return
         odds_B = residual_BD.pow(2).sum(-1).pow(2).cpu()
@@ -647,7 +632,8 @@ class Trainer:
         sae = self.sae
         sae.W_dec[dead_N] = directions_ND
         sae.W_enc[:, dead_N] = directions_ND.T * sae.W_enc.norm(dim=0).mean()
-        sae.b_enc[dead_N] = 0.0
+        alike = sae.threshold is not None and not dead_F.all()
+        sae.b_enc[dead_N] = sae.b_enc[~dead_F].mean() if alike else 0.0
         for parameter, index in (
             (sae.W_dec, (dead_N,)), (sae.W_enc, (slice(None), dead_N)), (sae.b_enc, (dead_N,))
         ):  # fmt: skip
@@ -778,88 +764,39 @@ def train(
         checkpoints: where training saves itself, whenever a filling of the buffer is used up.
         start: makes the trainers; bench/quality.py has other projects' trained on the same tokens.
     """
-    checkpoints = checkpoints or harness.Checkpoints(None)
     device, autocast = buffer.lm.hf.device, buffer.lm.hf.dtype == torch.bfloat16
     torch.manual_seed(0)  # for what an edit may draw without a generator of its own
-    saved = checkpoints.load()
-    state = saved or {
-        "done": 0,
-        "n_steps": settings.training_tokens // settings.batch,
-        "timed": settings.budget_minutes is None,
-        "shortened": None,
-        "records": [],
-        "seconds": {"seconds_harvest": 0.0, "seconds_training": 0.0},
-    }
-    trainers: dict[tuple[int, int], Trainer] = {}
     shuffles = {seed: torch.Generator().manual_seed(seed) for seed in settings.seeds}
-    if saved:
-        measured = {layer: (mean.to(device), s) for layer, (mean, s) in saved["measured"].items()}
-        trainers = start(settings, measured, fixed, autocast)
-        for key, trainer in trainers.items():
-            trainer.load_state_dict(saved["trainers"][key])
-        for seed, generator in shuffles.items():
-            generator.set_state(saved["shuffles"][seed])
-        buffer.load_state_dict(saved["buffer"])
-
-    def whole_state() -> dict[str, Any]:
-        return state | {
-            "measured": measured,
-            "trainers": {key: trainer.state_dict() for key, trainer in trainers.items()},
-            "shuffles": {seed: shuffle.get_state() for seed, shuffle in shuffles.items()},
-            "buffer": buffer.state_dict(),
-        }
-
-    portion = max(settings.buffer_tokens // settings.batch, 1)  # steps per filling of the buffer
-    seconds = state["seconds"]
-    # A token counts when it is read, and when an SAE learns from it.
-    per_step = (1 + len(settings.layers) * len(settings.seeds)) * settings.batch
-    progress = harness.Progress("train", state["n_steps"] * per_step, "tokens read or learned")
-    progress.resume(state["done"] * per_step, sum(seconds.values()))
-    with log.open("w", encoding="utf-8") as log_file:
-        log_file.writelines(json.dumps(record) + "\n" for record in state["records"])
-        while state["done"] < state["n_steps"]:
-            steps = range(state["done"], min(state["done"] + portion, state["n_steps"]))
-            started = time.monotonic()
-            acts_LND = None  # not two fillings at once
-            harness.trim_memory()
-            acts_LND = buffer.take(len(steps) * settings.batch, progress.advance)
-            seconds["seconds_harvest"] += time.monotonic() - started
-            started = time.monotonic()
-            if not trainers:
-                measured = measure(settings, acts_LND)
-                trainers = start(settings, measured, fixed, autocast)
-            orders = {
-                seed: torch.randperm(acts_LND.shape[1], generator=generator)
-                for seed, generator in shuffles.items()
-            }
-            n_steps = state["n_steps"]
-            records = harness.take_steps(
-                settings, trainers, acts_LND, orders, steps, n_steps, progress
-            )
-            state["records"] += records
-            log_file.writelines(json.dumps(record) + "\n" for record in records)
-            log_file.flush()
-            seconds["seconds_training"] += time.monotonic() - started
-            state["done"] = steps.stop
-            save = checkpoints.due() or steps.stop == n_steps
-            if not state["timed"] and steps.stop >= 0.05 * n_steps:
-                evaluation = evaluation_seconds({key: t.sae for key, t in trainers.items()})
-                state["timed"] = save = True
-                state["n_steps"], state["shortened"] = harness.fit_budget(
-                    n_steps, steps.stop, sum(seconds.values()), evaluation,
-                    settings.budget_minutes * 60,
-                )  # fmt: skip
-                progress.total = state["n_steps"] * per_step
-            if save:
-                checkpoints.save(whole_state, steps.stop / state["n_steps"])
-    progress.close()
+    trainers: dict[tuple[int, int], Trainer] = {}
+    with harness.Course(settings, log, checkpoints or harness.Checkpoints(None)) as course:
+        if measured := course.measured(device):
+            trainers = start(settings, measured, fixed, autocast)
+            course.restore(trainers, shuffles, buffer)
+        while steps := course.next_steps():
+            with course.timing("seconds_harvest"):
+                acts_LND = None  # not two fillings at once
+                harness.trim_memory()
+                acts_LND = buffer.take(len(steps) * settings.batch, course.progress.advance)
+            with course.timing("seconds_training"):
+                if not trainers:
+                    measured = measure(settings, acts_LND)
+                    trainers = start(settings, measured, fixed, autocast)
+                orders = {
+                    seed: torch.randperm(acts_LND.shape[1], generator=generator)
+                    for seed, generator in shuffles.items()
+                }
+                records = harness.take_steps(
+                    settings, trainers, acts_LND, orders, steps, course.n_steps, course.progress
+                )
+                course.add(records)
+            course.finish(steps, measured, trainers, shuffles, buffer, evaluation_seconds)
     return Training(
         saes={key: trainer.sae for key, trainer in trainers.items()},
         mean={layer: mean_D for layer, (mean_D, _) in measured.items()},
-        last={(record["layer"], record["seed"]): record for record in state["records"]},
-        tokens=state["n_steps"] * settings.batch,
-        seconds=seconds,
-        shortened=state["shortened"],
+        last={(record["layer"], record["seed"]): record for record in course.records},
+        tokens=course.n_steps * settings.batch,
+        seconds=course.seconds,
+        shortened=course.shortened,
     )
 
 
@@ -1046,30 +983,8 @@ def write_records(
         | {stage: [value] * len(settings.seeds) for stage, value in seconds.items()}
         for layer in settings.layers
     }
-    overall = {
-        "seed": [float(seed) for seed in settings.seeds],
-        "primary": harness.primary_metric(layers.values()),
-        "l0": [harness.mean(values) for values in zip(*(m["l0"] for m in layers.values()))],
-    }
-    reference = harness.read_reference(settings, out_dir, profile)
-    sentence, numbers = harness.verdict(overall, reference, settings.compare_to)
-    info = {name: harness.summarize(metrics) for name, metrics in layers.items()}
-    info["verdict"] = harness.summarize(overall)
-    info["verdict"]["means"] |= numbers
-    warnings = harness.odd_results(layers, settings.d_sae)
-    if training.shortened:
-        warnings.insert(0, training.shortened)
-    baseline, differing = harness.against_given_baseline(settings, layers)
-    warnings += differing
-    notes = [baseline] if baseline else []
-    harness.check_info(info)
-    harness.write_reused(out_dir)
-    harness.write_json(out_dir / "warnings.json", warnings)
-    harness.write_json(out_dir / "final_info.json", info)
-
-    harness.print_closing_block(
-        out_dir, profile, info, SHOWN, seconds, warnings, notes, sentence
-    )
+    shortened = [training.shortened] if training.shortened else []
+    harness.write_records(settings, profile, layers, SHOWN, seconds, shortened, out_dir)
 
 
 # =============================================================================================
@@ -1078,21 +993,8 @@ def write_records(
 
 
 def settings_of(name: str, profile: str) -> Settings:
-    """The settings of the run called `name`, checked.
-
-    Raises:
-        ExperimentError: a field that doesn't exist, or a value that can't be.
-    """
-    chosen = PROFILES[profile] | PLAN.get(name, {})
-    try:
-        s = Settings(**chosen)
-    except TypeError as error:
-        raise ExperimentError(
-            f"PLAN[{name!r}] sets what Settings has no field for ({error}): "
-            "see the list at the top of experiment.py"
-        ) from error
-    harness.check_settings(name, s)
-    return s
+    """The settings of the run called `name`, checked: an ExperimentError says what can't be."""
+    return harness.checked_settings(name, Settings, PROFILES[profile] | PLAN.get(name, {}))
 
 
 def constants(settings: Settings, out_dir: Path) -> dict[tuple[int, int], dict[str, float]]:
@@ -1110,28 +1012,16 @@ def constants(settings: Settings, out_dir: Path) -> dict[tuple[int, int], dict[s
 def run(out_dir: Path, log: Path) -> None:
     """One experiment, from its settings to its records, after a rehearsal of all of it."""
     harness.check_out_dir(out_dir)
-    name = out_dir.name
     profile = harness.choose_profile(PROFILES)
-    settings = settings_of(name, profile)
+    settings = settings_of(out_dir.name, profile)
     device = harness.choose_device(settings, profile)
     train_dtype = harness.choose_train_dtype(settings, device)
     print(f"profile: {profile} on {device}")
-    if name not in PLAN:
-        print(f"{name}: not in PLAN, defaults")
+    if out_dir.name not in PLAN:
+        print(f"{out_dir.name}: not in PLAN, defaults")
     fixed = constants(settings, out_dir)
-    with harness.quiet(log):
-        needs = harness.preflight(settings, device)
-    print("\n".join(needs), end="\n" if needs else "")
-    if needs:
-        settings = harness.fit_core_batches(settings, device)
-    harness.make_reproducible()
-    with harness.quiet(log):
-        lm = harness.load_language_model(settings.model, settings.lm_dtype, device)
-        harness.check_layers(settings, lm)
-        probe_texts = harness.read_probe_texts(settings, lm.tokenizer, device)
-        model = lm.hooked()
-        passes = settings.harvest_contexts, settings.context
-        training_lm = harness.for_harvest(lm, train_dtype, *passes)
+    ready = harness.prepare(settings, device, train_dtype, log)
+    settings, model = ready.settings, ready.model
 
     def train_score_record(
         settings: Settings, probe_texts: dict, out_dir: Path, key: dict | None
@@ -1139,11 +1029,10 @@ def run(out_dir: Path, log: Path) -> None:
         harness.write_config(settings, profile, device, train_dtype, SOURCE, out_dir)
         harness.Progress.stage("train")
         texts = harness.documents(settings.training_text, "train")
-        stream = harness.TokenStream(texts, lm.tokenizer, settings.context)
-        acts_key = key and harness.activations_key(settings, SOURCE, train_dtype, lm)
-        buffer = ActivationBuffer(
-            training_lm, stream, settings.layers, settings.harvest_contexts, acts_key
-        )
+        stream = harness.TokenStream(texts, ready.lm.tokenizer, settings.context)
+        acts_key = key and harness.activations_key(settings, SOURCE, train_dtype, ready.lm)
+        passes = settings.layers, settings.harvest_contexts
+        buffer = ActivationBuffer(ready.training_lm, stream, *passes, acts_key)
 
         def evaluation_seconds(saes: dict) -> float:
             with harness.quiet(log):
@@ -1161,11 +1050,11 @@ def run(out_dir: Path, log: Path) -> None:
         write_records(settings, profile, training, evaluation, seconds, out_dir)
         harness.check_complete(out_dir)
 
-    harness.rehearse(train_score_record, settings, probe_texts, SOURCE, log)
+    harness.rehearse(train_score_record, settings, ready.probe_texts, SOURCE, log)
     if moved := harness.prepare_out_dir(out_dir):
         print(moved)
     key = harness.training_key(settings, SOURCE, fixed, train_dtype, device)
-    train_score_record(settings, probe_texts, out_dir, key)
+    train_score_record(settings, ready.probe_texts, out_dir, key)
 
 
 if __name__ == "__main__":

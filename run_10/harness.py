@@ -460,6 +460,144 @@ class Checkpoints:
             self.lock = None
 
 
+class Resumable:
+    """What `experiment.Trainer` needs to be saved between two steps.
+
+    It has an `sae`, an `optimizer` and a `generator`; whatever else an edit gives to it or to its
+    SAE as plain values is saved with them.
+    """
+
+    sae: CustomSAE
+    optimizer: torch.optim.Optimizer
+    generator: torch.Generator
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next steps depend on."""
+        return {
+            "sae": self.sae.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "attributes": [plain_attributes(thing) for thing in (self, self.sae)],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where another trainer of the same SAE stood."""
+        self.sae.load_state_dict(state["sae"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        for thing, attributes in zip((self, self.sae), state["attributes"]):
+            set_attributes(thing, attributes)
+
+
+class Course:
+    """The course of a training: steps done and in all, its records and seconds, and its saving.
+
+    Goes on from what an earlier attempt has saved. `with` opens train_log.jsonl and closes it.
+
+    Args:
+        log: train_log.jsonl.
+        checkpoints: where it is saved, whenever a filling of the buffer is used up.
+    """
+
+    OWN = ("done", "n_steps", "timed", "shortened", "records", "seconds")  # attributes to save
+
+    def __init__(self, settings: Settings, log: Path, checkpoints: Checkpoints) -> None:
+        self.settings, self.log, self.checkpoints = settings, log, checkpoints
+        self.done, self.n_steps = 0, settings.training_tokens // settings.batch
+        self.timed = settings.budget_minutes is None
+        self.shortened: str | None = None  # why it takes fewer steps than the settings say
+        self.records: list[dict[str, Any]] = []
+        self.seconds = {"seconds_harvest": 0.0, "seconds_training": 0.0}
+        self.saved = checkpoints.load()
+        for name in self.OWN if self.saved else ():
+            setattr(self, name, self.saved[name])
+        # A token counts when it is read, and when an SAE learns from it.
+        self.per_step = (1 + len(settings.layers) * len(settings.seeds)) * settings.batch
+        total = self.n_steps * self.per_step
+        self.progress = Progress("train", total, "tokens read or learned")
+        self.progress.resume(self.done * self.per_step, sum(self.seconds.values()))
+
+    def __enter__(self) -> Course:
+        self.file = self.log.open("w", encoding="utf-8")
+        self.file.writelines(json.dumps(record) + "\n" for record in self.records)
+        return self
+
+    def __exit__(self, failed: type | None, *_: object) -> None:
+        self.file.close()
+        if not failed:
+            self.progress.close()
+
+    def measured(self, device: torch.device) -> dict[int, tuple[Tensor, float]]:
+        """What SAEs are centred and scaled by, as it was saved; nothing where nothing was."""
+        saved = self.saved["measured"] if self.saved else {}
+        return {layer: (mean_D.to(device), scale) for layer, (mean_D, scale) in saved.items()}
+
+    def restore(
+        self, trainers: dict[Any, Any], shuffles: dict[int, torch.Generator], buffer: Any
+    ) -> None:
+        """Puts trainers, shuffles and the buffer where they stood when they were saved."""
+        for key, trainer in trainers.items():
+            trainer.load_state_dict(self.saved["trainers"][key])
+        for seed, generator in shuffles.items():
+            generator.set_state(self.saved["shuffles"][seed])
+        buffer.load_state_dict(self.saved["buffer"])
+        self.saved = None
+
+    def next_steps(self) -> range:
+        """The steps on the next filling of the buffer; empty at the end."""
+        portion = max(self.settings.buffer_tokens // self.settings.batch, 1)
+        return range(self.done, min(self.done + portion, self.n_steps))
+
+    @contextlib.contextmanager
+    def timing(self, stage: str) -> Iterator[None]:
+        """Adds the seconds that a block takes to `seconds[stage]`."""
+        started = time.monotonic()
+        yield
+        self.seconds[stage] += time.monotonic() - started
+
+    def add(self, records: list[dict[str, Any]]) -> None:
+        """Writes records into the log."""
+        self.records += records
+        self.file.writelines(json.dumps(record) + "\n" for record in records)
+        self.file.flush()
+
+    def finish(
+        self,
+        steps: range,
+        measured: dict[int, tuple[Tensor, float]],
+        trainers: dict[Any, Any],
+        shuffles: dict[int, torch.Generator],
+        buffer: Any,
+        evaluation_seconds: Callable[[dict], float],
+    ) -> None:
+        """After these steps: fits what is left into the budget, once, and saves all when it's due.
+
+        Args:
+            evaluation_seconds: estimates how long the evaluation of these SAEs will take.
+        """
+        self.done = steps.stop
+        save = self.checkpoints.due() or self.done == self.n_steps
+        if not self.timed and self.done >= 0.05 * self.n_steps:
+            evaluation = evaluation_seconds({key: t.sae for key, t in trainers.items()})
+            self.timed = save = True
+            self.n_steps, self.shortened = fit_budget(
+                self.n_steps, self.done, sum(self.seconds.values()), evaluation,
+                self.settings.budget_minutes * 60,
+            )  # fmt: skip
+            self.progress.total = self.n_steps * self.per_step
+
+        def state() -> dict[str, Any]:
+            return {name: getattr(self, name) for name in self.OWN} | {
+                "measured": measured,
+                "trainers": {key: trainer.state_dict() for key, trainer in trainers.items()},
+                "shuffles": {seed: shuffle.get_state() for seed, shuffle in shuffles.items()},
+                "buffer": buffer.state_dict(),
+            }
+
+        if save:
+            self.checkpoints.save(state, self.done / self.n_steps)
+
+
 def generators() -> dict[str, Any]:
     """The states of the generators that code draws from unless it is given one."""
     import numpy
@@ -1261,6 +1399,23 @@ def choose_profile(profiles: Iterable[str]) -> str:
     return profile
 
 
+def checked_settings(name: str, make: Callable[..., Settings], chosen: dict) -> Settings:
+    """The settings of the run called `name`: `make` is the class, `chosen` sets its fields.
+
+    Raises:
+        ExperimentError: a field that doesn't exist, or a value that can't be.
+    """
+    try:
+        settings = make(**chosen)
+    except TypeError as error:
+        raise ExperimentError(
+            f"PLAN[{name!r}] sets what Settings has no field for ({error}): "
+            "see the list at the top of experiment.py"
+        ) from error
+    check_settings(name, settings)
+    return settings
+
+
 def check_settings(name: str, s: Settings) -> None:
     """Holds the settings of the run called `name` against what can be.
 
@@ -1287,6 +1442,11 @@ def check_settings(name: str, s: Settings) -> None:
         ("gamma", lambda v: v is None or v >= 0, "None, or 0 or above"),
         ("threshold_rate", lambda v: 0 < v <= 1, "above 0, and at most 1"),
         ("selection", lambda v: v in ("token", "threshold"), "'token' or 'threshold'"),
+        (
+            "selection",
+            lambda v: v == "token" or (s.curriculum and s.form == "contrastive"),
+            "'token' where nothing is selected (curriculum=False, or form='as_written')",
+        ),
         ("k_min", lambda v: v <= s.d_sae, f"at most d_sae = {s.d_sae}"),
         ("context", lambda v: v >= 2, "at least 2"),
         ("probe_train", lambda v: v >= 4, "at least 4: two texts of a class"),
@@ -3639,6 +3799,37 @@ def evaluation_seconds(
     return total + (time.monotonic() - began) * len(ready) * n_trained / size(sample)
 
 
+class Ready(NamedTuple):
+    """What a run works with: see `prepare`."""
+
+    settings: Settings  # core's batches as they fit into the GPU's memory
+    lm: LanguageModel
+    training_lm: LanguageModel  # in the form and precision for harvesting
+    model: Any  # in TransformerLens' form, for SAE-Bench
+    probe_texts: dict[str, list[dict]]  # by data set: token ids of the train and the test split
+
+
+def prepare(settings: Settings, device: torch.device, train_dtype: str, log: Path) -> Ready:
+    """Everything that a run loads, after a look at what it needs, which is printed.
+
+    Raises:
+        ExperimentError: something isn't there, isn't accessible or doesn't fit.
+    """
+    with quiet(log):
+        needs = preflight(settings, device)
+    print("\n".join(needs), end="\n" if needs else "")
+    if needs:
+        settings = fit_core_batches(settings, device)
+    make_reproducible()
+    with quiet(log):
+        lm = load_language_model(settings.model, settings.lm_dtype, device)
+        check_layers(settings, lm)
+        probe_texts = read_probe_texts(settings, lm.tokenizer, device)
+        model = lm.hooked()
+        training_lm = for_harvest(lm, train_dtype, settings.harvest_contexts, settings.context)
+    return Ready(settings, lm, training_lm, model, probe_texts)
+
+
 def rehearse(
     experiment: Callable[[Settings, dict, Path, None], None],
     settings: Settings,
@@ -4182,6 +4373,41 @@ def odd_results(layers: dict[str, dict[str, list[float]]], d_sae: int) -> list[s
         }
         warnings += [f"{layer}: {sentence}" for sentence, holds in odd.items() if holds]
     return warnings
+
+
+def write_records(
+    settings: Settings,
+    profile: str,
+    layers: dict[str, dict[str, list[float]]],
+    shown: Iterable[str],
+    seconds: dict[str, float],
+    warnings: list[str],
+    out_dir: Path,
+) -> None:
+    """Writes warnings.json and, last, final_info.json; prints the closing block.
+
+    Args:
+        layers: {metric: a value per seed} of each layer.
+        shown: the metrics to print. seconds: by stage. warnings: found so far.
+    """
+    overall = {
+        "seed": [float(seed) for seed in settings.seeds],
+        "primary": primary_metric(layers.values()),
+        "l0": [mean(values) for values in zip(*(metrics["l0"] for metrics in layers.values()))],
+    }
+    reference = read_reference(settings, out_dir, profile)
+    sentence, numbers = verdict(overall, reference, settings.compare_to)
+    info = {name: summarize(metrics) for name, metrics in layers.items()}
+    info["verdict"] = summarize(overall)
+    info["verdict"]["means"] |= numbers
+    baseline, differing = against_given_baseline(settings, layers)
+    warnings = [*warnings, *odd_results(layers, settings.d_sae), *differing]
+    notes = [baseline] if baseline else []
+    check_info(info)
+    write_reused(out_dir)
+    write_json(out_dir / "warnings.json", warnings)
+    write_json(out_dir / "final_info.json", info)
+    print_closing_block(out_dir, profile, info, shown, seconds, warnings, notes, sentence)
 
 
 def print_closing_block(
