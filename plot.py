@@ -982,7 +982,7 @@ def draw_forms(rows, runs, path):
 def draw_quality(rows, path):
     """FVU, CE loss score and the primary metric against L0: a line per method, dots for seeds."""
     curves, seeds = of(rows, stage="curves"), of(rows, stage="seeds")
-    styles = method_styles(in_order(curves, "method"))
+    styles = method_styles(in_order(curves + seeds, "method"))
     figure, line = plt.subplots(1, 3, figsize=(DOUBLE, 2.6), layout="constrained")
     for axes, (label, metric) in zip(line, PANELS):
         value = row_primary if metric == "primary" else metric_mean(metric)
@@ -999,7 +999,8 @@ def draw_quality(rows, path):
                     axes.axhline(harness.mean(list(values.values())), color=GREY, linestyle="-.")
                 continue
             axes.plot(list(l0.values()), list(values.values()), color=styles[method][0],
-                      linestyle="none", marker=".", alpha=0.6)
+                      linestyle="none", marker=".", alpha=0.6,
+                      label=None if of(curves, method=method) else f"{method}, seeds alone")
         if value is row_primary:
             axes.axhline(row_primary(curves, "llm"), color="black", linestyle=":")
         against_l0(axes, label)
