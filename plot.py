@@ -802,8 +802,9 @@ def holm(ps):
 
 def where_made(rows):
     """Machine, cores and dates of rows, in words."""
-    machines = " and ".join(f"{row['machine']}, {row['cores']} cores" for row in
-                            {(r["machine"], r["cores"]): r for r in rows}.values())
+    machines = " and ".join(
+        f"{machine}, {cores} core" + "s" * (cores != 1)
+        for machine, cores in dict.fromkeys((row["machine"], row["cores"]) for row in rows))
     dates = sorted(in_order(rows, "date"))
     return f"{machines}; {dates[0]}" + (f" to {dates[-1]}" if len(dates) > 1 else "")
 
@@ -813,6 +814,7 @@ def pm_seeds(values, digits):
 
 
 PEER = "BatchTopK"  # what methods are compared to
+OURS = "this project"  # what the names of its methods begin with
 
 
 def seeds_table(rows, columns, first):
@@ -843,8 +845,12 @@ def language_model(rows, width, at):
     return line
 
 
-def quality_tables(rows):
-    """bench/quality.jsonl as Markdown: seeds at one L0, the curves, and the sweep."""
+def quality_tables(rows, runs=()):
+    """bench/quality.jsonl as Markdown: seeds at one L0, the curves, the forms, and the sweep.
+
+    runs: those of the plan; of the ones at another L0 than the reference's, what can be read off
+    the curve of its form.
+    """
     columns = {
         "primary": (row_primary, 4), "L0": (metric_mean("l0"), 2), "FVU": (metric_mean("fvu"), 4),
         "CE loss score": (metric_mean("ce_loss_score"), 4),
@@ -877,6 +883,14 @@ def quality_tables(rows):
     if forms:
         parts += [f"Forms of this project's method, mean ± s.e. over seeds. {where_made(forms)}.",
                   forms_table(forms, columns)]
+        if lines := read_off_lines(forms, runs):
+            parts += [
+                f"Runs of the plan at another L0 than {REFERENCE}'s, beside {REFERENCE}'s form at "
+                "that L0: seed by seed on straight lines between the k_min above, L0 logarithmic; "
+                "paired over seeds, 95% interval.",
+                markdown(["run", "metric", "L0", f"{REFERENCE}'s L0", "run", REFERENCE,
+                          "raw difference", f"{REFERENCE}'s form at that L0",
+                          "difference at that L0", "seeds"], lines)]
     sweep = of(rows, stage="sweep")
     if sweep:
         lines = [[method, f"{lr:g}",
@@ -890,6 +904,57 @@ def quality_tables(rows):
         parts += [f"The sweep. {where_made(sweep)}.",
                   markdown(["method", "learning rate", "k or coefficient: L0, FVU"], lines)]
     return "\n\n".join(parts)
+
+
+def other_l0(runs):
+    """The reference, or None, and the runs whose L0 is too far from its for a comparison."""
+    reference = next((run for run in runs if run["name"] == REFERENCE), None)
+    return reference, [run for run in runs if reference and not run["given"]
+                       and run["profile"] == reference["profile"] and not same_l0(run, reference)]
+
+
+def seed_means(run, metric):
+    """{seed: a metric's mean over the layers}, or the primary metric of each seed."""
+    found = per_seed(run)
+    if found is None:
+        return {}
+    if metric == "primary":
+        return dict(zip(found["seed"], found["primary"]))
+    lists = [layer["final_info_dict"][metric] for layer in run["layers"].values()]
+    return dict(zip(found["seed"], np.mean(lists, axis=0).tolist()))
+
+
+def read_off(rows, value, at):
+    """{seed: value on that seed's line through a form's sparsities, at the L0 of `at`}.
+
+    Straight lines, L0 logarithmic; none for a seed whose L0 lies outside of them.
+    """
+    found = {}
+    for seed, l0 in at.items():
+        points = sorted((math.log(metric_mean("l0")(here)), value(here))
+                        for here in by_sparsity(of(rows, seed=seed)))
+        if points and points[0][0] <= math.log(l0) <= points[-1][0]:
+            found[seed] = float(np.interp(math.log(l0), *zip(*points)))
+    return found
+
+
+def read_off_lines(rows, runs):
+    """A line per run at another L0 than the reference's, and metric; see `quality_tables`."""
+    reference, runs = other_l0(runs)
+    plain, lines = of(rows, method=REFERENCE), []
+    for run in runs:
+        for label, metric, digits in (("primary", "primary", 4), ("FVU", "fvu", 4)):
+            value = row_primary if metric == "primary" else metric_mean(metric)
+            mine, theirs = seed_means(run, metric), seed_means(reference, metric)
+            there = read_off(plain, value, seed_means(run, "l0"))
+            lines.append([
+                run["name"], label, *(show(mean_over_layers(r, "l0"), 1) for r in (run, reference)),
+                pm_seeds(mine.values(), digits), pm_seeds(theirs.values(), digits),
+                show(harness.paired(mine, theirs).get("difference", math.nan), digits, sign=True),
+                pm_seeds(there.values(), digits) if there else "outside of the curve",
+                interval(difference(harness.paired(mine, there)), digits) if there else "-",
+                len(there) or "-"])
+    return lines
 
 
 def forms_table(rows, columns):
@@ -930,9 +995,11 @@ def ground_truth_table(rows):
 
 
 def method_styles(methods):
-    """Colour and marker of each method; the untrained SAE's is grey."""
-    made = [method for method in methods if method != "untrained"]
-    looks = {m: (COLOURS[i % len(COLOURS)], "osD^v"[i // len(COLOURS)]) for i, m in enumerate(made)}
+    """Colour and marker of each method; this project's are black, the untrained SAE's grey."""
+    ours = [method for method in methods if method.startswith(OURS)]
+    made = [method for method in methods if method not in (*ours, "untrained")]
+    looks = {m: (COLOURS[i % len(COLOURS)], "o^v"[i // len(COLOURS)]) for i, m in enumerate(made)}
+    looks |= {method: ("black", "sDo^v"[i % 5]) for i, method in enumerate(ours)}
     return looks | {"untrained": (GREY, "x")}
 
 
@@ -950,8 +1017,7 @@ def draw_forms(rows, runs, path):
 
     A contrast of runs with unequal L0 is read off these lines. Bars: s.e. over seeds.
     """
-    reference = next((run for run in runs if run["name"] == REFERENCE), None)
-    runs = [run for run in runs if reference and not same_l0(run, reference)]
+    _, runs = other_l0(runs)
     styles = method_styles(in_order(rows, "method"))
     figure, line = plt.subplots(1, 3, figsize=(DOUBLE, 2.8), layout="constrained")
     for axes, (label, metric) in zip(line, PANELS):
@@ -1120,7 +1186,7 @@ def draw_profile(profile, runs, reference, folder):
 def draw_bench(root, folder, runs):
     """Figures and tables of what bench/ measured, where it did; returns the tables' text."""
     texts = []
-    for name, table, draw in (("quality", quality_tables, draw_quality),
+    for name, table, draw in (("quality", lambda rows: quality_tables(rows, runs), draw_quality),
                               ("ground_truth", ground_truth_table, draw_ground_truth)):
         rows = read_rows(root / "bench" / f"{name}.jsonl")
         text = table(rows)
@@ -1131,7 +1197,7 @@ def draw_bench(root, folder, runs):
         (folder / f"{name}.md").write_text(texts[-1], encoding="utf-8")
         if forms := of(rows, stage="forms"):
             with plt.rc_context(STYLE):
-                draw_forms(forms, [run for run in runs if not run["given"]], folder / "forms")
+                draw_forms(forms, runs, folder / "forms")
         if of(rows, stage="curves" if name == "quality" else "seeds"):
             with plt.rc_context(STYLE):
                 draw(rows, folder / name)

@@ -3,9 +3,9 @@
     python bench/quality.py [--minutes 150] [--stages sweep,curves,seeds,forms]
                             [--methods "BatchTopK;this project (run_10)"]
 
-Each trained and scored SAE is a line of bench/quality.jsonl. What stands there is not made again;
-no training is begun after `--minutes`, and the same command goes on. Prints the tables of what
-there is, in Markdown; plot.py draws it.
+Each trained and scored SAE is a line of bench/quality.jsonl. What stands there is not made again,
+for another stage neither; no training is begun after `--minutes`, and the same command goes on.
+Prints the tables of what there is, in Markdown; plot.py draws it.
 
 - `sweep`: learning rate of each method, and for the coefficient of a penalty two values on either
   side of the L0 that is wanted. Seed 100, layer 2. What is chosen has the lowest FVU at L0 = k_min
@@ -131,9 +131,9 @@ class Results:
         self.path = path
         self.rows: list[dict[str, Any]] = plot.read_rows(path)
 
-    def has(self, cell: Cell) -> bool:
-        """Whether a cell is complete; its rows are written together."""
-        return bool(self.of(**json.loads(json.dumps(dataclasses.asdict(cell)))))
+    def rows_of(self, cell: Cell) -> list[dict[str, Any]]:
+        """All of a cell's rows, which are written together, or none."""
+        return self.of(**json.loads(json.dumps(dataclasses.asdict(cell))))
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         """Appends lines, all at once."""
@@ -261,6 +261,25 @@ def run_cell(cell: Cell, bench: Bench) -> list[dict[str, Any]]:
     return [row | seconds for row in rows]
 
 
+def made_elsewhere(cell: Cell, results: Results) -> list[dict[str, Any]]:
+    """The rows of the same training in another stage, or under another name, as this cell's.
+
+    None for those of `seeds` with which untrained SAEs come.
+    """
+    if cell.stage == "sweep" or (cell.stage, cell.method) == ("seeds", OURS):
+        return []
+
+    def same(method: Method) -> tuple:
+        return method.kind, method.sparsity, method.options
+
+    known = METHODS | FORMS
+    names = [name for name, method in known.items() if same(method) == same(known[cell.method])]
+    for stage, name in itertools.product(STAGES[1:], names):
+        if rows := results.rows_of(dataclasses.replace(cell, stage=stage, method=name)):
+            return [row | {"stage": cell.stage, "method": cell.method} for row in rows]
+    return []
+
+
 def machine() -> dict[str, Any]:
     """Where and when figures are made."""
     return {
@@ -386,7 +405,7 @@ def make_missing(
     began = time.monotonic()
     for stage in stages:
         for cell in list(cells[stage]()):
-            if results.has(cell):
+            if results.rows_of(cell):
                 continue
             if time.monotonic() - began > minutes * 60:
                 print("no time is left; the same command goes on from here")
@@ -417,10 +436,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         bench = functools.cache(lambda: Bench(base, Path(folder), log))
         make_missing(
-            cells, arguments.stages, lambda cell: run_cell(cell, bench()), results,
+            cells, arguments.stages,
+            lambda cell: made_elsewhere(cell, results) or run_cell(cell, bench()), results,
             arguments.minutes,
         )  # fmt: skip
-    print(plot.quality_tables(results.rows))
+    print(plot.quality_tables(results.rows, plot.load_runs(ROOT)[0]))
     return 0
 
 

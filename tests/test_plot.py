@@ -530,13 +530,12 @@ def bench_row(stage, method, seed, l0, gain=0.0, value=16, layer=1):
 
 
 def test_what_bench_measured_is_in_tables_and_figures(tmp_path, figures):
-    make_run(tmp_path, "run_1", tests="the full method")
-    make_run(tmp_path, "run_5", tests="no curriculum")
-    info = json.loads((tmp_path / "run_5" / "final_info.json").read_text())
-    for record in info.values():
-        if "l0" in record["means"]:
-            record["means"]["l0"] *= 5
-    (tmp_path / "run_5" / "final_info.json").write_text(json.dumps(info))
+    make_run(tmp_path, "run_1", tests="the full method", seeds=range(3), layers=(1, 2))
+    for name, l0 in {"run_5": 30.0, "run_7": 800.0}.items():
+        info = make_run(tmp_path, name, tests="elsewhere", seeds=range(4), layers=(1, 2))
+        for record in (record for record in info.values() if "l0" in record["means"]):
+            record["means"]["l0"], record["final_info_dict"]["l0"] = l0, [l0] * 4
+        (tmp_path / name / "final_info.json").write_text(json.dumps(info))
     methods = {"ours": 0.05, "BatchTopK": 0.0, "untrained": -0.1}
     rows = [bench_row("seeds", method, seed, 16.0, gain, layer=layer)
             for method, gain in methods.items() for seed in range(5) for layer in (1, 2)]
@@ -562,8 +561,20 @@ def test_what_bench_measured_is_in_tables_and_figures(tmp_path, figures):
     assert found["ours"]["p (Holm)"] == "< 0.001"
     assert found["language model, best k dimensions"]["primary"] == "0.6500"
     assert "a machine, 2 cores; 2026-01-02" in text and text.count("language model") == 3
+    # A run at another L0: the difference on the line at its own L0, of the seeds that both have.
+    info = json.loads((tmp_path / "run_5" / "final_info.json").read_text())
+    part = math.log(30 / 16) / math.log(32 / 16)
+    differences = []
+    for seed in range(3):
+        at = [np.mean([r["fvu"] for r in rows if r["method"] == "run_1" and r["seed"] == seed
+                       and r["l0"] == l0]) for l0 in (16, 32)]
+        mine = np.mean([info[f"layer_{i}"]["final_info_dict"]["fvu"][seed] for i in (1, 2)])
+        differences.append(mine - (1 - part) * at[0] - part * at[1])
+    lines = [line for line in text.splitlines() if re.match(r"\| run_[57] \| FVU", line)]
+    assert f" | {np.mean(differences):+.4f} [" in lines[0] and lines[0].endswith("| 3 |")
+    assert "30.0 | " in lines[0] and "outside of the curve | - | - |" in lines[1]
     quality, forms = figures["bench", "quality"], figures["bench", "forms"]
     assert [a.get_ylabel() for a in quality.axes] == ["FVU", "CE loss score", "primary metric"]
     assert list(quality.axes[0].get_lines()[0].get_xdata()) == [8.0, 32.0]
-    # The run whose L0 can't be compared with run_1's, and no other.
-    assert [text.get_text() for text in forms.axes[0].texts] == ["5"]
+    # The runs whose L0 can't be compared with run_1's, and no other.
+    assert [text.get_text() for text in forms.axes[0].texts] == ["5", "7"]

@@ -79,6 +79,22 @@ def test_cells_that_have_rows_are_not_made_again(tmp_path):
     assert made == cells and len(again.rows) == 2
 
 
+def test_a_training_that_another_stage_has_is_not_made_again(tmp_path):
+    results = quality.Results(tmp_path / "rows.jsonl")
+    curve = quality.Cell("curves", quality.OURS, 0, 1.5e-3, (1,), (16,))
+    results.add([dataclasses.asdict(curve) | {"l0": 15.0}])
+    form = dataclasses.replace(curve, stage="forms", method="run_1")
+    results = quality.Results(results.path)  # from the file
+    (row,) = quality.made_elsewhere(form, results)
+    assert row == results.rows[0] | {"stage": "forms", "method": "run_1"}
+    for change in (
+        {"seed": 1}, {"lr": 1e-3}, {"sparsity": (8,)}, {"method": "run_1, theta_lr / 3"},
+        {"stage": "seeds", "method": quality.TENTH}, {"stage": "sweep", "method": quality.OURS},
+        {"stage": "seeds", "method": quality.OURS},  # untrained SAEs come with those
+    ):  # fmt: skip
+        assert not quality.made_elsewhere(dataclasses.replace(form, **change), results)
+
+
 def test_a_coefficient_is_read_off_the_curve():
     points = [(8.0, 12.0), (32.0, 3.0), (100.0, 1.0)]  # coefficient = 96 / L0, nearest two
     assert quality.line_at(points, 16.0) == pytest.approx(6.0)
