@@ -873,16 +873,13 @@ def quality_tables(rows, runs=()):
                 lines.append([method, f"{here[0]['sparsity'][0]:g}",
                               *(show(function(here), digits)
                                 for function, digits in columns.values())])
-        if twins:
-            cells = (show(function(twins), digits) for function, digits in columns.values())
-            lines.append(["untrained, five seeds", "-", *cells])
-        lines.append(language_model(curves, len(columns) + 2, at=2))
+        lines += references(curves, twins, columns, len(columns) + 2)
         parts += [f"Over L0, one seed. {where_made(curves)}.",
                   markdown(["method", "k or coefficient", *columns], lines)]
     forms = of(rows, stage="forms")
     if forms:
         parts += [f"Forms of this project's method, mean ± s.e. over seeds. {where_made(forms)}.",
-                  forms_table(forms, columns)]
+                  forms_table(forms, twins, columns)]
         if lines := read_off_lines(forms, runs):
             parts += [
                 f"Runs of the plan at another L0 than {REFERENCE}'s, beside {REFERENCE}'s form at "
@@ -957,7 +954,16 @@ def read_off_lines(rows, runs):
     return lines
 
 
-def forms_table(rows, columns):
+def references(rows, twins, columns, width):
+    """The last lines of a table: untrained SAEs, where they have been scored, and the model."""
+    lines = [language_model(rows, width, at=2)]
+    if twins:
+        cells = [show(value(twins), digits) for value, digits in columns.values()]
+        lines.insert(0, ["untrained SAE", "-", *cells, *["-"] * (width - 2 - len(cells))])
+    return lines
+
+
+def forms_table(rows, twins, columns):
     """A row per form and sparsity, and its paired difference to run_1 at run_1's own k."""
     plain = of(rows, method="run_1")
     reference = by_seed([row for row in plain if row["of_layer"] == 16], row_primary)
@@ -971,7 +977,7 @@ def forms_table(rows, columns):
                             for value, digits in columns.values()),
                           "-" if same else interval(difference(found), 4),
                           len(in_order(here, "seed"))])
-    lines.append(language_model(rows, len(columns) + 4, at=2))
+    lines += references(rows, twins, columns, len(columns) + 4)
     return markdown(["form", "k_min or gamma", *columns, "primary: difference to run_1", "seeds"],
                     lines)
 

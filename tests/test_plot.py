@@ -561,6 +561,7 @@ def test_what_bench_measured_is_in_tables_and_figures(tmp_path, figures):
     assert found["ours"]["p (Holm)"] == "< 0.001"
     assert found["language model, best k dimensions"]["primary"] == "0.6500"
     assert "a machine, 2 cores; 2026-01-02" in text and text.count("language model") == 3
+    assert text.count("| untrained") == 4  # at one L0 twice, over L0, forms
     # A run at another L0: the difference on the line at its own L0, of the seeds that both have.
     info = json.loads((tmp_path / "run_5" / "final_info.json").read_text())
     part = math.log(30 / 16) / math.log(32 / 16)
