@@ -10,9 +10,10 @@ what is to be found out) and the resuming are bench/quality.py's; seeds 0 to 2 d
 Each SAE is a line of bench/ground_truth.jsonl.
 
 The figures are SAELens' (`eval_sae_on_synthetic_data`): mean correlation coefficient of decoder
-rows and true features, matched one to one; the share of latents whose nearest true feature is no
-other's; precision and recall of latents as detectors of their nearest true feature; dead latents;
-L0 beside the true L0. "untrained" is this project's SAE before its first step.
+rows and true features, matched one to one by absolute cosine; uniqueness, the number of different
+true features that are some latent's nearest, per latent; precision and recall of latents as
+detectors of their nearest true feature, 0 for a dead one; dead latents; L0 beside the true L0.
+"untrained" is this project's SAE before its first step.
 """
 
 from __future__ import annotations
@@ -43,23 +44,34 @@ from experiment import Settings
 FILE = ROOT / "bench" / "ground_truth.jsonl"
 STAGES, SEEDS = ("sweep", "curves", "seeds"), experiment.THREE
 N_FEATURES, WIDTH = 512, 128
-# What run_10's threshold loses true features by: when silent ones come back.
+# What a threshold loses true features by: when silent ones come back. SAELens' trainers count a
+# feature as dead after 100,000 tokens.
 FORMS = {
     "this project (run_10, dead after 10,000)": {"dead_after": 10_000},
     "this project (run_10, dead after 100,000)": {"dead_after": 100_000},
     "this project (run_10, k of each token)": {"selection": "token"},
 }
-METHODS = quality.METHODS | {
-    name: quality.Method(None, "k_min", options=quality.planned("run_10") | changes)
-    for name, changes in FORMS.items()
-}
+BATCHTOPK = quality.METHODS["BatchTopK"]
+METHODS = (
+    quality.METHODS
+    | {
+        f"BatchTopK, dead after {window:,}": dataclasses.replace(
+            BATCHTOPK, options={"dead_window": window}
+        )
+        for window in (10_000, 30_000)
+    }
+    | {
+        name: quality.Method(None, "k_min", options=quality.planned("run_10") | changes)
+        for name, changes in FORMS.items()
+    }
+)
 SAMPLES = 50_000  # that the figures are of
-LEARNING_RATES = (1.5e-3, 3e-3, 6e-3)
+LEARNING_RATES = (7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2)
 # Where penalties give the true L0 here: between which values, and the values of the curve.
 PENALTIES = {
-    "Standard": ((4.0, 6.0), (3.0, 4.0, 6.0)),
-    "JumpReLU": ((0.7, 1.5), (0.6, 1.0, 2.0)),
-    "Gated": ((3.5, 6.0), (3.0, 4.5, 7.0)),
+    "Standard": ((2.5, 5.0), (2.5, 3.5, 5.0)),
+    "JumpReLU": ((0.35, 1.0), (0.3, 0.5, 0.8)),
+    "Gated": ((2.2, 4.5), (2.0, 3.0, 4.5)),
 }
 
 
@@ -152,6 +164,7 @@ def run_cell(cell: Cell, base: Settings, folder: Path) -> list[dict[str, Any]]:
         (kinds[UNTRAINED],) = quality.untrained(training, settings).values()
     return [
         dataclasses.asdict(dataclasses.replace(cell, method=name))
+        | {"options": {} if name == UNTRAINED else cell.options}
         | {"layer": 0, "of_layer": cell.sparsity[0]}
         | figures(stored, model, cell.seed)
         | quality.machine()

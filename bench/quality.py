@@ -114,7 +114,7 @@ FORMS = {
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One training: an SAE on each of `layers`. `sparsity` is by layer."""
+    """One training: an SAE on each of `layers`. `sparsity` is by layer, `options` the method's."""
 
     stage: str
     method: str
@@ -122,6 +122,7 @@ class Cell:
     lr: float
     layers: tuple[int, ...]
     sparsity: tuple[float, ...]
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Results:
@@ -254,7 +255,7 @@ def run_cell(cell: Cell, bench: Bench) -> list[dict[str, Any]]:
     probing = cell.stage != "sweep"
     rows = rows_of(cell, settings, bench.score(saes, settings, probing))
     if cell.stage == "seeds" and cell.method == OURS:
-        alike = dataclasses.replace(cell, method=UNTRAINED, lr=0.0)
+        alike = dataclasses.replace(cell, method=UNTRAINED, lr=0.0, options={})
         twins = untrained(training, settings)
         rows += rows_of(alike, settings, bench.score(twins, settings, probing))
     seconds = {"seconds_training": trained_s, "seconds": time.monotonic() - started}
@@ -318,7 +319,8 @@ def sweep_cells(
     layers = tuple(layer for layer in base.layers if layer in SWEEP_LAYERS) or base.layers
     for name, method in methods.items():
         for lr, value in itertools.product(rates, method.near or (base.k_min,)):
-            yield Cell("sweep", name, SWEEP_SEED, lr, layers, (value,) * len(layers))
+            sparsity = (value,) * len(layers)
+            yield Cell("sweep", name, SWEEP_SEED, lr, layers, sparsity, method.options)
 
 
 def chosen(name: str, method: Method, base: Settings, results: Results) -> float:
@@ -339,7 +341,7 @@ def curve_cells(methods: dict[str, Method], base: Settings, results: Results) ->
         lr = chosen(name, method, base, results)
         for value in method.curve:
             sparsity = (value,) * len(base.layers)
-            yield Cell("curves", name, SEEDS[0], lr, base.layers, sparsity)
+            yield Cell("curves", name, SEEDS[0], lr, base.layers, sparsity, method.options)
 
 
 def seed_cells(
@@ -353,7 +355,7 @@ def seed_cells(
             points = [(row["l0"], row["of_layer"]) for row in rows]
             values.append(line_at(points, base.k_min) if method.near else base.k_min)
         lr = chosen(name, method, base, results)
-        yield Cell("seeds", name, seed, lr, base.layers, tuple(values))
+        yield Cell("seeds", name, seed, lr, base.layers, tuple(values), method.options)
 
 
 def form_cells(forms: dict[str, Method], base: Settings) -> Iterator[Cell]:
@@ -361,7 +363,7 @@ def form_cells(forms: dict[str, Method], base: Settings) -> Iterator[Cell]:
     for seed, (name, method) in itertools.product(FORM_SEEDS, forms.items()):
         for value in method.curve:
             sparsity = (value,) * len(base.layers)
-            yield Cell("forms", name, seed, base.lr, base.layers, sparsity)
+            yield Cell("forms", name, seed, base.lr, base.layers, sparsity, method.options)
 
 
 def arguments_of(

@@ -77,6 +77,8 @@ def test_cells_that_have_rows_are_not_made_again(tmp_path):
     again = quality.Results(results.path)  # from the file
     assert quality.make_missing(stages, ["sweep"], make, again, minutes=1)
     assert made == cells and len(again.rows) == 2
+    # A method with another option is another one.
+    assert not again.rows_of(dataclasses.replace(cells[0], options={"dead_window": 1}))
 
 
 def test_a_training_that_another_stage_has_is_not_made_again(tmp_path):
