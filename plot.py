@@ -870,12 +870,12 @@ def quality_tables(rows, runs=()):
         lines = []
         for method in in_order(curves, "method"):
             for here in by_sparsity(of(curves, method=method)):
-                lines.append([method, f"{here[0]['sparsity'][0]:g}",
+                lines.append([method, sparsity_text(here[0]["sparsity"]),
                               *(show(function(here), digits)
                                 for function, digits in columns.values())])
         lines += references(curves, twins, columns, len(columns) + 2)
         parts += [f"Over L0, one seed. {where_made(curves)}.",
-                  markdown(["method", "k or coefficient", *columns], lines)]
+                  markdown(["method", "k, or coefficient by layer", *columns], lines)]
     forms = of(rows, stage="forms")
     if forms:
         parts += [f"Forms of this project's method, mean ± s.e. over seeds. {where_made(forms)}.",
@@ -900,7 +900,22 @@ def quality_tables(rows, runs=()):
                  for here in [of(sweep, method=method, lr=lr)]]
         parts += [f"The sweep. {where_made(sweep)}.",
                   markdown(["method", "learning rate", "k or coefficient: L0, FVU"], lines)]
+    ranges = of(rows, stage="range")
+    if ranges:
+        lines = [[method, f"{here[0]['of_layer']:g}",
+                  *("/".join(show(row[metric], digits) for row in here)
+                    for metric, digits in (("l0", 1), ("fvu", 3)))]
+                 for method in in_order(ranges, "method")
+                 for here in by_sparsity(of(ranges, method=method))]
+        parts += [f"One coefficient for all layers, one seed. {where_made(ranges)}.",
+                  markdown(["method", "coefficient", "L0 by layer", "FVU by layer"], lines)]
     return "\n\n".join(parts)
+
+
+def sparsity_text(values):
+    """The sparsity of an SAE per layer: one number where it is the same on all."""
+    texts = [f"{value:.3g}" for value in values]
+    return texts[0] if len(set(texts)) == 1 else "/".join(texts)
 
 
 def other_l0(runs):

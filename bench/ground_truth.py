@@ -1,6 +1,6 @@
 """How many true features are found: this SAE and SAELens' trainers on synthetic activations.
 
-    python bench/ground_truth.py [--minutes 150] [--stages sweep,curves,seeds] [--methods …]
+    python bench/ground_truth.py [--minutes 150] [--stages sweep,range,seeds] [--methods …]
 
 SAELens' synthetic model has 512 true features in 128 dimensions, 8 of them active at a time:
 Zipfian frequencies (0.8; from 0.3 to 0.01), correlations of rank 16, and 32 parents with 3 children
@@ -42,7 +42,7 @@ from bench.trainers import exported
 from experiment import Settings
 
 FILE = ROOT / "bench" / "ground_truth.jsonl"
-STAGES, SEEDS = ("sweep", "curves", "seeds"), experiment.THREE
+STAGES, SEEDS = ("sweep", "range", "seeds"), experiment.THREE
 N_FEATURES, WIDTH = 512, 128
 # What a threshold loses true features by: when silent ones come back. SAELens' trainers count a
 # feature as dead after 100,000 tokens.
@@ -67,7 +67,7 @@ METHODS = (
 )
 SAMPLES = 50_000  # that the figures are of
 LEARNING_RATES = (7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2)
-# Where penalties give the true L0 here: between which values, and the values of the curve.
+# Where penalties give the true L0 here: between which values, and the values of `range`.
 PENALTIES = {
     "Standard": ((2.5, 5.0), (2.5, 3.5, 5.0)),
     "JumpReLU": ((0.35, 1.0), (0.3, 0.5, 0.8)),
@@ -189,11 +189,11 @@ def main() -> int:
     )
     methods = {}
     for name, method in arguments.methods.items():
-        near, curve = PENALTIES.get(name, (None, ()))  # a method that is told L0 needs no curve
-        methods[name] = dataclasses.replace(method, near=near, curve=curve)
+        near, values = PENALTIES.get(name, (None, ()))
+        methods[name] = dataclasses.replace(method, near=near, values=values)
     cells = {
         "sweep": lambda: quality.sweep_cells(methods, base, LEARNING_RATES),
-        "curves": lambda: quality.curve_cells(methods, base, results),
+        "range": lambda: quality.range_cells(methods, base, results),
         "seeds": lambda: quality.seed_cells(methods, base, results, SEEDS),
     }
     harness.make_reproducible()

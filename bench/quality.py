@@ -1,6 +1,6 @@
 """This SAE beside SAELens' trainers: the same activations, tokens, width, seeds, scale and export.
 
-    python bench/quality.py [--minutes 150] [--stages sweep,curves,seeds,forms]
+    python bench/quality.py [--minutes 150] [--stages sweep,range,curves,seeds,forms]
                             [--methods "BatchTopK;this project (run_10)"]
 
 Each trained and scored SAE is a line of bench/quality.jsonl. What stands there is not made again,
@@ -10,9 +10,11 @@ Prints the tables of what there is, in Markdown; plot.py draws it.
 - `sweep`: learning rate of each method, and for the coefficient of a penalty two values on either
   side of the L0 that is wanted. Seed 100, layer 2. What is chosen has the lowest FVU at L0 = k_min
   (methods with a penalty: on the line through its two values, both axes logarithmic).
-- `curves`: each method, at the learning rate chosen, at four values of its sparsity; seed 0.
-- `seeds`: each method at L0 = k_min, seeds 0 to 4. A penalty's coefficient is read off the curve,
-  layer by layer.
+- `range`: methods with a penalty, at the learning rate chosen, at four values of its coefficient;
+  seed 0. One coefficient gives each layer another L0; from here on it is read off these, layer by
+  layer, both axes logarithmic.
+- `curves`: each method at L0 8, 16, 32 and 64, seed 0.
+- `seeds`: each method at L0 = k_min, seeds 0 to 4.
 - `forms`: forms of this project's method that are no run of the plan, seeds 0 to 2, and what the
   planned ones are at other L0.
 
@@ -49,9 +51,9 @@ from bench.trainers import PeerTrainer, exported
 from experiment import Settings
 
 FILE = ROOT / "bench" / "quality.jsonl"
-STAGES = ("sweep", "curves", "seeds", "forms")
+STAGES = ("sweep", "range", "curves", "seeds", "forms")
 LEARNING_RATES = (7.5e-4, 1.5e-3, 3e-3, 4.5e-3, 6e-3)
-L0 = (8, 16, 32, 64)  # of the curves, for methods that are told it
+L0 = (8, 16, 32, 64)  # of the curves
 SWEEP_SEED, SWEEP_LAYERS = 100, (2,)
 SEEDS, FORM_SEEDS = experiment.FIVE, experiment.THREE
 OURS, TENTH = "this project (run_1)", "this project (run_10)"
@@ -70,13 +72,13 @@ class Method:
         kind: SAELens' name, or None: this project's, with `options` as settings.
         sparsity: the option, or setting, that L0 follows from.
         near: two of its values between which L0 is k_min; None: it is L0.
-        curve: its values for the curves.
+        values: of the coefficient in `range`, or of a form's `sparsity`.
     """
 
     kind: str | None
     sparsity: str = "k"
     near: tuple[float, float] | None = None
-    curve: tuple[float, ...] = L0
+    values: tuple[float, ...] = ()
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -100,15 +102,15 @@ METHODS = {
 
 def variant(**options: Any) -> Method:
     """run_1's form with other settings, at its own k_min."""
-    return Method(None, "k_min", curve=(Settings.k_min,), options=options)
+    return Method(None, "k_min", values=(Settings.k_min,), options=options)
 
 
 FORMS = {
-    "run_1": Method(None, "k_min", curve=(4, 8, 16, 32, 64, 128)),
+    "run_1": Method(None, "k_min", values=(4, 8, 16, 32, 64, 128)),
     "run_1, theta_lr / 3": variant(theta_lr=Settings.theta_lr / 3),
     "run_1, theta_lr x 3": variant(theta_lr=Settings.theta_lr * 3),
     "run_1, k_start = k_min": variant(k_start_factor=1.0),
-    "run_6": Method(None, "gamma", curve=(0.005, 0.015, 0.05), options=planned("run_6")),
+    "run_6": Method(None, "gamma", values=(0.005, 0.015, 0.05), options=planned("run_6")),
 }
 
 
@@ -335,33 +337,45 @@ def chosen(name: str, method: Method, base: Settings, results: Results) -> float
     return min({row["lr"] for row in rows}, key=fvu)
 
 
-def curve_cells(methods: dict[str, Method], base: Settings, results: Results) -> Iterator[Cell]:
-    """Every method at the values of its `curve`, at what the sweep chose."""
+def range_cells(methods: dict[str, Method], base: Settings, results: Results) -> Iterator[Cell]:
+    """Every method with a penalty at the values of its coefficient, the same on all layers."""
     for name, method in methods.items():
-        lr = chosen(name, method, base, results)
-        for value in method.curve:
-            sparsity = (value,) * len(base.layers)
-            yield Cell("curves", name, SEEDS[0], lr, base.layers, sparsity, method.options)
+        for value in method.values if method.near else ():
+            lr, sparsity = chosen(name, method, base, results), (value,) * len(base.layers)
+            yield Cell("range", name, SEEDS[0], lr, base.layers, sparsity, method.options)
+
+
+def cell_at(
+    stage: str, l0: int, seed: int, name: str, method: Method, base: Settings, results: Results
+) -> Cell:
+    """A method at this L0, on every layer: a penalty's coefficient as `range` has it there."""
+    values = []
+    for layer in base.layers:
+        rows = results.of(stage="range", method=name, layer=layer)
+        points = [(row["l0"], row["of_layer"]) for row in rows]
+        values.append(line_at(points, l0) if method.near else l0)
+    lr = chosen(name, method, base, results)
+    return Cell(stage, name, seed, lr, base.layers, tuple(values), method.options)
+
+
+def curve_cells(methods: dict[str, Method], base: Settings, results: Results) -> Iterator[Cell]:
+    """Every method at every L0 of the curves."""
+    for (name, method), l0 in itertools.product(methods.items(), L0):
+        yield cell_at("curves", l0, SEEDS[0], name, method, base, results)
 
 
 def seed_cells(
     methods: dict[str, Method], base: Settings, results: Results, seeds: tuple[int, ...] = SEEDS
 ) -> Iterator[Cell]:
-    """Every method at L0 = k_min: a penalty's coefficient read off the curve, by layer."""
+    """Every method at L0 = k_min."""
     for seed, (name, method) in itertools.product(seeds, methods.items()):
-        values = []
-        for layer in base.layers:
-            rows = results.of(stage="curves", method=name, layer=layer)
-            points = [(row["l0"], row["of_layer"]) for row in rows]
-            values.append(line_at(points, base.k_min) if method.near else base.k_min)
-        lr = chosen(name, method, base, results)
-        yield Cell("seeds", name, seed, lr, base.layers, tuple(values), method.options)
+        yield cell_at("seeds", base.k_min, seed, name, method, base, results)
 
 
 def form_cells(forms: dict[str, Method], base: Settings) -> Iterator[Cell]:
-    """Every form at the values of its `curve`, at the run's own learning rate."""
+    """Every form at its values, at the run's own learning rate."""
     for seed, (name, method) in itertools.product(FORM_SEEDS, forms.items()):
-        for value in method.curve:
+        for value in method.values:
             sparsity = (value,) * len(base.layers)
             yield Cell("forms", name, seed, base.lr, base.layers, sparsity, method.options)
 
@@ -429,6 +443,7 @@ def main() -> int:
     )
     cells = {
         "sweep": lambda: sweep_cells(methods, base),
+        "range": lambda: range_cells(methods, base, results),
         "curves": lambda: curve_cells(methods, base, results),
         "seeds": lambda: seed_cells(methods, base, results),
         "forms": lambda: form_cells(forms, base),

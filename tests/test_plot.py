@@ -544,6 +544,10 @@ def test_what_bench_measured_is_in_tables_and_figures(tmp_path, figures):
              if method != "untrained"]
     rows += [bench_row("forms", "run_1", seed, value, 0.0, value, layer)
              for value in (8, 16, 32) for seed in range(3) for layer in (1, 2)]
+    rows += [bench_row("range", "penalised", 0, layer * value, 0.0, value, layer)
+             for value in (8, 32) for layer in (1, 2)]
+    rows += [bench_row("curves", "penalised", 0, 16, 0.0, value, layer) | {"sparsity": [8, 4]}
+             for value, layer in ((8, 1), (4, 2))]
     (tmp_path / "bench").mkdir()
     (tmp_path / "bench" / "quality.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     assert plot.main(tmp_path) == 0
@@ -561,6 +565,7 @@ def test_what_bench_measured_is_in_tables_and_figures(tmp_path, figures):
     assert found["ours"]["p (Holm)"] == "< 0.001"
     assert found["language model, best k dimensions"]["primary"] == "0.6500"
     assert "a machine, 2 cores; 2026-01-02" in text and text.count("language model") == 3
+    assert "| penalised | 8/4 | " in text and "| penalised | 32 | 32.0/64.0 | " in text
     assert text.count("| untrained") == 4  # at one L0 twice, over L0, forms
     # A run at another L0: the difference on the line at its own L0, of the seeds that both have.
     info = json.loads((tmp_path / "run_5" / "final_info.json").read_text())

@@ -130,15 +130,37 @@ def test_the_sweep_chooses_by_fvu_at_the_l0_that_is_wanted(tmp_path):
     assert quality.chosen("Standard", quality.METHODS["Standard"], base, results) == 3e-3
 
 
+def test_a_coefficient_is_chosen_layer_by_layer(tmp_path):
+    results = quality.Results(tmp_path / "rows.jsonl")
+    base = dataclasses.replace(SETTINGS, layers=(1, 2), k_min=10)
+    methods = {name: quality.METHODS[name] for name in ("Standard", "TopK")}
+    for name in methods:
+        row = {"stage": "sweep", "method": name, "lr": 3e-3, "l0": 10, "fvu": 0.1}
+        results.rows += [row, row]
+    values = methods["Standard"].values
+    ranges = list(quality.range_cells(methods, base, results))
+    assert [cell.sparsity for cell in ranges] == [(value, value) for value in values]
+    for cell in ranges:  # L0 is 32 / coefficient on layer 1, and twice that on layer 2
+        for layer, value in zip(cell.layers, cell.sparsity):
+            row = dataclasses.asdict(cell) | {"layer": layer, "of_layer": value}
+            results.rows.append(row | {"l0": 32 * layer / value})
+    curves = list(quality.curve_cells(methods, base, results))
+    expected = [pytest.approx((32 / l0, 64 / l0)) for l0 in quality.L0]
+    assert [cell.sparsity for cell in curves] == expected + [(l0, l0) for l0 in quality.L0]
+    seeds = list(quality.seed_cells(methods, base, results, seeds=(4,)))
+    assert [cell.sparsity for cell in seeds] == [pytest.approx((3.2, 6.4)), (10, 10)]
+
+
 def test_every_form_has_settings_that_can_be():
     forms = quality.METHODS | quality.FORMS | ground_truth.METHODS
     assert len(ground_truth.METHODS) > len(quality.METHODS)
     for name, method in forms.items():
         if method.kind is None:
-            cell = quality.Cell("forms", name, 0, 1e-3, (0,), (method.curve[0],))
+            value = method.values[0] if method.values else 8
+            cell = quality.Cell("forms", name, 0, 1e-3, (0,), (value,))
             settings = quality.settings_for(cell, method, SETTINGS)
             harness.check_settings(name, settings)
-            assert settings.lr == 1e-3 and getattr(settings, method.sparsity) == method.curve[0]
+            assert settings.lr == 1e-3 and getattr(settings, method.sparsity) == value
 
 
 def test_a_method_or_stage_that_is_not_there_is_named(capsys, monkeypatch):
