@@ -251,6 +251,19 @@ def per_seed(run):
     return {"seed": seeds, "primary": harness.primary_metric(layers), "l0": l0}
 
 
+def seed_means(run, metric):
+    """{seed: a metric's mean over the layers, or "primary"}; empty where a layer lacks it."""
+    found = per_seed(run)
+    if found is None:
+        return {}
+    if metric == "primary":
+        return dict(zip(found["seed"], found["primary"]))
+    lists = [layer["final_info_dict"].get(metric) for layer in run["layers"].values()]
+    if not all(isinstance(values, list) and len(values) == len(found["seed"]) for values in lists):
+        return {}
+    return dict(zip(found["seed"], map(harness.mean, zip(*lists))))
+
+
 def compare(run, reference):
     """The verdict's word against the reference, and its figures; ("-", {}) where there is none.
 
@@ -333,7 +346,9 @@ def ablation_rows(runs, reference):
             "stderr": harness.stderr(seeds["primary"]) if seeds else math.nan,
             "seeds": len(seeds["seed"]) if seeds else "-", "verdict": verdict,
             **difference(figures), "p": figures.get("p", math.nan),
-            "paired": figures.get("n_paired_seeds", 0),
+            "paired": figures.get("n_paired_seeds", 0), "fvu_difference": difference(
+                harness.paired(seed_means(run, "fvu"), seed_means(reference, "fvu"))
+                if figures else {}),
             **{metric: mean_over_layers(run, metric) for metric, *_ in COLUMNS},
         })
     for row, p in zip(rows, holm([row["p"] for row in rows])):
@@ -402,17 +417,18 @@ def markdown(header, lines):
 def tables(profile, runs, rows):
     """Both tables of a profile as Markdown text: a row per run, and a row per run and layer."""
     header = ["run", "what it tests", "primary", f"difference to {REFERENCE}", "p", "verdict",
-              "untrained SAE",
+              f"FVU: difference to {REFERENCE}", "untrained SAE",
               *(heading for _, heading, _, _ in COLUMNS), "seeds"]
     lines = []
     for row in rows:
         if row["kind"] == "reference":
-            lines.append([row["label"], row["tests"], spread(row), "-", "-", "-", "-",
+            lines.append([row["label"], row["tests"], spread(row), "-", "-", "-", "-", "-",
                           *(show(row[metric], digits) for metric, _, _, digits in COLUMNS), "-"])
             continue
         lines.append([
             row_name(row), row["tests"] or "-", pm(row["primary"], row["stderr"], 4),
-            interval(row, 4), show_p(row["p"]), row["verdict"], show(row["untrained"], 4),
+            interval(row, 4), show_p(row["p"]), row["verdict"],
+            interval(row["fvu_difference"], 4), show(row["untrained"], 4),
             *(show(row[metric], digits) + (" (fixed)" if is_fixed(row["run"], metric) else "")
               for metric, _, _, digits in COLUMNS), row["seeds"]])
     detail = [(metric, heading, digits) for metric, heading, _, digits in COLUMNS]
@@ -429,8 +445,9 @@ def tables(profile, runs, rows):
         f"standard error over seeds (none for one seed). Difference to {REFERENCE}: paired over "
         f"the seeds that both have, from {harness.MIN_SEEDS} seeds on with its 95% interval "
         "(Student's t), p by Holm over all runs, and a verdict, which is \"not comparable\" where "
-        f"L0 differs by over {100 * (harness.MAX_L0_RATIO - 1):.0f}%. The other columns are means "
-        "over layers. A dash: not recorded, or nothing to compare.",
+        f"L0 differs by over {100 * (harness.MAX_L0_RATIO - 1):.0f}%. FVU's difference is paired "
+        "likewise. The other columns are means over layers. A dash: not recorded, or nothing to "
+        "compare.",
         markdown(header, lines), *task_sets(runs),
         "## By layer",
         markdown(["run", "layer", *(heading for _, heading, _ in detail)], by_layer),
@@ -923,17 +940,6 @@ def other_l0(runs):
     reference = next((run for run in runs if run["name"] == REFERENCE), None)
     return reference, [run for run in runs if reference and not run["given"]
                        and run["profile"] == reference["profile"] and not same_l0(run, reference)]
-
-
-def seed_means(run, metric):
-    """{seed: a metric's mean over the layers}, or the primary metric of each seed."""
-    found = per_seed(run)
-    if found is None:
-        return {}
-    if metric == "primary":
-        return dict(zip(found["seed"], found["primary"]))
-    lists = [layer["final_info_dict"][metric] for layer in run["layers"].values()]
-    return dict(zip(found["seed"], np.mean(lists, axis=0).tolist()))
 
 
 def read_off(rows, value, at):

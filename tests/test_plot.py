@@ -166,6 +166,9 @@ def test_table_holds_the_recorded_figures(tmp_path, figures):
     low, high = stats.t.interval(0.95, 3, loc=gaps.mean(), scale=stats.sem(gaps))
     assert row["difference to run_1"] == f"{gaps.mean():+.4f} [{low:+.4f}, {high:+.4f}]"
     assert row["verdict"] == "better" and rows["run_1"]["verdict"] == "-"
+    gap = np.mean([np.subtract(two[f"layer_{i}"]["final_info_dict"]["fvu"],
+                               one[f"layer_{i}"]["final_info_dict"]["fvu"]) for i in (1, 2, 4)])
+    assert row["FVU: difference to run_1"].startswith(f"{gap:+.4f} [")
     means = [two[f"layer_{layer}"]["means"] for layer in (1, 2, 4)]
     for heading, metric, digits in (("L0", "l0", 1), ("FVU", "fvu", 3), ("gamma", "gamma", 3),
                                     ("CE loss score", "ce_loss_score", 3), ("w", "w", 4),
