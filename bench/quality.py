@@ -139,10 +139,11 @@ class Results:
         return self.of(**json.loads(json.dumps(dataclasses.asdict(cell))))
 
     def add(self, rows: list[dict[str, Any]]) -> None:
-        """Appends lines, all at once."""
-        self.rows += rows
+        """Appends lines, all at once; `rows` then has them as they are read from the file."""
+        lines = [json.dumps(row) for row in rows]
+        self.rows += [json.loads(line) for line in lines]
         with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
+            file.write("".join(line + "\n" for line in lines))
 
     def of(self, **wanted: Any) -> list[dict[str, Any]]:
         """The rows that have these values."""

@@ -86,9 +86,9 @@ def test_a_training_that_another_stage_has_is_not_made_again(tmp_path):
     curve = quality.Cell("curves", quality.OURS, 0, 1.5e-3, (1,), (16,))
     results.add([dataclasses.asdict(curve) | {"l0": 15.0}])
     form = dataclasses.replace(curve, stage="forms", method="run_1")
-    results = quality.Results(results.path)  # from the file
     (row,) = quality.made_elsewhere(form, results)
     assert row == results.rows[0] | {"stage": "forms", "method": "run_1"}
+    assert results.rows == quality.Results(results.path).rows  # alike before they are read again
     for change in (
         {"seed": 1}, {"lr": 1e-3}, {"sparsity": (8,)}, {"method": "run_1, theta_lr / 3"},
         {"stage": "seeds", "method": quality.TENTH}, {"stage": "sweep", "method": quality.OURS},
