@@ -820,8 +820,9 @@ def holm(ps):
 def where_made(rows):
     """Machine, cores and dates of rows, in words."""
     machines = " and ".join(
-        f"{machine}, {cores} core" + "s" * (cores != 1)
-        for machine, cores in dict.fromkeys((row["machine"], row["cores"]) for row in rows))
+        f"{machine}, {' or '.join(str(n) for n in sorted(in_order(mine, 'cores')))} core"
+        + "s" * (in_order(mine, "cores") != [1])
+        for machine in in_order(rows, "machine") for mine in [of(rows, machine=machine)])
     dates = sorted(in_order(rows, "date"))
     return f"{machines}; {dates[0]}" + (f" to {dates[-1]}" if len(dates) > 1 else "")
 

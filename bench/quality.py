@@ -58,7 +58,8 @@ SWEEP_SEED, SWEEP_LAYERS = 100, (2,)
 SEEDS, FORM_SEEDS = experiment.FIVE, experiment.THREE
 OURS, TENTH = "this project (run_1)", "this project (run_10)"
 UNTRAINED = "untrained"
-WIDTHS = (1, 3, 7, 15, 32)  # of the nested SAEs of Matryoshka, in F/32
+# Of the nested SAEs of Matryoshka, in F/32: those with which SAE-Bench's own were trained.
+WIDTHS = (1, 3, 7, 15, 32)
 METRICS = ("l0", "fvu", "ce_loss_score", "frac_alive") + tuple(
     f"{who}_top_{k}_test_accuracy" for who in ("sae", "llm") for k in Settings.probe_ks
 )
