@@ -95,6 +95,8 @@ METHODS = {
     "Standard": Method("standard", "l1_coefficient", (1.0, 3.0), (0.6, 1.0, 1.6, 2.7)),
     "TopK": Method("topk"),
     "BatchTopK": Method("batchtopk"),
+    # A feature is dead after as many tokens as for run_10; for SAELens' other trainers 100,000.
+    "BatchTopK, dead after 30,000": Method("batchtopk", options={"dead_window": 30_000}),
     "JumpReLU": Method("jumprelu", "l0_coefficient", (0.5, 2.0), (0.17, 0.35, 0.7, 1.4)),
     "Gated": Method("gated", "l1_coefficient", (1.0, 3.0), (0.8, 1.25, 2.0, 3.2)),
     "Matryoshka": Method("matryoshka_batchtopk"),
