@@ -1094,7 +1094,7 @@ def draw_quality(rows, path):
                 continue
             axes.plot(list(l0.values()), list(values.values()), color=styles[method][0],
                       linestyle="none", marker=".", alpha=0.6,
-                      label=None if of(curves, method=method) else f"{method}, seeds alone")
+                      label=None if of(curves, method=method) else method)
         if value is row_primary:
             axes.axhline(row_primary(curves, "llm"), color="black", linestyle=":")
         against_l0(axes, label)
