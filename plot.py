@@ -807,6 +807,11 @@ def metric_mean(metric):
     return lambda rows: float(np.mean([row[metric] for row in rows]))
 
 
+def row_value(metric):
+    """What takes the rows of one SAE per layer to a metric's mean, or to the primary metric."""
+    return row_primary if metric == "primary" else metric_mean(metric)
+
+
 def holm(ps):
     """Holm's adjustment of p values, NaN staying NaN (Holm 1979, Scandinavian J. Statistics 6)."""
     known = sorted((p, i) for i, p in enumerate(ps) if math.isfinite(p))
@@ -962,16 +967,15 @@ def read_off_lines(rows, runs):
     reference, runs = other_l0(runs)
     plain, lines = of(rows, method=REFERENCE), []
     for run in runs:
-        for label, metric, digits in (("primary", "primary", 4), ("FVU", "fvu", 4)):
-            value = row_primary if metric == "primary" else metric_mean(metric)
+        for label, metric in (("primary", "primary"), ("FVU", "fvu")):
             mine, theirs = seed_means(run, metric), seed_means(reference, metric)
-            there = read_off(plain, value, seed_means(run, "l0"))
+            there = read_off(plain, row_value(metric), seed_means(run, "l0"))
             lines.append([
                 run["name"], label, *(show(mean_over_layers(r, "l0"), 1) for r in (run, reference)),
-                pm_seeds(mine.values(), digits), pm_seeds(theirs.values(), digits),
-                show(harness.paired(mine, theirs).get("difference", math.nan), digits, sign=True),
-                pm_seeds(there.values(), digits) if there else "outside of the curve",
-                interval(difference(harness.paired(mine, there)), digits) if there else "-",
+                pm_seeds(mine.values(), 4), pm_seeds(theirs.values(), 4),
+                show(harness.paired(mine, theirs).get("difference", math.nan), 4, sign=True),
+                pm_seeds(there.values(), 4) if there else "outside of the curve",
+                interval(difference(harness.paired(mine, there)), 4) if there else "-",
                 len(there) or "-"])
     return lines
 
@@ -1049,7 +1053,7 @@ def draw_forms(rows, runs, path):
     styles = method_styles(in_order(rows, "method"))
     figure, line = plt.subplots(1, 3, figsize=(DOUBLE, 2.8), layout="constrained")
     for axes, (label, metric) in zip(line, PANELS):
-        value = row_primary if metric == "primary" else metric_mean(metric)
+        value = row_value(metric)
         for method in in_order(rows, "method"):
             points = []
             for here in by_sparsity(of(rows, method=method)):
@@ -1079,7 +1083,7 @@ def draw_quality(rows, path):
     styles = method_styles(in_order(curves + seeds, "method"))
     figure, line = plt.subplots(1, 3, figsize=(DOUBLE, 2.6), layout="constrained")
     for axes, (label, metric) in zip(line, PANELS):
-        value = row_primary if metric == "primary" else metric_mean(metric)
+        value = row_value(metric)
         for method in in_order(curves, "method"):
             colour, marker = styles[method]
             points = sorted((metric_mean("l0")(here), value(here))

@@ -157,8 +157,11 @@ def run_cell(cell: Cell, base: Settings, folder: Path) -> list[dict[str, Any]]:
     if cell.stage == "seeds" and cell.method == OURS:
         (kinds[UNTRAINED],) = quality.untrained(training, settings).values()
     return [
-        dataclasses.asdict(dataclasses.replace(cell, method=name))
-        | {"options": {} if name == UNTRAINED else cell.options}
+        dataclasses.asdict(
+            dataclasses.replace(
+                cell, method=name, options={} if name == UNTRAINED else cell.options
+            )
+        )
         | {"layer": 0, "of_layer": cell.sparsity[0]}
         | figures(stored, model, cell.seed)
         | quality.machine()
