@@ -457,47 +457,11 @@ def lr_factor(progress: float, warmup: float, decay: float) -> float:
 # =============================================================================================
 
 
-class ActivationBuffer:
+class ActivationBuffer(harness.Buffered):
     """Activations of several layers in corpus order, BOS, EOS and padding left out.
 
-    Args:
-        contexts: per forward pass.
-        key: all that activations depend on: they are kept under it, for the next run.
+    `harness.Buffered` says what it is made of, and hands the activations out.
     """
-
-    def __init__(
-        self,
-        lm: harness.LanguageModel,
-        stream: harness.TokenStream,
-        layers: tuple[int, ...],
-        contexts: int,
-        key: dict[str, Any] | None = None,
-    ) -> None:
-        self.lm, self.stream, self.layers, self.contexts = lm, stream, layers, contexts
-        self.store = harness.ActivationStore(stream, key)
-        self._rest: Tensor | None = None  # harvested, not yet handed out
-
-    def take(self, n: int, advance: Callable[[int], None] = lambda n: None) -> Tensor:
-        """The activations of the next n tokens: (layers, n, D), on the model's device.
-
-        Args:
-            advance: called with the number of tokens of each few forward passes.
-        """
-        hf, have = self.lm.hf, 0
-        shape = (len(self.layers), n, hf.config.hidden_size)
-        taken = torch.empty(shape, device=hf.device, dtype=hf.dtype)
-        parts = [] if self._rest is None else [self._rest]
-        while have < n:
-            if not parts:
-                n_passes = max(1, (n - have) // (self.contexts * (self.stream.context - 1)))
-                parts = self.store.passes(min(n_passes, harness.PASSES), self.harvest)
-                advance(sum(part.shape[1] for part in parts))
-            part = parts.pop(0).to(hf.device)
-            missing = n - have
-            taken[:, have : have + part.shape[1]] = part[:, :missing]
-            have, rest = have + part.shape[1], part[:, missing:]
-        self._rest = torch.cat([rest, *(part.to(hf.device) for part in parts)], dim=1)
-        return taken
 
     def harvest(self, n_passes: int) -> list[Tensor]:
         """The activations of the next forward passes, (layers, N, D) of each."""
@@ -510,16 +474,6 @@ class ActivationBuffer:
             return torch.stack([acts_BLD[keep_BL.to(acts_BLD.device)] for acts_BLD in acts])
 
         return harness.in_order(one_pass, passes, self.lm.hf.device)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the text stands, and what is harvested and not handed out."""
-        return {"store": self.store.state_dict(), "rest": self._rest}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where another buffer on the same text stood."""
-        self.store.load_state_dict(state["store"])
-        rest = state["rest"]
-        self._rest = None if rest is None else rest.to(self.lm.hf.device)
 
 
 # =============================================================================================
@@ -558,7 +512,6 @@ class Trainer(harness.Resumable):
     def step(self, x_BD: Tensor, progress: float, log: bool) -> tuple[Tensor, dict | None]:
         """One step on raw activations (B, D); the loss, and the step's record if `log`."""
         settings, sae = self.settings, self.sae
-        raw_BD = x_BD
         x_BD = x_BD.to(sae.W_enc.dtype) * sae.scale
         k = k_at(settings, progress)
         self.start_threshold(x_BD, k)
@@ -567,12 +520,7 @@ class Trainer(harness.Resumable):
             return contrastive_loss(sae, x_BD, k, settings.reg_lambda, settings.form, by_index)
 
         with torch.autocast(x_BD.device.type, torch.bfloat16, enabled=self.autocast):
-            loss = loss_by(self.by_index is not False)
-        if loss.indices_BM is not None and self.by_index is None:
-            self.by_index = harness.same_by_index(loss_by, list(sae.parameters()))
-            if not self.by_index:
-                print("contrastive_loss has other gradients with features by index: all are used")
-                return self.step(raw_BD, progress, log)
+            loss = harness.by_index_if_same(self, loss_by, list(sae.parameters()))
         self.optimizer.zero_grad()
         loss.total.backward()
         sae.remove_parallel_gradient()
@@ -863,26 +811,13 @@ def sparse_probing(
         texts: by data set, the token ids of the train and the test split.
         keys: by SAE, all that its figures depend on beside the texts: they are kept under it.
     """
-    torch.manual_seed(settings.probe_seed)
-    states = dict.fromkeys(saes, torch.get_rng_state().numpy().tobytes().hex())
-    per_class: dict[str, dict] = {name: {} for name in saes}
     ready = {name: harness.formatted(sae, settings) for name, sae in saes.items()}
+    states = harness.probe_states(saes, settings)
+    per_class: dict[str, dict] = {name: {} for name in saes}
     for dataset, split in texts.items():
-        before = {"dataset": dataset, "texts": harness.tokens_digest(split)}
-
-        def compute(names: list[str], dataset: str = dataset, split: list = split) -> dict:
-            some = {name: ready[name] for name in names}
-            return harness.probe_data_set(
-                dataset, split, some, states, model, settings, keep=keys is not None
-            )
-
-        found = harness.kept_each(
-            "sparse probing",
-            {n: keys and keys[n] | before | {"state": states[n]} for n in saes},
-            compute,
-        )
-        for name, (results, state) in found.items():
-            per_class[name][f"{dataset}_results"], states[name] = results, state
+        found = harness.probe_data_set(dataset, split, ready, states, model, settings, keys)
+        for name, results in found.items():
+            per_class[name][f"{dataset}_results"] = results
         progress.advance(len(saes), dataset)
     return {
         name: harness.save_probing(name, ready[name], per_class[name], settings, out_dir)
@@ -903,14 +838,11 @@ def evaluate(
     The twin has the same initialization, width and L0 (it keeps as many features per token as
     the trained SAE has active), and was never trained. Its name ends in "_untrained".
     """
-    seconds = {}
-    started = time.monotonic()
     n_batches = settings.core_reconstruction_batches + settings.core_sparsity_batches
-    progress = harness.Progress("core evaluation", n_batches, "batches")
     trained = {key: sae.folded() for key, sae in training.saes.items()}
-    with harness.quiet(log):
+    saes: dict[str, CustomSAE] = {}
+    with harness.Progress("core evaluation", n_batches, "batches") as timed, harness.quiet(log):
         l0 = harness.mean_l0(trained, model, settings)
-        saes = {}
         for (layer, seed), sae in trained.items():
             k = min(max(round(l0[layer, seed]), 1), settings.d_sae)
             scale = training.saes[layer, seed].scale
@@ -919,16 +851,13 @@ def evaluate(
             harness.check_trained(training.saes[layer, seed], twin, name)
             saes |= {name: sae, f"{name}_untrained": twin.folded()}
         keys = harness.evaluation_keys(saes, settings, SOURCE, ["core_evaluation"])
-        core = core_evaluation(saes, model, settings, out_dir, progress.advance, keys)
-    progress.close()
-    seconds["seconds_core"] = time.monotonic() - started
-    started = time.monotonic()
-    progress = harness.Progress("sparse probing", len(texts) * len(saes), "SAEs x sets")
-    with harness.quiet(log):
+        core = core_evaluation(saes, model, settings, out_dir, timed.advance, keys)
+    seconds = {"seconds_core": timed.seconds()}
+    n_probed = len(texts) * len(saes)
+    with harness.Progress("sparse probing", n_probed, "SAEs x sets") as timed, harness.quiet(log):
         keys = harness.evaluation_keys(saes, settings, SOURCE, ["sparse_probing"])
-        probing = sparse_probing(saes, texts, model, settings, out_dir, progress, keys)
-    progress.close()
-    seconds["seconds_sparse_probing"] = time.monotonic() - started
+        probing = sparse_probing(saes, texts, model, settings, out_dir, timed, keys)
+    seconds["seconds_sparse_probing"] = timed.seconds()
     evaluation = {"core": core, "probing": probing}
     harness.check_results(saes, evaluation, settings, out_dir)
     return evaluation, seconds

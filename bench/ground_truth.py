@@ -60,11 +60,12 @@ METHODS = (
     }
 )
 SAMPLES = 50_000  # that the figures are of
-LEARNING_RATES = (7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2)
+LEARNING_RATES = (3.75e-4, 7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2)
 # Where penalties give the true L0 here: between which values, and the values of `range`.
 PENALTIES = {
     "Standard": ((2.5, 5.0), (2.5, 3.5, 5.0)),
     "JumpReLU": ((0.35, 1.0), (0.3, 0.5, 0.8)),
+    "JumpReLU (tanh)": ((0.1, 0.35), (0.06, 0.12, 0.25)),
     "Gated": ((2.2, 4.5), (2.0, 3.0, 4.5)),
 }
 

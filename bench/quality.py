@@ -74,6 +74,7 @@ class Method:
         sparsity: the option, or setting, that L0 follows from.
         near: two of its values between which L0 is k_min; None: it is L0.
         values: of the coefficient in `range`, or of a form's `sparsity`.
+        rise: part of training over which the coefficient rises from 0.
     """
 
     kind: str | None
@@ -81,6 +82,7 @@ class Method:
     near: tuple[float, float] | None = None
     values: tuple[float, ...] = ()
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    rise: float = 0.1
 
 
 def planned(name: str) -> dict[str, Any]:
@@ -98,6 +100,20 @@ METHODS = {
     # A feature is dead after as many tokens as for run_10; for SAELens' other trainers 100,000.
     "BatchTopK, dead after 30,000": Method("batchtopk", options={"dead_window": 30_000}),
     "JumpReLU": Method("jumprelu", "l0_coefficient", (0.5, 2.0), (0.17, 0.35, 0.7, 1.4)),
+    # As SAELens' documentation advises where training is short, after Anthropic's.
+    "JumpReLU (tanh)": Method(
+        "jumprelu",
+        "l0_coefficient",
+        (0.1, 0.5),
+        (0.02, 0.06, 0.2, 0.5),
+        {
+            "jumprelu_sparsity_loss_mode": "tanh",
+            "jumprelu_bandwidth": 2.0,
+            "jumprelu_init_threshold": 0.1,
+            "pre_act_loss_coefficient": 3e-6,
+        },
+        rise=1.0,
+    ),
     "Gated": Method("gated", "l1_coefficient", (1.0, 3.0), (0.8, 1.25, 2.0, 3.2)),
     "Matryoshka": Method("matryoshka_batchtopk"),
 }
@@ -228,7 +244,8 @@ def starter(cell: Cell, method: Method) -> Callable:
                 options["matryoshka_widths"] = [settings.d_sae * width // 32 for width in WIDTHS]
             if "l0_coefficient" in options or "l1_coefficient" in options:
                 name = method.sparsity.replace("coefficient", "warm_up_steps")
-                options[name] = settings.training_tokens // settings.batch // 10
+                steps = settings.training_tokens // settings.batch
+                options[name] = round(method.rise * steps)
             trainers[layer, cell.seed] = PeerTrainer(
                 method.kind, settings, cell.seed, mean_D, scale, autocast, cell.lr, **options
             )
