@@ -1309,6 +1309,16 @@ def _end(number: int, frame: Any) -> None:
     raise _Ended(signal.Signals(number).name)
 
 
+def _end_again(swallowed: Any) -> None:
+    """`sys.unraisablehook`: what is raised in a finalizer gets lost, so the signal is sent again."""
+    error = swallowed.exc_value
+    if not isinstance(error, (KeyboardInterrupt, _Ended)):
+        sys.__unraisablehook__(swallowed)
+        return
+    number = signal.Signals[str(error) or "SIGINT"]
+    threading.Timer(0.1, os.kill, [os.getpid(), number]).start()
+
+
 @contextlib.contextmanager
 def doing(what: str) -> Iterator[None]:
     """Has an error that comes from within say where: a layer, a seed, a data set."""
@@ -1366,12 +1376,14 @@ def handlers(log: Path) -> Iterator[None]:
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup ignores it
         asked.append(signal.SIGHUP)
     stock = {number: signal.signal(number, _end) for number in asked}
+    hook, sys.unraisablehook = sys.unraisablehook, _end_again
     with log.open("a") as file:
         faulthandler.enable(file)
         try:
             yield
         finally:
             faulthandler.disable()
+            sys.unraisablehook = hook
             for number, handler in stock.items():
                 signal.signal(number, handler)
 

@@ -100,14 +100,15 @@ METHODS = {
     # A feature is dead after as many tokens as for run_10; for SAELens' other trainers 100,000.
     "BatchTopK, dead after 30,000": Method("batchtopk", options={"dead_window": 30_000}),
     "JumpReLU": Method("jumprelu", "l0_coefficient", (0.5, 2.0), (0.17, 0.35, 0.7, 1.4)),
-    # As SAELens' documentation advises where training is short, after Anthropic's.
+    # Anthropic's loss, which SAELens advises where training is short, with its settings for it.
     "JumpReLU (tanh)": Method(
         "jumprelu",
         "l0_coefficient",
-        (0.1, 0.5),
-        (0.02, 0.06, 0.2, 0.5),
+        (0.25, 1.0),
+        (0.1, 0.25, 0.5, 1.0),
         {
             "jumprelu_sparsity_loss_mode": "tanh",
+            "jumprelu_ste_to_input": True,
             "jumprelu_bandwidth": 2.0,
             "jumprelu_init_threshold": 0.1,
             "pre_act_loss_coefficient": 3e-6,

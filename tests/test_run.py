@@ -9,8 +9,10 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -285,6 +287,28 @@ def test_unknown_argument_and_missing_out_dir(toy, tmp_path: Path, capfd) -> Non
     assert "--lr=1" in says and "no other argument" in says
     assert toy.harness.main(toy.run, []) == 1
     assert "--out_dir" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_that_comes_in_a_finalizer_ends_the_run(
+    tmp_path: Path, monkeypatch, capfd, number: signal.Signals
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    class Dying:
+        def __del__(self) -> None:  # what is raised in here, Python prints and forgets
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)
+
+    def run(out_dir: Path, log: Path) -> None:
+        thing = Dying()
+        del thing
+        time.sleep(20)
+
+    began = time.monotonic()
+    assert harness.main(run, [f"--out_dir={tmp_path / 'run_x'}"]) == 128 + number
+    assert time.monotonic() - began < 10
+    assert f"({number.name})" in capfd.readouterr().err
 
 
 def test_out_dir_that_cannot_be_written(toy, tmp_path: Path, capfd) -> None:
