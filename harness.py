@@ -1310,7 +1310,7 @@ def _end(number: int, frame: Any) -> None:
 
 
 def _end_again(swallowed: Any) -> None:
-    """`sys.unraisablehook`: what is raised in a finalizer gets lost, so the signal is sent again."""
+    """`sys.unraisablehook`: what a finalizer raises is lost, so the signal is sent again."""
     error = swallowed.exc_value
     if not isinstance(error, (KeyboardInterrupt, _Ended)):
         sys.__unraisablehook__(swallowed)
