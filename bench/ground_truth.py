@@ -51,8 +51,9 @@ FORMS = {
     "this project (run_10, dead after 100,000)": {"dead_after": 100_000},
     "this project (run_10, k of each token)": {"selection": "token"},
 }
+# JumpReLU (tanh) has no L0 near the true one: between two coefficients it falls from 50 to 7.
 METHODS = (
-    quality.METHODS
+    {name: m for name, m in quality.METHODS.items() if name != "JumpReLU (tanh)"}
     | {"BatchTopK, dead after 10,000": quality.Method("batchtopk", options={"dead_window": 10_000})}
     | {
         name: quality.Method(None, "k_min", options=quality.planned("run_10") | changes)
@@ -65,7 +66,6 @@ LEARNING_RATES = (3.75e-4, 7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2)
 PENALTIES = {
     "Standard": ((2.5, 5.0), (2.5, 3.5, 5.0)),
     "JumpReLU": ((0.35, 1.0), (0.3, 0.5, 0.8)),
-    "JumpReLU (tanh)": ((0.3, 1.0), (0.2, 0.4, 0.8)),
     "Gated": ((2.2, 4.5), (2.0, 3.0, 4.5)),
 }
 

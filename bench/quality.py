@@ -9,7 +9,8 @@ Prints the tables of what there is, in Markdown; plot.py draws it.
 
 - `sweep`: learning rate of each method, and for the coefficient of a penalty two values on either
   side of the L0 that is wanted. Seed 100, layer 2. What is chosen has the lowest FVU at L0 = k_min
-  (methods with a penalty: on the line through its two values, both axes logarithmic).
+  (methods with a penalty: on the line through its two values, both axes logarithmic, where they
+  are on either side of it).
 - `range`: methods with a penalty, at the learning rate chosen, at four values of its coefficient;
   seed 0. One coefficient gives each layer another L0; from here on it is read off these, layer by
   layer, both axes logarithmic.
@@ -348,15 +349,18 @@ def sweep_cells(
 
 
 def chosen(name: str, method: Method, base: Settings, results: Results) -> float:
-    """The learning rate with which the sweep found the lowest FVU at L0 = k_min."""
+    """The learning rate with which the sweep found the lowest FVU at L0 = k_min.
 
-    rows = results.of(stage="sweep", method=name)
-
-    def fvu(lr: float) -> float:
-        points = [(row["l0"], row["fvu"]) for row in rows if row["lr"] == lr]
-        return line_at(points, base.k_min) if method.near else points[0][1]
-
-    return min({row["lr"] for row in rows}, key=fvu)
+    Of a penalty's, one that has L0 on either side of it, if any has: a line is no guess far beyond
+    its points.
+    """
+    found: dict[float, list[tuple[float, float]]] = {}
+    for row in results.of(stage="sweep", method=name):
+        found.setdefault(row["lr"], []).append((row["l0"], row["fvu"]))
+    around = {lr: p for lr, p in found.items() if min(p)[0] <= base.k_min <= max(p)[0]}
+    if not method.near:
+        return min(found, key=lambda lr: found[lr][0][1])
+    return min(around or found, key=lambda lr: line_at(found[lr], base.k_min))
 
 
 def range_cells(methods: dict[str, Method], base: Settings, results: Results) -> Iterator[Cell]:
