@@ -127,7 +127,12 @@ def test_the_sweep_chooses_by_fvu_at_the_l0_that_is_wanted(tmp_path):
         results.rows.append(row)
     row = {"stage": "sweep", "method": "Standard", "lr": 6e-3, "l0": 10, "fvu": 0.9}
     results.rows += [row, row]
+    # A line through two points on one side of L0 = 10 is no guess: 0.006 there.
+    for l0, fvu in ((2, 0.9), (4, 0.1)):
+        results.rows.append(row | {"lr": 4.5e-3, "l0": l0, "fvu": fvu})
     assert quality.chosen("Standard", quality.METHODS["Standard"], base, results) == 3e-3
+    results.rows = [row for row in results.rows if row["lr"] == 4.5e-3]
+    assert quality.chosen("Standard", quality.METHODS["Standard"], base, results) == 4.5e-3
 
 
 def test_a_coefficient_is_chosen_layer_by_layer(tmp_path):
