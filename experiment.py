@@ -67,6 +67,7 @@ class Settings:
     reg_lambda: float = 0.01  # λ of L_reg, on the learned θ
     selection: str = "token"  # the k largest of each token, or "threshold": of all, k in the mean
     threshold_rate: float = 0.05  # by which the threshold follows k, per step
+    frequency_weight: float = 0.0  # φ: what selected features cost, by how often each is selected
     curriculum: bool = True  # False: no selection, all active features reconstruct (k_min = 1)
     k_min: int = 16  # features selected per token at the end of the curriculum
     k_start_factor: float = 2.0  # the curriculum starts at k_start = k_start_factor · k_min
@@ -373,17 +374,16 @@ class Loss:
     reconstruction: Tensor
     penalty: Tensor  # γ L_pen
     reg: Tensor
+    frequency: Tensor  # φ L_freq
     used_BF: Tensor  # the features that reconstruct; (B, M) where they go by index
     indices_BM: Tensor | None  # which features these are; None: all F in order
     residual_BD: Tensor  # x − x̂
 
     def fired(self, d_sae: int) -> Tensor:
-        """(F,) bool: the features that reconstruct some token."""
+        """(F,): how many tokens each feature reconstructs."""
         if self.indices_BM is None:
-            return self.used_BF.detach().amax(0) > 0
-        fired_F = torch.zeros(d_sae, dtype=torch.bool, device=self.used_BF.device)
-        fired_F[self.indices_BM[self.used_BF > 0]] = True
-        return fired_F
+            return (self.used_BF > 0).sum(0)
+        return torch.bincount(self.indices_BM[self.used_BF > 0], minlength=d_sae)
 
 
 def contrastive_loss(
@@ -393,12 +393,14 @@ def contrastive_loss(
     reg_lambda: float,
     form: str = "contrastive",
     by_index: bool = False,
+    cost_F: Tensor | None = None,
 ) -> Loss:
     """The loss on a batch of scaled activations (DESIGN, the method).
 
         L_pen = τ_pen · mean over tokens of Σ_{i ∉ S} tanh(f_i / τ_sel)
         L_reg = λ Σ over the learned θ of θ²
-        loss  = mean over tokens of ‖x − x̂‖² / D  +  γ L_pen  +  L_reg
+        loss  = mean over tokens of ‖x − x̂‖² / D  +  γ L_pen  +  L_reg  [+  φ L_freq]
+        L_freq = mean over tokens of Σ_{i ∈ S} p_i f_i,  p_i the part of tokens that i reconstructs
 
     Args:
         x_BD: (B, D), with E‖x‖² = D.
@@ -410,6 +412,7 @@ def contrastive_loss(
             reconstruction loss is mean ‖x − x̂‖.
         by_index: f_BF below is (B, M), see `CustomSAE.features`, where few features are active.
             The same loss, faster; `Trainer.step` holds the one against the other.
+        cost_F: φ p, constants; None: no L_freq.
     """
     tau_sel, tau_pen, gamma = (sae.bounded(name) for name in BOUNDED)
     # Where nothing is penalised, features up to the threshold are of no use to the loss.
@@ -430,8 +433,13 @@ def contrastive_loss(
         reconstruction = residual_BD.pow(2).mean()
         penalty = gamma * tau_pen * saturated_BF.sum(-1).mean()
     reg = reg_lambda * sum((theta**2 for theta in sae.thetas()), torch.zeros_like(gamma))
-    total = reconstruction + penalty + reg
-    return Loss(total, reconstruction, penalty, reg, used_BF, indices_BM, residual_BD)
+    frequency = torch.zeros_like(gamma)
+    if cost_F is not None:
+        cost_BF = cost_F if indices_BM is None else cost_F[indices_BM]
+        frequency = (used_BF * cost_BF).sum(-1).mean()
+    total = reconstruction + penalty + reg + frequency
+    parts = reconstruction, penalty, reg, frequency
+    return Loss(total, *parts, used_BF, indices_BM, residual_BD)
 
 
 def curriculum_k(progress: float, k_start: int, k_min: int, fraction: float) -> int:
@@ -501,6 +509,7 @@ class Trainer(harness.Resumable):
         self.steps_since_active = torch.zeros(
             sae.cfg.d_sae, dtype=torch.int64, device=sae.W_enc.device
         )
+        self.frequency_F = torch.zeros(sae.cfg.d_sae, device=sae.W_enc.device)  # of late
         self.generator = torch.Generator().manual_seed(seed)
         self.threshold_started = False
         self.by_index: bool | None = None  # whether features may go by index; None: not yet known
@@ -515,9 +524,12 @@ class Trainer(harness.Resumable):
         x_BD = x_BD.to(sae.W_enc.dtype) * sae.scale
         k = k_at(settings, progress)
         self.start_threshold(x_BD, k)
+        weight = settings.frequency_weight
+        cost_F = weight * self.frequency_F if weight else None
 
         def loss_by(by_index: bool) -> Loss:
-            return contrastive_loss(sae, x_BD, k, settings.reg_lambda, settings.form, by_index)
+            form = settings.form
+            return contrastive_loss(sae, x_BD, k, settings.reg_lambda, form, by_index, cost_F)
 
         with torch.autocast(x_BD.device.type, torch.bfloat16, enabled=self.autocast):
             loss = harness.by_index_if_same(self, loss_by, list(sae.parameters()))
@@ -531,7 +543,8 @@ class Trainer(harness.Resumable):
         sae.normalize_decoder()
         self.move_threshold(loss, k)
         fired_F = loss.fired(sae.cfg.d_sae)
-        self.steps_since_active = torch.where(fired_F, 0, self.steps_since_active + 1)
+        self.steps_since_active = torch.where(fired_F > 0, 0, self.steps_since_active + 1)
+        self.frequency_F.lerp_(fired_F / len(x_BD), 0.02)
         if settings.resample and progress < 1 - settings.lr_decay:
             self.resample(loss.residual_BD.detach())
         return loss.total.detach(), record
@@ -600,6 +613,7 @@ class Trainer(harness.Resumable):
             "loss_reconstruction": float(loss.reconstruction),
             "loss_penalty": float(loss.penalty),
             "loss_reg": float(loss.reg),
+            **({"loss_frequency": float(loss.frequency)} if self.settings.frequency_weight else {}),
             **sae.adaptive(),
             "k_t": k,
             **({} if sae.threshold is None else {"threshold": float(sae.threshold)}),

@@ -1508,7 +1508,7 @@ def check_settings(name: str, s: Settings) -> None:
             (field, lambda v: 0 <= v <= 1, "between 0 and 1")
             for field in ("curriculum_fraction", "lr_warmup", "lr_decay")
         ),
-        *((field, lambda v: v >= 0, "0 or above") for field in ("reg_lambda",)),
+        *((field, lambda v: v >= 0, "0 or above") for field in ("reg_lambda", "frequency_weight")),
         *(
             (field, lambda v: v is None or v > 0, "None or above 0")
             for field in ("tau_sel", "tau_pen", "budget_minutes")

@@ -299,20 +299,21 @@ def few_active(sae: CustomSAE, x: torch.Tensor, n: int) -> None:
         sae.b_enc -= pre.flatten().topk(n * len(x)).values[-1]
 
 
+@pytest.mark.parametrize("cost_F", [None, torch.linspace(0, 1, 300).double()])
 @pytest.mark.parametrize(
     "k, form", [(3, "contrastive"), (50, "contrastive"), (None, "contrastive"),
                 (None, "as_written")]
 )  # fmt: skip
-def test_features_by_index_give_the_same_loss_and_gradients(k, form) -> None:
+def test_features_by_index_give_the_same_loss_and_gradients(k, form, cost_F) -> None:
     """The fast form against the plain one; some tokens have no active feature."""
     sae, x = make_sae(d_in=16, d_sae=300, k=k), inputs(n=60, d_in=16)
     few_active(sae, x, 6)
     results = []
     for by_index in (True, False):
-        loss = contrastive_loss(sae, x, k, 0.01, form, by_index)
+        loss = contrastive_loss(sae, x, k, 0.01, form, by_index, cost_F)
         gradients = torch.autograd.grad(loss.total, list(sae.parameters()))
-        parts = loss.total, loss.reconstruction, loss.penalty, loss.reg, loss.residual_BD
-        results.append((loss, [*parts, *gradients, loss.fired(300)]))
+        parts = loss.total, loss.reconstruction, loss.penalty, loss.reg, loss.frequency
+        results.append((loss, [*parts, loss.residual_BD, *gradients, loss.fired(300)]))
     assert results[1][0].indices_BM is None
     f = torch.relu(sae.preactivations(x)).detach()
     assert results[0][0].indices_BM.shape == (60, int((f > 0).sum(1).max()))
@@ -320,6 +321,39 @@ def test_features_by_index_give_the_same_loss_and_gradients(k, form) -> None:
     assert int((results[0][0].used_BF > 0).sum()) == int((results[1][0].used_BF > 0).sum())
     for fast, plain in zip(results[0][1], results[1][1]):
         assert torch.allclose(fast, plain, rtol=1e-10, atol=1e-12)
+
+
+def test_selected_features_cost_what_their_frequency_says() -> None:
+    sae, x = make_sae(d_in=16, d_sae=300, k=3), inputs(n=60, d_in=16)
+    cost_F = torch.linspace(0, 1, 300).double()
+    free, loss = (contrastive_loss(sae, x, 3, 0.01, cost_F=cost) for cost in (None, cost_F))
+    cost = (sae.encode(x) * cost_F).sum(1).mean().detach()  # a sum over features, a mean over tokens
+    assert float(loss.frequency.detach()) == pytest.approx(float(cost))
+    assert float(free.frequency) == 0.0
+    assert float(loss.total.detach()) == pytest.approx(float(free.total.detach() + cost))
+    assert torch.equal(loss.fired(300), (sae.encode(x) > 0).sum(0))
+
+
+def test_where_frequency_costs_no_feature_fires_as_often() -> None:
+    def often(n: int, seed: int) -> torch.Tensor:  # one direction more, on half of the tokens
+        on = torch.rand(n, 1, generator=torch.Generator().manual_seed(seed)) < 0.5
+        return structured(n, seed) + on * torch.eye(8)[:1]
+
+    x, highest = often(2000, seed=1000), []
+    for weight in (0.0, 2.0):
+        settings = small_settings(
+            selection="threshold", gamma=0.0, frequency_weight=weight, resample=False
+        )
+        (trainer,) = experiment.start_trainers(
+            settings, {0: (torch.zeros(8), 1.0)}, {(0, 0): {"gamma": 0.0}}, False
+        ).values()
+        for step in range(400):
+            trainer.step(often(64, seed=step), step / 400, log=False)
+        frequency_F = (trainer.sae.encode(x) > 0).float().mean(0)
+        assert float(frequency_F.sum()) == pytest.approx(4, rel=0.15)  # L0 is what it was
+        assert torch.allclose(trainer.frequency_F, frequency_F, atol=0.1)  # as training knows it
+        highest.append(float(frequency_F.max()))
+    assert highest[1] < 0.8 * highest[0]
 
 
 def test_features_go_by_index_only_where_few_are_active() -> None:
