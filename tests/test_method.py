@@ -327,7 +327,7 @@ def test_selected_features_cost_what_their_frequency_says() -> None:
     sae, x = make_sae(d_in=16, d_sae=300, k=3), inputs(n=60, d_in=16)
     cost_F = torch.linspace(0, 1, 300).double()
     free, loss = (contrastive_loss(sae, x, 3, 0.01, cost_F=cost) for cost in (None, cost_F))
-    cost = (sae.encode(x) * cost_F).sum(1).mean().detach()  # a sum over features, a mean over tokens
+    cost = (sae.encode(x) * cost_F).sum(1).mean().detach()
     assert float(loss.frequency.detach()) == pytest.approx(float(cost))
     assert float(free.frequency) == 0.0
     assert float(loss.total.detach()) == pytest.approx(float(free.total.detach() + cost))
