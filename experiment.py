@@ -164,13 +164,14 @@ PLAN: dict[str, dict[str, Any]] = {
         description="adaptation of the selection alone", tau_pen=0.15, gamma=0.15, seeds=THREE
     ),
     "run_9": dict(description="adaptation against its end point", fix_at="run_1", seeds=FIVE),
-    # Learning rate, warm-up and dead_after were found on tinylm; elsewhere they are a guess.
+    # Learning rate, warm-up, dead_after and φ were found on tinylm; elsewhere they are a guess.
     "run_10": dict(
-        description="best form found: threshold, no penalty",
+        description="best form found: threshold, cost by frequency",
         selection="threshold",
         tau_sel=0.3,
         tau_pen=0.15,
         gamma=0.0,
+        frequency_weight=0.01,
         k_start_factor=1.0,
         lr=4.5e-3,
         lr_warmup=0.05,

@@ -47,16 +47,16 @@ N_FEATURES, WIDTH = 512, 128
 # What a threshold loses true features by: when silent ones come back. SAELens' trainers count a
 # feature as dead after 100,000 tokens.
 FORMS = {
-    "this project (run_10, dead after 10,000)": {"dead_after": 10_000},
-    "this project (run_10, dead after 100,000)": {"dead_after": 100_000},
-    "this project (run_10, k of each token)": {"selection": "token"},
+    f"{quality.UNWEIGHTED}, dead after 10,000": {"dead_after": 10_000},
+    f"{quality.UNWEIGHTED}, dead after 100,000": {"dead_after": 100_000},
+    f"{quality.UNWEIGHTED}, k of each token": {"selection": "token"},
 }
 # JumpReLU (tanh) has no L0 near the true one: between two coefficients it falls from 50 to 7.
 METHODS = (
     {name: m for name, m in quality.METHODS.items() if name != "JumpReLU (tanh)"}
     | {"BatchTopK, dead after 10,000": quality.Method("batchtopk", options={"dead_window": 10_000})}
     | {
-        name: quality.Method(None, "k_min", options=quality.planned("run_10") | changes)
+        name: quality.Method(None, "k_min", options=quality.UNWEIGHTED_OPTIONS | changes)
         for name, changes in FORMS.items()
     }
 )

@@ -58,6 +58,7 @@ L0 = (8, 16, 32, 64)  # of the curves
 SWEEP_SEED, SWEEP_LAYERS = 100, (2,)
 SEEDS, FORM_SEEDS = experiment.FIVE, experiment.THREE
 OURS, TENTH = "this project (run_1)", "this project (run_10)"
+UNWEIGHTED = "this project (run_10 without L_freq)"
 UNTRAINED = "untrained"
 # Of the nested SAEs of Matryoshka, in F/32: those with which SAE-Bench's own were trained.
 WIDTHS = (1, 3, 7, 15, 32)
@@ -92,9 +93,13 @@ def planned(name: str) -> dict[str, Any]:
     return {field: v for field, v in changes.items() if field not in ("description", "seeds")}
 
 
+UNWEIGHTED_OPTIONS = planned("run_10")
+del UNWEIGHTED_OPTIONS["frequency_weight"]
+
 METHODS = {
     OURS: Method(None, "k_min"),
     TENTH: Method(None, "k_min", options=planned("run_10")),
+    UNWEIGHTED: Method(None, "k_min", options=UNWEIGHTED_OPTIONS),
     "Standard": Method("standard", "l1_coefficient", (1.0, 3.0), (0.6, 1.0, 1.6, 2.7)),
     "TopK": Method("topk"),
     "BatchTopK": Method("batchtopk"),
