@@ -70,6 +70,7 @@ LOSSES = (
     ("loss_reconstruction", "reconstruction\n(part of the loss)", "log"),
     ("loss_penalty", "penalty\n$\\gamma\\,L_{pen}$", "log"),
     ("loss_reg", "regularization\n$L_{reg}$", "log"),
+    ("loss_frequency", "cost by frequency\n$\\varphi\\,L_{freq}$", "log"),  # where a run has it
 )
 SPARSITY = (
     ("l0", "L0\n(active features)", "log"),
@@ -1201,7 +1202,9 @@ def draw_profile(profile, runs, reference, folder):
     logged = [run for run in runs if run["log"]]
     if logged:
         draw_panels(logged, ADAPTATION, styles, folder / "adaptation")
-        draw_panels(logged, LOSSES, styles, folder / "training_losses")
+        parts = [row for row in LOSSES if any(
+            curve(run, layer, row[0]) is not None for run in logged for layer in run["log"])]
+        draw_panels(logged, parts or LOSSES, styles, folder / "training_losses")
         draw_panels(logged, SPARSITY, styles, folder / "training_sparsity")
     draw_probing(runs, styles, folder / "probing")
     rows = ablation_rows(runs, reference)
