@@ -67,6 +67,7 @@ class Settings:
     reg_lambda: float = 0.01  # λ of L_reg, on the learned θ
     selection: str = "token"  # the k largest of each token, or "threshold": of all, k in the mean
     threshold_rate: float = 0.05  # by which the threshold follows k, per step
+    frequency_weight: float = 0.0  # φ: what selected features cost, by how often each is selected
     curriculum: bool = True  # False: no selection, all active features reconstruct (k_min = 1)
     k_min: int = 16  # features selected per token at the end of the curriculum
     k_start_factor: float = 2.0  # the curriculum starts at k_start = k_start_factor · k_min
@@ -163,15 +164,16 @@ PLAN: dict[str, dict[str, Any]] = {
         description="adaptation of the selection alone", tau_pen=0.15, gamma=0.15, seeds=THREE
     ),
     "run_9": dict(description="adaptation against its end point", fix_at="run_1", seeds=FIVE),
-    # Learning rate, warm-up and dead_after were found on tinylm; elsewhere they are a guess.
+    # Learning rate, warm-up, dead_after and φ were found on tinylm; elsewhere they are a guess.
     "run_10": dict(
-        description="best form found: threshold, no penalty",
+        description="best form found: threshold, cost by frequency",
         selection="threshold",
         tau_sel=0.3,
         tau_pen=0.15,
         gamma=0.0,
+        frequency_weight=0.01,
         k_start_factor=1.0,
-        lr=4.5e-3,
+        lr=6e-3,
         lr_warmup=0.05,
         dead_after=30_000,
         seeds=FIVE,
@@ -373,17 +375,16 @@ class Loss:
     reconstruction: Tensor
     penalty: Tensor  # γ L_pen
     reg: Tensor
+    frequency: Tensor  # φ L_freq
     used_BF: Tensor  # the features that reconstruct; (B, M) where they go by index
     indices_BM: Tensor | None  # which features these are; None: all F in order
     residual_BD: Tensor  # x − x̂
 
     def fired(self, d_sae: int) -> Tensor:
-        """(F,) bool: the features that reconstruct some token."""
+        """(F,): how many tokens each feature reconstructs."""
         if self.indices_BM is None:
-            return self.used_BF.detach().amax(0) > 0
-        fired_F = torch.zeros(d_sae, dtype=torch.bool, device=self.used_BF.device)
-        fired_F[self.indices_BM[self.used_BF > 0]] = True
-        return fired_F
+            return (self.used_BF > 0).sum(0)
+        return torch.bincount(self.indices_BM[self.used_BF > 0], minlength=d_sae)
 
 
 def contrastive_loss(
@@ -393,12 +394,14 @@ def contrastive_loss(
     reg_lambda: float,
     form: str = "contrastive",
     by_index: bool = False,
+    cost_F: Tensor | None = None,
 ) -> Loss:
     """The loss on a batch of scaled activations (DESIGN, the method).
 
         L_pen = τ_pen · mean over tokens of Σ_{i ∉ S} tanh(f_i / τ_sel)
         L_reg = λ Σ over the learned θ of θ²
-        loss  = mean over tokens of ‖x − x̂‖² / D  +  γ L_pen  +  L_reg
+        loss  = mean over tokens of ‖x − x̂‖² / D  +  γ L_pen  +  L_reg  [+  φ L_freq]
+        L_freq = mean over tokens of Σ_{i ∈ S} p_i f_i,  p_i the part of tokens that i reconstructs
 
     Args:
         x_BD: (B, D), with E‖x‖² = D.
@@ -410,6 +413,7 @@ def contrastive_loss(
             reconstruction loss is mean ‖x − x̂‖.
         by_index: f_BF below is (B, M), see `CustomSAE.features`, where few features are active.
             The same loss, faster; `Trainer.step` holds the one against the other.
+        cost_F: φ p, constants; None: no L_freq.
     """
     tau_sel, tau_pen, gamma = (sae.bounded(name) for name in BOUNDED)
     # Where nothing is penalised, features up to the threshold are of no use to the loss.
@@ -430,8 +434,13 @@ def contrastive_loss(
         reconstruction = residual_BD.pow(2).mean()
         penalty = gamma * tau_pen * saturated_BF.sum(-1).mean()
     reg = reg_lambda * sum((theta**2 for theta in sae.thetas()), torch.zeros_like(gamma))
-    total = reconstruction + penalty + reg
-    return Loss(total, reconstruction, penalty, reg, used_BF, indices_BM, residual_BD)
+    frequency = torch.zeros_like(gamma)
+    if cost_F is not None:
+        cost_BF = cost_F if indices_BM is None else cost_F[indices_BM]
+        frequency = (used_BF * cost_BF).sum(-1).mean()
+    total = reconstruction + penalty + reg + frequency
+    parts = reconstruction, penalty, reg, frequency
+    return Loss(total, *parts, used_BF, indices_BM, residual_BD)
 
 
 def curriculum_k(progress: float, k_start: int, k_min: int, fraction: float) -> int:
@@ -457,47 +466,11 @@ def lr_factor(progress: float, warmup: float, decay: float) -> float:
 # =============================================================================================
 
 
-class ActivationBuffer:
+class ActivationBuffer(harness.Buffered):
     """Activations of several layers in corpus order, BOS, EOS and padding left out.
 
-    Args:
-        contexts: per forward pass.
-        key: all that activations depend on: they are kept under it, for the next run.
+    `harness.Buffered` says what it is made of, and hands the activations out.
     """
-
-    def __init__(
-        self,
-        lm: harness.LanguageModel,
-        stream: harness.TokenStream,
-        layers: tuple[int, ...],
-        contexts: int,
-        key: dict[str, Any] | None = None,
-    ) -> None:
-        self.lm, self.stream, self.layers, self.contexts = lm, stream, layers, contexts
-        self.store = harness.ActivationStore(stream, key)
-        self._rest: Tensor | None = None  # harvested, not yet handed out
-
-    def take(self, n: int, advance: Callable[[int], None] = lambda n: None) -> Tensor:
-        """The activations of the next n tokens: (layers, n, D), on the model's device.
-
-        Args:
-            advance: called with the number of tokens of each few forward passes.
-        """
-        hf, have = self.lm.hf, 0
-        shape = (len(self.layers), n, hf.config.hidden_size)
-        taken = torch.empty(shape, device=hf.device, dtype=hf.dtype)
-        parts = [] if self._rest is None else [self._rest]
-        while have < n:
-            if not parts:
-                n_passes = max(1, (n - have) // (self.contexts * (self.stream.context - 1)))
-                parts = self.store.passes(min(n_passes, harness.PASSES), self.harvest)
-                advance(sum(part.shape[1] for part in parts))
-            part = parts.pop(0).to(hf.device)
-            missing = n - have
-            taken[:, have : have + part.shape[1]] = part[:, :missing]
-            have, rest = have + part.shape[1], part[:, missing:]
-        self._rest = torch.cat([rest, *(part.to(hf.device) for part in parts)], dim=1)
-        return taken
 
     def harvest(self, n_passes: int) -> list[Tensor]:
         """The activations of the next forward passes, (layers, N, D) of each."""
@@ -510,16 +483,6 @@ class ActivationBuffer:
             return torch.stack([acts_BLD[keep_BL.to(acts_BLD.device)] for acts_BLD in acts])
 
         return harness.in_order(one_pass, passes, self.lm.hf.device)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the text stands, and what is harvested and not handed out."""
-        return {"store": self.store.state_dict(), "rest": self._rest}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where another buffer on the same text stood."""
-        self.store.load_state_dict(state["store"])
-        rest = state["rest"]
-        self._rest = None if rest is None else rest.to(self.lm.hf.device)
 
 
 # =============================================================================================
@@ -547,6 +510,7 @@ class Trainer(harness.Resumable):
         self.steps_since_active = torch.zeros(
             sae.cfg.d_sae, dtype=torch.int64, device=sae.W_enc.device
         )
+        self.frequency_F = torch.zeros(sae.cfg.d_sae, device=sae.W_enc.device)  # of late
         self.generator = torch.Generator().manual_seed(seed)
         self.threshold_started = False
         self.by_index: bool | None = None  # whether features may go by index; None: not yet known
@@ -558,21 +522,18 @@ class Trainer(harness.Resumable):
     def step(self, x_BD: Tensor, progress: float, log: bool) -> tuple[Tensor, dict | None]:
         """One step on raw activations (B, D); the loss, and the step's record if `log`."""
         settings, sae = self.settings, self.sae
-        raw_BD = x_BD
         x_BD = x_BD.to(sae.W_enc.dtype) * sae.scale
         k = k_at(settings, progress)
         self.start_threshold(x_BD, k)
+        weight = settings.frequency_weight
+        cost_F = weight * self.frequency_F if weight else None
 
         def loss_by(by_index: bool) -> Loss:
-            return contrastive_loss(sae, x_BD, k, settings.reg_lambda, settings.form, by_index)
+            form = settings.form
+            return contrastive_loss(sae, x_BD, k, settings.reg_lambda, form, by_index, cost_F)
 
         with torch.autocast(x_BD.device.type, torch.bfloat16, enabled=self.autocast):
-            loss = loss_by(self.by_index is not False)
-        if loss.indices_BM is not None and self.by_index is None:
-            self.by_index = harness.same_by_index(loss_by, list(sae.parameters()))
-            if not self.by_index:
-                print("contrastive_loss has other gradients with features by index: all are used")
-                return self.step(raw_BD, progress, log)
+            loss = harness.by_index_if_same(self, loss_by, list(sae.parameters()))
         self.optimizer.zero_grad()
         loss.total.backward()
         sae.remove_parallel_gradient()
@@ -583,7 +544,8 @@ class Trainer(harness.Resumable):
         sae.normalize_decoder()
         self.move_threshold(loss, k)
         fired_F = loss.fired(sae.cfg.d_sae)
-        self.steps_since_active = torch.where(fired_F, 0, self.steps_since_active + 1)
+        self.steps_since_active = torch.where(fired_F > 0, 0, self.steps_since_active + 1)
+        self.frequency_F.lerp_(fired_F / len(x_BD), 0.02)
         if settings.resample and progress < 1 - settings.lr_decay:
             self.resample(loss.residual_BD.detach())
         return loss.total.detach(), record
@@ -652,6 +614,7 @@ class Trainer(harness.Resumable):
             "loss_reconstruction": float(loss.reconstruction),
             "loss_penalty": float(loss.penalty),
             "loss_reg": float(loss.reg),
+            **({"loss_frequency": float(loss.frequency)} if self.settings.frequency_weight else {}),
             **sae.adaptive(),
             "k_t": k,
             **({} if sae.threshold is None else {"threshold": float(sae.threshold)}),
@@ -863,26 +826,13 @@ def sparse_probing(
         texts: by data set, the token ids of the train and the test split.
         keys: by SAE, all that its figures depend on beside the texts: they are kept under it.
     """
-    torch.manual_seed(settings.probe_seed)
-    states = dict.fromkeys(saes, torch.get_rng_state().numpy().tobytes().hex())
-    per_class: dict[str, dict] = {name: {} for name in saes}
     ready = {name: harness.formatted(sae, settings) for name, sae in saes.items()}
+    states = harness.probe_states(saes, settings)
+    per_class: dict[str, dict] = {name: {} for name in saes}
     for dataset, split in texts.items():
-        before = {"dataset": dataset, "texts": harness.tokens_digest(split)}
-
-        def compute(names: list[str], dataset: str = dataset, split: list = split) -> dict:
-            some = {name: ready[name] for name in names}
-            return harness.probe_data_set(
-                dataset, split, some, states, model, settings, keep=keys is not None
-            )
-
-        found = harness.kept_each(
-            "sparse probing",
-            {n: keys and keys[n] | before | {"state": states[n]} for n in saes},
-            compute,
-        )
-        for name, (results, state) in found.items():
-            per_class[name][f"{dataset}_results"], states[name] = results, state
+        found = harness.probe_data_set(dataset, split, ready, states, model, settings, keys)
+        for name, results in found.items():
+            per_class[name][f"{dataset}_results"] = results
         progress.advance(len(saes), dataset)
     return {
         name: harness.save_probing(name, ready[name], per_class[name], settings, out_dir)
@@ -903,14 +853,11 @@ def evaluate(
     The twin has the same initialization, width and L0 (it keeps as many features per token as
     the trained SAE has active), and was never trained. Its name ends in "_untrained".
     """
-    seconds = {}
-    started = time.monotonic()
     n_batches = settings.core_reconstruction_batches + settings.core_sparsity_batches
-    progress = harness.Progress("core evaluation", n_batches, "batches")
     trained = {key: sae.folded() for key, sae in training.saes.items()}
-    with harness.quiet(log):
+    saes: dict[str, CustomSAE] = {}
+    with harness.Progress("core evaluation", n_batches, "batches") as timed, harness.quiet(log):
         l0 = harness.mean_l0(trained, model, settings)
-        saes = {}
         for (layer, seed), sae in trained.items():
             k = min(max(round(l0[layer, seed]), 1), settings.d_sae)
             scale = training.saes[layer, seed].scale
@@ -919,16 +866,13 @@ def evaluate(
             harness.check_trained(training.saes[layer, seed], twin, name)
             saes |= {name: sae, f"{name}_untrained": twin.folded()}
         keys = harness.evaluation_keys(saes, settings, SOURCE, ["core_evaluation"])
-        core = core_evaluation(saes, model, settings, out_dir, progress.advance, keys)
-    progress.close()
-    seconds["seconds_core"] = time.monotonic() - started
-    started = time.monotonic()
-    progress = harness.Progress("sparse probing", len(texts) * len(saes), "SAEs x sets")
-    with harness.quiet(log):
+        core = core_evaluation(saes, model, settings, out_dir, timed.advance, keys)
+    seconds = {"seconds_core": timed.seconds()}
+    n_probed = len(texts) * len(saes)
+    with harness.Progress("sparse probing", n_probed, "SAEs x sets") as timed, harness.quiet(log):
         keys = harness.evaluation_keys(saes, settings, SOURCE, ["sparse_probing"])
-        probing = sparse_probing(saes, texts, model, settings, out_dir, progress, keys)
-    progress.close()
-    seconds["seconds_sparse_probing"] = time.monotonic() - started
+        probing = sparse_probing(saes, texts, model, settings, out_dir, timed, keys)
+    seconds["seconds_sparse_probing"] = timed.seconds()
     evaluation = {"core": core, "probing": probing}
     harness.check_results(saes, evaluation, settings, out_dir)
     return evaluation, seconds

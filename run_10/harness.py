@@ -8,6 +8,7 @@ and needs none. In names of tensors, B is batch, L sequence, D model dimension, 
 
 from __future__ import annotations
 
+import abc
 import argparse
 import ast
 import contextlib
@@ -752,6 +753,67 @@ class ActivationStore:
             self.after = state["stream"]
 
 
+class Buffered(abc.ABC):
+    """Activations by the number of tokens, from what a subclass's `harvest` makes of the text.
+
+    Args:
+        lm, stream: the language model and its text.
+        layers: whose residual streams.
+        contexts: per forward pass.
+        key: all that activations depend on: they are kept under it, for the next run.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        stream: TokenStream,
+        layers: tuple[int, ...],
+        contexts: int,
+        key: dict[str, Any] | None = None,
+    ) -> None:
+        self.lm, self.stream, self.layers, self.contexts = lm, stream, layers, contexts
+        self.store = ActivationStore(stream, key)
+        self._rest: Tensor | None = None  # harvested, not yet handed out
+
+    @abc.abstractmethod
+    def harvest(self, n_passes: int) -> list[Tensor]:
+        """The activations of the next passes: a tensor (layers, N, D) of each."""
+
+    def take(self, n: int, advance: Callable[[int], None] = lambda n: None) -> Tensor:
+        """The activations of the next n tokens: (layers, n, D), on the model's device.
+
+        Args:
+            advance: called with the number of tokens of each few forward passes.
+        """
+        import torch
+
+        hf, have = self.lm.hf, 0
+        shape = (len(self.layers), n, hf.config.hidden_size)
+        taken = torch.empty(shape, device=hf.device, dtype=hf.dtype)
+        parts = [] if self._rest is None else [self._rest]
+        while have < n:
+            if not parts:
+                n_passes = max(1, (n - have) // (self.contexts * (self.stream.context - 1)))
+                parts = self.store.passes(min(n_passes, PASSES), self.harvest)
+                advance(sum(part.shape[1] for part in parts))
+            part = parts.pop(0).to(hf.device)
+            missing = n - have
+            taken[:, have : have + part.shape[1]] = part[:, :missing]
+            have, rest = have + part.shape[1], part[:, missing:]
+        self._rest = torch.cat([rest, *(part.to(hf.device) for part in parts)], dim=1)
+        return taken
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the text stands, and what is harvested and not handed out."""
+        return {"store": self.store.state_dict(), "rest": self._rest}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where another buffer on the same text stood."""
+        self.store.load_state_dict(state["store"])
+        rest = state["rest"]
+        self._rest = None if rest is None else rest.to(self.lm.hf.device)
+
+
 def write_state(state: object, path: Path) -> None:
     """Writes what `Checkpoints.save` takes as one safetensors file."""
     import torch
@@ -1247,6 +1309,16 @@ def _end(number: int, frame: Any) -> None:
     raise _Ended(signal.Signals(number).name)
 
 
+def _end_again(swallowed: Any) -> None:
+    """`sys.unraisablehook`: what a finalizer raises is lost, so the signal is sent again."""
+    error = swallowed.exc_value
+    if not isinstance(error, (KeyboardInterrupt, _Ended)):
+        sys.__unraisablehook__(swallowed)
+        return
+    number = signal.Signals[str(error) or "SIGINT"]
+    threading.Timer(0.1, os.kill, [os.getpid(), number]).start()
+
+
 @contextlib.contextmanager
 def doing(what: str) -> Iterator[None]:
     """Has an error that comes from within say where: a layer, a seed, a data set."""
@@ -1304,12 +1376,14 @@ def handlers(log: Path) -> Iterator[None]:
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup ignores it
         asked.append(signal.SIGHUP)
     stock = {number: signal.signal(number, _end) for number in asked}
+    hook, sys.unraisablehook = sys.unraisablehook, _end_again
     with log.open("a") as file:
         faulthandler.enable(file)
         try:
             yield
         finally:
             faulthandler.disable()
+            sys.unraisablehook = hook
             for number, handler in stock.items():
                 signal.signal(number, handler)
 
@@ -1434,7 +1508,7 @@ def check_settings(name: str, s: Settings) -> None:
             (field, lambda v: 0 <= v <= 1, "between 0 and 1")
             for field in ("curriculum_fraction", "lr_warmup", "lr_decay")
         ),
-        *((field, lambda v: v >= 0, "0 or above") for field in ("reg_lambda",)),
+        *((field, lambda v: v >= 0, "0 or above") for field in ("reg_lambda", "frequency_weight")),
         *(
             (field, lambda v: v is None or v > 0, "None or above 0")
             for field in ("tau_sel", "tau_pen", "budget_minutes")
@@ -1949,6 +2023,7 @@ class Progress:
         self.done = self.resumed = 0
         self.note = ""
         self.started = self.last = time.monotonic()
+        self.ended: float | None = None
         self.bar = None
         if CONSOLE.isatty() and not Progress.prefix:
             from tqdm import tqdm
@@ -1985,12 +2060,20 @@ class Progress:
             self.bar.start_t -= seconds
             self.bar.update(done)
 
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, failed: type | None, *_: object) -> None:
+        if not failed:
+            self.close()
+
     def seconds(self) -> float:
-        """Since the stage began."""
-        return time.monotonic() - self.started
+        """Since the stage began, to its end."""
+        return (self.ended or time.monotonic()) - self.started
 
     def close(self) -> None:
         """Ends the bar, or prints the stage's last line; none where nothing was left to do."""
+        self.ended = time.monotonic()
         if self.resumed == self.total > 0:
             return
         if self.bar is not None:
@@ -2926,6 +3009,28 @@ def same_by_index(loss: Callable[[bool], Any], parameters: list[nn.Parameter]) -
     return all(float((a - b).norm()) <= 1e-3 * float(b.norm()) + 1e-9 for a, b in pairs)
 
 
+def by_index_if_same(
+    trainer: Any, loss: Callable[[bool], Any], parameters: list[nn.Parameter]
+) -> Any:
+    """The loss with features by index, or with all of them where that has other gradients.
+
+    The first loss that goes by index decides; `trainer.by_index` says how: None, not yet known.
+
+    Args:
+        loss: see `same_by_index`; its `indices_BM` is None where features don't go by index.
+    """
+    import torch
+
+    found = loss(trainer.by_index is not False)
+    if found.indices_BM is not None and trainer.by_index is None:
+        with torch.autocast(parameters[0].device.type, enabled=False):
+            trainer.by_index = same_by_index(loss, parameters)
+        if not trainer.by_index:
+            print("contrastive_loss has other gradients with features by index: all are used")
+            return loss(False)
+    return found
+
+
 def sum_of_rows(values_BM: Tensor, indices_BM: Tensor, W_dec: Tensor) -> Tensor:
     """(B, D): Σ_m values[b, m] · W_dec[indices[b, m]], over the values that are not zero."""
     import torch
@@ -3706,6 +3811,14 @@ def probe(train: dict, test: dict, prefix: str, ks: tuple[int, ...]) -> dict[str
     return results
 
 
+def probe_states(saes: Iterable[str], settings: Settings) -> dict[str, str]:
+    """By SAE, the state of the generator that its probes draw from at the start, in hexadecimal."""
+    import torch
+
+    torch.manual_seed(settings.probe_seed)
+    return dict.fromkeys(saes, torch.get_rng_state().numpy().tobytes().hex())
+
+
 def probe_data_set(
     dataset: str,
     split: list[dict],
@@ -3713,38 +3826,47 @@ def probe_data_set(
     states: dict[str, str],
     model: Any,
     settings: Settings,
-    keep: bool = False,
-) -> dict[str, tuple[dict, str]]:
-    """SAE-Bench's probes on one data set: by SAE {metric: {class: accuracy}}, and its new state.
+    keys: dict[str, dict] | None,
+) -> dict[str, dict]:
+    """SAE-Bench's probes on one data set: by SAE {metric: {class: accuracy}}.
 
     The language model's own probes begin at the seed for each data set and are kept from run to
     run: no SAE changes them.
 
     Args:
-        saes: prepared by `formatted`. states: of the generator, by SAE, in hexadecimal.
-        keep: the language model's passes for the next run.
+        saes: prepared by `formatted`. states: see `probe_states`; left as the next set needs them.
+        keys: by SAE, all that its figures depend on beside texts and states: they are kept under
+            it, and the language model's passes are; None: nothing is.
     """
     import torch
 
-    with doing(dataset), memory_kept():
-        passes = probing_passes(settings, model, split) if keep else None
+    def some_saes(names: list[str]) -> dict[str, tuple[dict, str]]:
+        some = {name: saes[name] for name in names}
+        passes = probing_passes(settings, model, split) if keys else None
         (llm_train, sae_train), (llm_test, sae_test) = pooled_features(
-            split, model, saes, settings, passes
+            split, model, some, settings, passes
         )
         llm, results = {}, {}
-        for layer in {sae.cfg.hook_layer: None for sae in saes.values()}:
+        for layer in {sae.cfg.hook_layer: None for sae in some.values()}:
             torch.manual_seed(settings.probe_seed)
             key = llm_probes_key(dataset, layer, split, settings)
             acts = llm_train[layer], llm_test[layer], "llm", settings.probe_ks
             llm[layer] = kept("language model probes", key, probe, *acts)
-        for name, sae in saes.items():
+        for name, sae in some.items():
             torch.set_rng_state(torch.tensor(list(bytes.fromhex(states[name])), dtype=torch.uint8))
             found = probe(sae_train[name], sae_test[name], "sae", settings.probe_ks)
             after = torch.get_rng_state().numpy().tobytes().hex()
             # SAE-Bench's order: the SAE's full probe, the language model's, the SAE's top k.
             full = {"sae_test_accuracy": found.pop("sae_test_accuracy")}
             results[name] = full | llm[sae.cfg.hook_layer] | found, after
-    return results
+        return results
+
+    before = {"dataset": dataset, "texts": tokens_digest(split)}
+    own = {n: keys and keys[n] | before | {"state": states[n]} for n in saes}
+    with doing(dataset), memory_kept():
+        found = kept_each("sparse probing", own, some_saes)
+    states |= {name: state for name, (_, state) in found.items()}
+    return {name: results for name, (results, _) in found.items()}
 
 
 def evaluation_seconds(
