@@ -516,7 +516,7 @@ def legend_above(figure, handles, width):
                   columnspacing=1.2)
 
 
-def run_label(run, longest=40):
+def run_label(run, longest=46):
     """What a figure calls a run: its label, with what it tests where it has no label of its own."""
     text = run["label"]
     if run["tests"] and text == run["name"] and len(run["tests"]) <= longest:
