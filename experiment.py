@@ -510,7 +510,8 @@ class Trainer(harness.Resumable):
         self.steps_since_active = torch.zeros(
             sae.cfg.d_sae, dtype=torch.int64, device=sae.W_enc.device
         )
-        self.frequency_F = torch.zeros(sae.cfg.d_sae, device=sae.W_enc.device)  # of late
+        # How often each feature fires, over the last 50 steps or so.
+        self.frequency_F = torch.zeros(sae.cfg.d_sae, device=sae.W_enc.device)
         self.generator = torch.Generator().manual_seed(seed)
         self.threshold_started = False
         self.by_index: bool | None = None  # whether features may go by index; None: not yet known
