@@ -381,7 +381,15 @@ class Loss:
     residual_BD: Tensor  # x − x̂
 
     def fired(self, d_sae: int) -> Tensor:
-        """(F,): how many tokens each feature reconstructs."""
+        """(F,) bool: the features that reconstruct some token."""
+        if self.indices_BM is None:
+            return self.used_BF.detach().amax(0) > 0
+        fired_F = torch.zeros(d_sae, dtype=torch.bool, device=self.used_BF.device)
+        fired_F[self.indices_BM[self.used_BF > 0]] = True
+        return fired_F
+
+    def counts(self, d_sae: int) -> Tensor:
+        """(F,): how many tokens each feature reconstructs; for dense features ten times `fired`."""
         if self.indices_BM is None:
             return (self.used_BF > 0).sum(0)
         return torch.bincount(self.indices_BM[self.used_BF > 0], minlength=d_sae)
@@ -510,7 +518,7 @@ class Trainer(harness.Resumable):
         self.steps_since_active = torch.zeros(
             sae.cfg.d_sae, dtype=torch.int64, device=sae.W_enc.device
         )
-        # How often each feature fires, over the last 50 steps or so.
+        # How often each feature fires, over the last 50 steps or so, where that has a cost.
         self.frequency_F = torch.zeros(sae.cfg.d_sae, device=sae.W_enc.device)
         self.generator = torch.Generator().manual_seed(seed)
         self.threshold_started = False
@@ -545,8 +553,9 @@ class Trainer(harness.Resumable):
         sae.normalize_decoder()
         self.move_threshold(loss, k)
         fired_F = loss.fired(sae.cfg.d_sae)
-        self.steps_since_active = torch.where(fired_F > 0, 0, self.steps_since_active + 1)
-        self.frequency_F.lerp_(fired_F / len(x_BD), 0.02)
+        self.steps_since_active = torch.where(fired_F, 0, self.steps_since_active + 1)
+        if weight:
+            self.frequency_F.lerp_(loss.counts(sae.cfg.d_sae) / len(x_BD), 0.02)
         if settings.resample and progress < 1 - settings.lr_decay:
             self.resample(loss.residual_BD.detach())
         return loss.total.detach(), record

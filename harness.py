@@ -3840,6 +3840,7 @@ def probe_data_set(
     """
     import torch
 
+    @memory_kept()
     def some_saes(names: list[str]) -> dict[str, tuple[dict, str]]:
         some = {name: saes[name] for name in names}
         passes = probing_passes(settings, model, split) if keys else None
@@ -3863,7 +3864,7 @@ def probe_data_set(
 
     before = {"dataset": dataset, "texts": tokens_digest(split)}
     own = {n: keys and keys[n] | before | {"state": states[n]} for n in saes}
-    with doing(dataset), memory_kept():
+    with doing(dataset):
         found = kept_each("sparse probing", own, some_saes)
     states |= {name: state for name, (_, state) in found.items()}
     return {name: results for name, (results, _) in found.items()}

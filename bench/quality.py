@@ -362,9 +362,9 @@ def chosen(name: str, method: Method, base: Settings, results: Results) -> float
     found: dict[float, list[tuple[float, float]]] = {}
     for row in results.of(stage="sweep", method=name):
         found.setdefault(row["lr"], []).append((row["l0"], row["fvu"]))
-    around = {lr: p for lr, p in found.items() if min(p)[0] <= base.k_min <= max(p)[0]}
     if not method.near:
         return min(found, key=lambda lr: found[lr][0][1])
+    around = {lr: p for lr, p in found.items() if min(p)[0] <= base.k_min <= max(p)[0]}
     return min(around or found, key=lambda lr: line_at(found[lr], base.k_min))
 
 

@@ -274,11 +274,17 @@ def test_what_is_above_the_threshold_reconstructs_and_is_not_penalised(fixed, by
         assert loss.indices_BM.shape == (60, int((counted > 0).sum(1).max()))
 
 
-def test_threshold_keeps_l0_at_k() -> None:
-    settings = small_settings(selection="threshold", gamma=0.0, training_tokens=64 * 200)
+def unpenalised(settings: Settings) -> Trainer:
+    """A run's own trainer, with gamma 0, for activations of 8 dimensions."""
     (trainer,) = experiment.start_trainers(
         settings, {0: (torch.zeros(8), 1.0)}, {(0, 0): {"gamma": 0.0}}, False
     ).values()
+    return trainer
+
+
+def test_threshold_keeps_l0_at_k() -> None:
+    settings = small_settings(selection="threshold", gamma=0.0, training_tokens=64 * 200)
+    trainer = unpenalised(settings)
     assert trainer.sae.k is None
     l0 = []
     for step in range(200):
@@ -313,7 +319,8 @@ def test_features_by_index_give_the_same_loss_and_gradients(k, form, cost_F) -> 
         loss = contrastive_loss(sae, x, k, 0.01, form, by_index, cost_F)
         gradients = torch.autograd.grad(loss.total, list(sae.parameters()))
         parts = loss.total, loss.reconstruction, loss.penalty, loss.reg, loss.frequency
-        results.append((loss, [*parts, loss.residual_BD, *gradients, loss.fired(300)]))
+        counted = loss.fired(300), loss.counts(300)
+        results.append((loss, [*parts, loss.residual_BD, *gradients, *counted]))
     assert results[1][0].indices_BM is None
     f = torch.relu(sae.preactivations(x)).detach()
     assert results[0][0].indices_BM.shape == (60, int((f > 0).sum(1).max()))
@@ -331,7 +338,8 @@ def test_selected_features_cost_what_their_frequency_says() -> None:
     assert float(loss.frequency.detach()) == pytest.approx(float(cost))
     assert float(free.frequency) == 0.0
     assert float(loss.total.detach()) == pytest.approx(float(free.total.detach() + cost))
-    assert torch.equal(loss.fired(300), (sae.encode(x) > 0).sum(0))
+    assert torch.equal(loss.counts(300), (sae.encode(x) > 0).sum(0))
+    assert torch.equal(loss.fired(300), (sae.encode(x) > 0).any(0))
 
 
 def test_where_frequency_costs_no_feature_fires_as_often() -> None:
@@ -340,13 +348,11 @@ def test_where_frequency_costs_no_feature_fires_as_often() -> None:
         return structured(n, seed) + on * torch.eye(8)[:1]
 
     x, highest = often(2000, seed=1000), []
-    for weight in (0.0, 2.0):
+    for weight in (1e-9, 2.0):  # with 0 it isn't counted
         settings = small_settings(
             selection="threshold", gamma=0.0, frequency_weight=weight, resample=False
         )
-        (trainer,) = experiment.start_trainers(
-            settings, {0: (torch.zeros(8), 1.0)}, {(0, 0): {"gamma": 0.0}}, False
-        ).values()
+        trainer = unpenalised(settings)
         for step in range(400):
             trainer.step(often(64, seed=step), step / 400, log=False)
         frequency_F = (trainer.sae.encode(x) > 0).float().mean(0)
