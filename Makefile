@@ -36,7 +36,7 @@ plot: $(READY)
 	@$(PY) plot.py
 
 clean-cache:
-	@$(if $(wildcard $(PY)),$(PY),python3) -c 'import harness; harness.clean_cache()'
+	@$(if $(wildcard $(PY)),$(PY),python3) -c 'from harness.store import clean_cache; clean_cache()'
 
 # $(READY) is an empty file, written after everything else has worked. An environment without it
 # was left half-made, and one whose Python no longer starts is of no use: both are made anew.

@@ -3,7 +3,7 @@
     python experiment.py --out_dir=run_i
 
 configuration -> language model -> activation buffer -> trainer -> evaluation -> records.
-Edit anything here; `harness.py` holds the plumbing that nobody edits. In names of tensors,
+Edit anything here; `harness/` holds the plumbing that nobody edits. In names of tensors,
 B is tokens or batch, L sequence, D model dimension, F features, K selected features, N rows.
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -20,22 +19,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-STARTED = time.monotonic()
-# The code that runs, whatever is edited while the imports below take their seconds.
-SOURCE = Path(__file__).read_text(encoding="utf-8")
-
-# Read when the libraries start: the same seed on the same machine gives the same weights.
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-# Threads that wait don't spin: beside other jobs a run took half to a third of the time.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+from harness.start import SOURCES_AT_START, STARTED  # isort: skip (first: it reads what runs)
 
 import torch
 from sae_bench.custom_saes.base_sae import BaseSAE
 from torch import Tensor, nn
 
-import harness
+from harness.command import check_out_dir, main, prepare_out_dir
+from harness.console import Progress, quiet
+from harness.evaluation.core import check_core, export, formatted, mean_l0, run_core, save_core
+from harness.evaluation.probing import probe_data_set, probe_states, save_probing
+from harness.fingerprint import activations_key, evaluation_keys, training_key
+from harness.machine import choose_device, choose_train_dtype, in_order, trim_memory
+from harness.records import (
+    check_complete,
+    check_results,
+    check_trained,
+    final_values,
+    write_config,
+)
+from harness.records import (
+    write_records as write_all_records,
+)
+from harness.startup import checked_settings, choose_profile, prepare, rehearse
+from harness.store import kept_each
+from harness.text import TokenStream, documents
+from harness.training import Buffered, Checkpoints, Course, Resumable, take_steps
+from sparse_ops import active_values, by_index_if_same, few_active, sum_of_rows
+
+SOURCE = SOURCES_AT_START[Path(__file__).resolve()]
 
 # =============================================================================================
 # SETTINGS AND PLAN: edit these directly
@@ -310,8 +322,8 @@ class CustomSAE(BaseSAE):
             above: a number above 0; what isn't larger counts as not active.
         """
         pre_BF = self.preactivations(x_BD)
-        if by_index and (few := harness.few_active(pre_BF, 0.0 if above is None else above)):
-            return harness.active_values(pre_BF.detach(), few, *self.centred(x_BD), self.W_enc)
+        if by_index and (few := few_active(pre_BF, 0.0 if above is None else above)):
+            return active_values(pre_BF.detach(), few, *self.centred(x_BD), self.W_enc)
         if above is None:
             return torch.relu(pre_BF), None
         return torch.where(pre_BF > above, pre_BF, 0.0), None
@@ -319,7 +331,7 @@ class CustomSAE(BaseSAE):
     def decode(self, feature_acts: Tensor, indices: Tensor | None = None) -> Tensor:
         """(…, F) -> (…, D), or (B, M) -> (B, D) of the features that (B, M) `indices` names."""
         if indices is not None:
-            return harness.sum_of_rows(feature_acts, indices, self.W_dec) + self.b_dec
+            return sum_of_rows(feature_acts, indices, self.W_dec) + self.b_dec
         return feature_acts @ self.W_dec + self.b_dec
 
     def forward(self, x: Tensor) -> Tensor:
@@ -474,10 +486,10 @@ def lr_factor(progress: float, warmup: float, decay: float) -> float:
 # =============================================================================================
 
 
-class ActivationBuffer(harness.Buffered):
+class ActivationBuffer(Buffered):
     """Activations of several layers in corpus order, BOS, EOS and padding left out.
 
-    `harness.Buffered` says what it is made of, and hands the activations out.
+    `Buffered` says what it is made of, and hands the activations out.
     """
 
     def harvest(self, n_passes: int) -> list[Tensor]:
@@ -490,7 +502,7 @@ class ActivationBuffer(harness.Buffered):
             acts = self.lm.activations(tokens_BL, self.layers)
             return torch.stack([acts_BLD[keep_BL.to(acts_BLD.device)] for acts_BLD in acts])
 
-        return harness.in_order(one_pass, passes, self.lm.hf.device)
+        return in_order(one_pass, passes, self.lm.hf.device)
 
 
 # =============================================================================================
@@ -498,7 +510,7 @@ class ActivationBuffer(harness.Buffered):
 # =============================================================================================
 
 
-class Trainer(harness.Resumable):
+class Trainer(Resumable):
     """One SAE and what its training needs: Adam with a group for θ, and the count of dead features.
 
     Args:
@@ -542,7 +554,7 @@ class Trainer(harness.Resumable):
             return contrastive_loss(sae, x_BD, k, settings.reg_lambda, form, by_index, cost_F)
 
         with torch.autocast(x_BD.device.type, torch.bfloat16, enabled=self.autocast):
-            loss = harness.by_index_if_same(self, loss_by, list(sae.parameters()))
+            loss = by_index_if_same(self, loss_by, list(sae.parameters()))
         self.optimizer.zero_grad()
         loss.total.backward()
         sae.remove_parallel_gradient()
@@ -721,7 +733,7 @@ def train(
     fixed: dict[tuple[int, int], dict],
     log: Path,
     evaluation_seconds: Callable[[dict[tuple[int, int], CustomSAE]], float] = lambda saes: 0.0,
-    checkpoints: harness.Checkpoints | None = None,
+    checkpoints: Checkpoints | None = None,
     start: Callable[..., dict[tuple[int, int], Any]] = start_trainers,
 ) -> Training:
     """Trains an SAE per layer and seed, all on the same text and the same forward passes.
@@ -741,14 +753,14 @@ def train(
     torch.manual_seed(0)  # for what an edit may draw without a generator of its own
     shuffles = {seed: torch.Generator().manual_seed(seed) for seed in settings.seeds}
     trainers: dict[tuple[int, int], Trainer] = {}
-    with harness.Course(settings, log, checkpoints or harness.Checkpoints(None)) as course:
+    with Course(settings, log, checkpoints or Checkpoints(None)) as course:
         if measured := course.measured(device):
             trainers = start(settings, measured, fixed, autocast)
             course.restore(trainers, shuffles, buffer)
         while steps := course.next_steps():
             with course.timing("seconds_harvest"):
                 acts_LND = None  # not two fillings at once
-                harness.trim_memory()
+                trim_memory()
                 acts_LND = buffer.take(len(steps) * settings.batch, course.progress.advance)
             with course.timing("seconds_training"):
                 if not trainers:
@@ -758,7 +770,7 @@ def train(
                     seed: torch.randperm(acts_LND.shape[1], generator=generator)
                     for seed, generator in shuffles.items()
                 }
-                records = harness.take_steps(
+                records = take_steps(
                     settings, trainers, acts_LND, orders, steps, course.n_steps, course.progress
                 )
                 course.add(records)
@@ -798,21 +810,21 @@ def core_evaluation(
     """
     from sae_bench.evals.core import main as core
 
-    ready = {name: harness.formatted(sae, settings) for name, sae in saes.items()}
+    ready = {name: formatted(sae, settings) for name, sae in saes.items()}
 
     def compute(names: list[str]) -> dict[str, tuple]:
-        return harness.run_core(
+        return run_core(
             {n: ready[n] for n in names}, model, settings, advance, keep=keys is not None
         )
 
-    results = harness.kept_each("core evaluation", keys or dict.fromkeys(saes), compute)
+    results = kept_each("core evaluation", keys or dict.fromkeys(saes), compute)
     found: dict[str, dict[str, float]] = {}
     for name, (scalars, features, fvu) in results.items():
         scalars["misc_metrics"] = core.calculate_misc_metrics(features)
         flat = {metric: value for group in scalars.values() for metric, value in group.items()}
         found[name] = flat | {"fvu": fvu}
-        harness.check_core(name, found[name])
-        harness.save_core(name, ready[name], scalars, features, settings, out_dir)
+        check_core(name, found[name])
+        save_core(name, ready[name], scalars, features, settings, out_dir)
     return found
 
 
@@ -822,7 +834,7 @@ def sparse_probing(
     model: Any,
     settings: Settings,
     out_dir: Path,
-    progress: harness.Progress,
+    progress: Progress,
     keys: dict[str, dict] | None = None,
 ) -> dict[str, dict[str, float]]:
     """SAE-Bench's sparse probing of folded SAEs: by name, sae_… and llm_… mean accuracies.
@@ -836,16 +848,16 @@ def sparse_probing(
         texts: by data set, the token ids of the train and the test split.
         keys: by SAE, all that its figures depend on beside the texts: they are kept under it.
     """
-    ready = {name: harness.formatted(sae, settings) for name, sae in saes.items()}
-    states = harness.probe_states(saes, settings)
+    ready = {name: formatted(sae, settings) for name, sae in saes.items()}
+    states = probe_states(saes, settings)
     per_class: dict[str, dict] = {name: {} for name in saes}
     for dataset, split in texts.items():
-        found = harness.probe_data_set(dataset, split, ready, states, model, settings, keys)
+        found = probe_data_set(dataset, split, ready, states, model, settings, keys)
         for name, results in found.items():
             per_class[name][f"{dataset}_results"] = results
         progress.advance(len(saes), dataset)
     return {
-        name: harness.save_probing(name, ready[name], per_class[name], settings, out_dir)
+        name: save_probing(name, ready[name], per_class[name], settings, out_dir)
         for name in saes
     }
 
@@ -866,25 +878,25 @@ def evaluate(
     n_batches = settings.core_reconstruction_batches + settings.core_sparsity_batches
     trained = {key: sae.folded() for key, sae in training.saes.items()}
     saes: dict[str, CustomSAE] = {}
-    with harness.Progress("core evaluation", n_batches, "batches") as timed, harness.quiet(log):
-        l0 = harness.mean_l0(trained, model, settings)
+    with Progress("core evaluation", n_batches, "batches") as timed, quiet(log):
+        l0 = mean_l0(trained, model, settings)
         for (layer, seed), sae in trained.items():
             k = min(max(round(l0[layer, seed]), 1), settings.d_sae)
             scale = training.saes[layer, seed].scale
             twin = new_sae(settings, layer, seed, training.mean[layer], scale, {}, k)
             name = sae_name(layer, seed)
-            harness.check_trained(training.saes[layer, seed], twin, name)
+            check_trained(training.saes[layer, seed], twin, name)
             saes |= {name: sae, f"{name}_untrained": twin.folded()}
-        keys = harness.evaluation_keys(saes, settings, SOURCE, ["core_evaluation"])
+        keys = evaluation_keys(saes, settings, SOURCE, ["core_evaluation"])
         core = core_evaluation(saes, model, settings, out_dir, timed.advance, keys)
     seconds = {"seconds_core": timed.seconds()}
     n_probed = len(texts) * len(saes)
-    with harness.Progress("sparse probing", n_probed, "SAEs x sets") as timed, harness.quiet(log):
-        keys = harness.evaluation_keys(saes, settings, SOURCE, ["sparse_probing"])
+    with Progress("sparse probing", n_probed, "SAEs x sets") as timed, quiet(log):
+        keys = evaluation_keys(saes, settings, SOURCE, ["sparse_probing"])
         probing = sparse_probing(saes, texts, model, settings, out_dir, timed, keys)
     seconds["seconds_sparse_probing"] = timed.seconds()
     evaluation = {"core": core, "probing": probing}
-    harness.check_results(saes, evaluation, settings, out_dir)
+    check_results(saes, evaluation, settings, out_dir)
     return evaluation, seconds
 
 
@@ -938,7 +950,7 @@ def write_records(
         for layer in settings.layers
     }
     shortened = [training.shortened] if training.shortened else []
-    harness.write_records(settings, profile, layers, SHOWN, seconds, shortened, out_dir)
+    write_all_records(settings, profile, layers, SHOWN, seconds, shortened, out_dir)
 
 
 # =============================================================================================
@@ -948,7 +960,7 @@ def write_records(
 
 def settings_of(name: str, profile: str) -> Settings:
     """The settings of the run called `name`, checked: an ExperimentError says what can't be."""
-    return harness.checked_settings(name, Settings, PROFILES[profile] | PLAN.get(name, {}))
+    return checked_settings(name, Settings, PROFILES[profile] | PLAN.get(name, {}))
 
 
 def constants(settings: Settings, out_dir: Path) -> dict[tuple[int, int], dict[str, float]]:
@@ -960,56 +972,56 @@ def constants(settings: Settings, out_dir: Path) -> dict[tuple[int, int], dict[s
     keys = [(layer, seed) for layer in settings.layers for seed in settings.seeds]
     if settings.fix_at is None:
         return dict.fromkeys(keys, given)
-    return harness.final_values(out_dir.parent / settings.fix_at, keys, tuple(BOUNDED))
+    return final_values(out_dir.parent / settings.fix_at, keys, tuple(BOUNDED))
 
 
 def run(out_dir: Path, log: Path) -> None:
     """One experiment, from its settings to its records, after a rehearsal of all of it."""
-    harness.check_out_dir(out_dir)
-    profile = harness.choose_profile(PROFILES)
+    check_out_dir(out_dir)
+    profile = choose_profile(PROFILES)
     settings = settings_of(out_dir.name, profile)
-    device = harness.choose_device(settings, profile)
-    train_dtype = harness.choose_train_dtype(settings, device)
+    device = choose_device(settings, profile)
+    train_dtype = choose_train_dtype(settings, device)
     print(f"profile: {profile} on {device}")
     if out_dir.name not in PLAN:
         print(f"{out_dir.name}: not in PLAN, defaults")
     fixed = constants(settings, out_dir)
-    ready = harness.prepare(settings, device, train_dtype, log)
+    ready = prepare(settings, device, train_dtype, log)
     settings, model = ready.settings, ready.model
 
     def train_score_record(
         settings: Settings, probe_texts: dict, out_dir: Path, key: dict | None
     ) -> None:
-        harness.write_config(settings, profile, device, train_dtype, SOURCE, out_dir)
-        harness.Progress.stage("train")
-        texts = harness.documents(settings.training_text, "train")
-        stream = harness.TokenStream(texts, ready.lm.tokenizer, settings.context)
-        acts_key = key and harness.activations_key(settings, SOURCE, train_dtype, ready.lm)
+        write_config(settings, profile, device, train_dtype, SOURCE, out_dir)
+        Progress.stage("train")
+        texts = documents(settings.training_text, "train")
+        stream = TokenStream(texts, ready.lm.tokenizer, settings.context)
+        acts_key = key and activations_key(settings, SOURCE, train_dtype, ready.lm)
         passes = settings.layers, settings.harvest_contexts
         buffer = ActivationBuffer(ready.training_lm, stream, *passes, acts_key)
 
         def evaluation_seconds(saes: dict) -> float:
-            with harness.quiet(log):
-                return harness.evaluation_seconds(saes, model, probe_texts, settings)
+            with quiet(log):
+                return evaluation_seconds(saes, model, probe_texts, settings)
 
-        with harness.Checkpoints(key) as checkpoints, contextlib.closing(stream):
+        with Checkpoints(key) as checkpoints, contextlib.closing(stream):
             train_log = out_dir / "train_log.jsonl"
             training = train(settings, buffer, fixed, train_log, evaluation_seconds, checkpoints)
-        harness.Progress.stage("export")
+        Progress.stage("export")
         for (layer, seed), sae in training.saes.items():
-            harness.export(sae, settings, out_dir / "sae" / f"layer_{layer}" / f"seed_{seed}")
+            export(sae, settings, out_dir / "sae" / f"layer_{layer}" / f"seed_{seed}")
         evaluation, seconds = evaluate(settings, training, probe_texts, model, out_dir, log)
-        harness.Progress.stage("records")
+        Progress.stage("records")
         seconds = training.seconds | seconds | {"seconds_total": time.monotonic() - STARTED}
         write_records(settings, profile, training, evaluation, seconds, out_dir)
-        harness.check_complete(out_dir)
+        check_complete(out_dir)
 
-    harness.rehearse(train_score_record, settings, ready.probe_texts, SOURCE, log)
-    if moved := harness.prepare_out_dir(out_dir):
+    rehearse(train_score_record, settings, ready.probe_texts, SOURCE, log)
+    if moved := prepare_out_dir(out_dir):
         print(moved)
-    key = harness.training_key(settings, SOURCE, fixed, train_dtype, device)
+    key = training_key(settings, SOURCE, fixed, train_dtype, device)
     train_score_record(settings, ready.probe_texts, out_dir, key)
 
 
 if __name__ == "__main__":
-    sys.exit(harness.main(run))
+    sys.exit(main(run))

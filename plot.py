@@ -21,7 +21,16 @@ import numpy as np
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-import harness
+from harness.verdict import (
+    MAX_L0_RATIO,
+    MIN_SEEDS,
+    PRIMARY_KS,
+    mean,
+    paired,
+    primary_metric,
+    stderr,
+    verdict,
+)
 
 # ---------------------------------------------------------------------------------------------
 # Edit here
@@ -198,7 +207,7 @@ def natural(name):
 def load_runs(root):
     """The runs to show, in order, and the reference run of each profile (shown or not)."""
     found = {folder.name: folder for folder in root.glob("run_*") if folder.is_dir()}
-    # run_3.1 is a complete run_3 that was set aside (harness.prepare_out_dir): only if asked for.
+    # run_3.1 is a complete run_3 that was set aside (prepare_out_dir): only if asked for.
     names = list(labels) or sorted((n for n in found if not re.search(r"\.\d+$", n)), key=natural)
     shown, references = [], {}
     for name in [*names, *({REFERENCE} & found.keys() - set(names))]:
@@ -228,16 +237,16 @@ def mean_over_layers(run, metric):
 def primary(run, who="sae"):
     """Mean over layers of (top_1 + top_2 + top_5) / 3: who is sae, untrained or llm."""
     return float(np.mean([mean_over_layers(run, f"{who}_top_{k}_test_accuracy")
-                          for k in harness.PRIMARY_KS]))
+                          for k in PRIMARY_KS]))
 
 
 def per_seed(run):
-    """Lists per seed under seed, primary and l0 (mean over layers), as harness.verdict wants them.
+    """Lists per seed under seed, primary and l0 (mean over layers), as verdict wants them.
 
     None when a layer lacks a value that the primary metric needs.
     """
     layers = [record["final_info_dict"] for record in run["layers"].values()]
-    needed = [f"sae_top_{k}_test_accuracy" for k in harness.PRIMARY_KS]
+    needed = [f"sae_top_{k}_test_accuracy" for k in PRIMARY_KS]
     lists = [layer.get(metric) for layer in layers for metric in needed]
     if not all(isinstance(values, list) and values for values in lists):
         return None
@@ -248,8 +257,8 @@ def per_seed(run):
     if not isinstance(seeds, list) or len(seeds) != len(lists[0]):
         seeds = list(range(len(lists[0])))
     l0s = [layer.get("l0") if isinstance(layer.get("l0"), list) else [] for layer in layers]
-    l0 = [harness.mean([number(v) for v in values]) for values in zip(*l0s)] or [math.nan]
-    return {"seed": seeds, "primary": harness.primary_metric(layers), "l0": l0}
+    l0 = [mean([number(v) for v in values]) for values in zip(*l0s)] or [math.nan]
+    return {"seed": seeds, "primary": primary_metric(layers), "l0": l0}
 
 
 def seed_means(run, metric):
@@ -262,7 +271,7 @@ def seed_means(run, metric):
     lists = [layer["final_info_dict"].get(metric) for layer in run["layers"].values()]
     if not all(isinstance(values, list) and len(values) == len(found["seed"]) for values in lists):
         return {}
-    return dict(zip(found["seed"], map(harness.mean, zip(*lists))))
+    return dict(zip(found["seed"], map(mean, zip(*lists))))
 
 
 def compare(run, reference):
@@ -278,7 +287,7 @@ def compare(run, reference):
              run["settings"].get("probe_sets") == reference["settings"].get("probe_sets"))
     if mine is None or theirs is None or not alike or np.isnan(mine["l0"] + theirs["l0"]).any():
         return "-", {}
-    sentence, figures = harness.verdict(mine, theirs, reference["name"])
+    sentence, figures = verdict(mine, theirs, reference["name"])
     return sentence.split(" (")[0], figures
 
 
@@ -344,11 +353,11 @@ def ablation_rows(runs, reference):
             "kind": "given" if run["given"] else "run", "run": run, "label": run["label"],
             "tests": GIVEN if run["given"] else run["tests"],
             "primary": primary(run), "untrained": primary(run, "untrained"),
-            "stderr": harness.stderr(seeds["primary"]) if seeds else math.nan,
+            "stderr": stderr(seeds["primary"]) if seeds else math.nan,
             "seeds": len(seeds["seed"]) if seeds else "-", "verdict": verdict,
             **difference(figures), "p": figures.get("p", math.nan),
             "paired": figures.get("n_paired_seeds", 0), "fvu_difference": difference(
-                harness.paired(seed_means(run, "fvu"), seed_means(reference, "fvu"))
+                paired(seed_means(run, "fvu"), seed_means(reference, "fvu"))
                 if figures else {}),
             **{metric: mean_over_layers(run, metric) for metric, *_ in COLUMNS},
         })
@@ -375,9 +384,9 @@ def ablation_rows(runs, reference):
 
 
 def same_l0(run, other):
-    """Whether two runs' L0 are close enough for a comparison (harness.MAX_L0_RATIO)."""
+    """Whether two runs' L0 are close enough for a comparison (MAX_L0_RATIO)."""
     smaller, larger = sorted(mean_over_layers(each, "l0") for each in (run, other))
-    return larger <= harness.MAX_L0_RATIO * smaller
+    return larger <= MAX_L0_RATIO * smaller
 
 
 def reference_text(who, sources):
@@ -390,7 +399,7 @@ def reference_text(who, sources):
 
 
 def difference(figures):
-    """What `interval` reads, of what harness.paired or verdict found; NaN for what isn't there."""
+    """What `interval` reads, of what paired or verdict found; NaN for what isn't there."""
     names = {"difference": "difference", "low": "ci95_low", "high": "ci95_high"}
     return {mine: figures.get(name, math.nan) for mine, name in names.items()}
 
@@ -434,7 +443,7 @@ def tables(profile, runs, rows):
               for metric, _, _, digits in COLUMNS), row["seeds"]])
     detail = [(metric, heading, digits) for metric, heading, _, digits in COLUMNS]
     detail += [(f"{who}_top_{k}_test_accuracy", f"{who} top {k}", 4)
-               for who in ("sae", "untrained", "llm") for k in harness.PRIMARY_KS]
+               for who in ("sae", "untrained", "llm") for k in PRIMARY_KS]
     detail.append(("llm_test_accuracy", "llm all", 4))
     by_layer = [[run["label"], layer, *(pm(number(record["means"].get(metric)),
                                            number(record["stderrs"].get(metric)), digits)
@@ -444,9 +453,9 @@ def tables(profile, runs, rows):
         f"# Ablation, profile {profile}",
         "primary: mean over layers of the sparse-probing test accuracy at k = 1, 2 and 5, ± "
         f"standard error over seeds (none for one seed). Difference to {REFERENCE}: paired over "
-        f"the seeds that both have, from {harness.MIN_SEEDS} seeds on with its 95% interval "
+        f"the seeds that both have, from {MIN_SEEDS} seeds on with its 95% interval "
         "(Student's t), p by Holm over all runs, and a verdict, which is \"not comparable\" where "
-        f"L0 differs by over {100 * (harness.MAX_L0_RATIO - 1):.0f}%. FVU's difference is paired "
+        f"L0 differs by over {100 * (MAX_L0_RATIO - 1):.0f}%. FVU's difference is paired "
         "likewise. The other columns are means over layers. A dash: not recorded, or nothing to "
         "compare.",
         markdown(header, lines), *task_sets(runs),
@@ -527,14 +536,14 @@ def run_label(run, longest=46):
 def same_curves(curves, scale):
     """Groups of positions in curves whose lines lie on each other, to within 1% of the panel."""
     rescale = np.log if scale == "log" else np.asarray
-    values = np.concatenate([rescale(mean) for _, mean, _, _ in curves])
+    values = np.concatenate([rescale(line) for _, line, _, _ in curves])
     tolerance = 0.01 * (np.ptp(values) if np.ptp(values) > 0 else 1)
     groups = []
-    for i, (tokens, mean, _, _) in enumerate(curves):
+    for i, (tokens, values, _, _) in enumerate(curves):
         for group in groups:
             first_tokens, first, _, _ = curves[group[0]]
             if np.abs(np.interp(tokens, first_tokens, rescale(first))
-                      - rescale(mean)).max() <= tolerance:
+                      - rescale(values)).max() <= tolerance:
                 group.append(i)
                 break
         else:
@@ -762,7 +771,7 @@ def draw_ablation(rows, styles, path):
                       ha="center", va="center", fontsize=5.8, color=GREY if grey else "black")
     page.text(dots[0] + dots[1] + 0.15, height - 0.06,
               "Grey: a difference that is not comparable (L0 differs by over "
-              f"{100 * (harness.MAX_L0_RATIO - 1):.0f}%, or fewer than {harness.MIN_SEEDS} seeds);"
+              f"{100 * (MAX_L0_RATIO - 1):.0f}%, or fewer than {MIN_SEEDS} seeds);"
               "\na temperature or weight that was fixed, not learned.",
               va="bottom", fontsize=5.5, color=GREY)
     save(figure, path)
@@ -790,7 +799,7 @@ def in_order(rows, key):
 def row_primary(rows, who="sae"):
     """The primary metric of the rows of one SAE per layer."""
     return float(np.mean([row[f"{who}_top_{k}_test_accuracy"]
-                          for row in rows for k in harness.PRIMARY_KS]))
+                          for row in rows for k in PRIMARY_KS]))
 
 
 def by_seed(rows, value):
@@ -834,7 +843,7 @@ def where_made(rows):
 
 
 def pm_seeds(values, digits):
-    return pm(harness.mean(list(values)), harness.stderr(list(values)), digits)
+    return pm(mean(list(values)), stderr(list(values)), digits)
 
 
 PEER = "BatchTopK"  # what methods are compared to
@@ -849,7 +858,7 @@ def seeds_table(rows, columns, first):
     methods = in_order(rows, "method")
     value, digits = columns[first]
     peer = by_seed(of(rows, method=PEER), value)
-    differences = [harness.paired(by_seed(of(rows, method=m), value), peer) if m != PEER else {}
+    differences = [paired(by_seed(of(rows, method=m), value), peer) if m != PEER else {}
                    for m in methods]
     adjusted = holm([found.get("p", math.nan) for found in differences])
     lines = []
@@ -974,9 +983,9 @@ def read_off_lines(rows, runs):
             lines.append([
                 run["name"], label, *(show(mean_over_layers(r, "l0"), 1) for r in (run, reference)),
                 pm_seeds(mine.values(), 4), pm_seeds(theirs.values(), 4),
-                show(harness.paired(mine, theirs).get("difference", math.nan), 4, sign=True),
+                show(paired(mine, theirs).get("difference", math.nan), 4, sign=True),
                 pm_seeds(there.values(), 4) if there else "outside of the curve",
-                interval(difference(harness.paired(mine, there)), 4) if there else "-",
+                interval(difference(paired(mine, there)), 4) if there else "-",
                 len(there) or "-"])
     return lines
 
@@ -997,7 +1006,7 @@ def forms_table(rows, twins, columns):
     lines = []
     for method in in_order(rows, "method"):
         for here in by_sparsity(of(rows, method=method)):
-            found = harness.paired(by_seed(here, row_primary), reference)
+            found = paired(by_seed(here, row_primary), reference)
             same = method == "run_1" and here[0]["of_layer"] == 16
             lines.append([method, f"{here[0]['of_layer']:g}",
                           *(pm_seeds(by_seed(here, value).values(), digits)
@@ -1059,11 +1068,11 @@ def draw_forms(rows, runs, path):
             points = []
             for here in by_sparsity(of(rows, method=method)):
                 values = list(by_seed(here, value).values())
-                points.append((metric_mean("l0")(here), harness.mean(values),
-                               harness.stderr(values)))
-            l0, mean, error = zip(*sorted(points))
+                points.append((metric_mean("l0")(here), mean(values),
+                               stderr(values)))
+            l0, height, error = zip(*sorted(points))
             colour, marker = styles[method]
-            axes.errorbar(l0, mean, yerr=error, color=colour, marker=marker, label=method,
+            axes.errorbar(l0, height, yerr=error, color=colour, marker=marker, label=method,
                           elinewidth=0.7, capsize=1.5)
         for run in runs:
             found = primary(run) if metric == "primary" else mean_over_layers(run, metric)
@@ -1095,7 +1104,7 @@ def draw_quality(rows, path):
             l0, values = by_seed(mine, metric_mean("l0")), by_seed(mine, value)
             if method == "untrained":
                 if value is row_primary:
-                    axes.axhline(harness.mean(list(values.values())), color=GREY, linestyle="-.")
+                    axes.axhline(mean(list(values.values())), color=GREY, linestyle="-.")
                 continue
             axes.plot(list(l0.values()), list(values.values()), color=styles[method][0],
                       linestyle="none", marker=".", alpha=0.6,

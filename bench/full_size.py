@@ -31,8 +31,13 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import experiment  # noqa: E402
-import harness  # noqa: E402
 from experiment import Settings  # noqa: E402
+from harness.console import Progress, quiet
+from harness.evaluation.core import formatted, run_core
+from harness.fingerprint import versions
+from harness.language_model import LanguageModel
+from harness.machine import peak_memory_gb, processor_name
+from harness.training import take_steps
 
 PAD, EOS, BOS = 0, 1, 2
 GEMMA_2_2B = dict(
@@ -52,7 +57,7 @@ TINY = GEMMA_2_2B | dict(
 # ---------------------------------------------------------------------- the model and its tokens
 
 
-def build(dimensions: dict[str, Any], device: torch.device | str) -> harness.LanguageModel:
+def build(dimensions: dict[str, Any], device: torch.device | str) -> LanguageModel:
     """A Gemma-2 model with random weights, made on `device` in bfloat16: never in float32.
 
     Gemma-2 normalizes before and after each part of a block, so that a random model's residual
@@ -66,7 +71,7 @@ def build(dimensions: dict[str, Any], device: torch.device | str) -> harness.Lan
             Gemma2Config(**dimensions), dtype=torch.bfloat16, attn_implementation="eager"
         )
     hf.requires_grad_(False)
-    return harness.LanguageModel(hf.eval(), number_tokenizer(hf.config.vocab_size), "gemma-2-2b")
+    return LanguageModel(hf.eval(), number_tokenizer(hf.config.vocab_size), "gemma-2-2b")
 
 
 def number_tokenizer(vocab_size: int) -> Any:
@@ -86,7 +91,7 @@ def number_tokenizer(vocab_size: int) -> Any:
 
 
 class RandomTokens:
-    """Contexts of random token ids, in place of harness.TokenStream: no text is tokenized."""
+    """Contexts of random token ids, in place of TokenStream: no text is tokenized."""
 
     def __init__(self, vocab_size: int, context: int) -> None:
         self.vocab_size, self.context = vocab_size, context
@@ -137,7 +142,7 @@ def step_flops(settings: Settings, width: int) -> int:
 
 
 def core_flops(config: Any, settings: Settings) -> int:
-    """FLOPs of harness.run_core for one SAE per layer of `settings`.
+    """FLOPs of run_core for one SAE per layer of `settings`.
 
     A reconstruction batch: the whole pass; from each SAE's layer on, a pass with zeros and one
     with the reconstruction, which costs 4 D F per token. A sparsity batch: the pass up to the last
@@ -177,7 +182,7 @@ class Stages:
     def add(self, name: str, seconds: float, tokens: int = 0, flops: int = 0) -> None:
         """Adds a stage that has ended; `tokens` and `flops` where it computes with tokens."""
         cuda = self.device.type == "cuda"
-        held = torch.cuda.max_memory_allocated() / 1e9 if cuda else harness.peak_memory_gb()
+        held = torch.cuda.max_memory_allocated() / 1e9 if cuda else peak_memory_gb()
         self.rows.append((name, seconds, tokens, flops, held))
         self.peak = max(self.peak, arithmetic_peak(self.device, self.size))
 
@@ -234,7 +239,7 @@ def measure(
     buffer = experiment.ActivationBuffer(lm, stream, settings.layers, settings.harvest_contexts)
     lm.activations(stream.contexts(1), settings.layers)  # sets up what a first pass needs
     stream.n_read = 0
-    progress = harness.Progress("harvest", tokens, "tokens")
+    progress = Progress("harvest", tokens, "tokens")
     started = now(device)
     for _ in range(tokens // settings.buffer_tokens):
         acts_LND = None  # freed before the next filling, as in a run
@@ -254,11 +259,11 @@ def measure(
     portion = settings.buffer_tokens // settings.batch
     parts = [range(i, min(i + portion, n_steps)) for i in range(0, n_steps, portion)]
     n_learned = len(keys) * n_steps * settings.batch
-    progress = harness.Progress("SAE steps", n_learned, "tokens")
+    progress = Progress("SAE steps", n_learned, "tokens")
     for steps in (range(1), *parts):  # the first step is taken twice: it sets up
         if steps is parts[0]:
             started = now(device)
-        harness.take_steps(settings, trainers, acts_LND, orders, steps, n_steps, progress)
+        take_steps(settings, trainers, acts_LND, orders, steps, n_steps, progress)
     seconds = now(device) - started
     progress.close()
     flops = len(keys) * n_steps * step_flops(settings, config.hidden_size)
@@ -267,21 +272,21 @@ def measure(
     del acts_LND, trainers, buffer
 
     n_batches = settings.core_reconstruction_batches + settings.core_sparsity_batches
-    progress = harness.Progress("core evaluation", n_batches, "batches")
+    progress = Progress("core evaluation", n_batches, "batches")
     times = []  # of every batch: the first is when the text is loaded and the first batch drawn
 
     def advance(n: int) -> None:
         times.append(now(device))
         progress.advance(n)
 
-    with tempfile.TemporaryDirectory() as folder, harness.quiet(Path(folder) / "log"):
+    with tempfile.TemporaryDirectory() as folder, quiet(Path(folder) / "log"):
         started = now(device)
         model = lm.hooked()
         stages.add("build its TransformerLens form", now(device) - started)
         text = write_text(Path(folder) / "text", stream, (n_batches + 1) * settings.core_prompts)
         settings = dataclasses.replace(settings, core_text=str(text))
-        ready = {key: harness.formatted(sae, settings) for key, sae in saes.items()}
-        results = harness.run_core(ready, model, settings, advance)
+        ready = {key: formatted(sae, settings) for key, sae in saes.items()}
+        results = run_core(ready, model, settings, advance)
         seconds = now(device) - times[0]
     progress.close()
     n_tokens = n_batches * settings.core_prompts * settings.context
@@ -294,13 +299,13 @@ def measure(
 
 def circumstances(settings: Settings, n_steps: int, stages: Stages) -> str:
     """What was measured, on what and when: a paragraph."""
-    versions = harness.versions()
+    installed = versions()
     cuda = stages.device.type == "cuda"
-    processor = f"{harness.processor_name()}, {torch.get_num_threads()} cores"
+    processor = f"{processor_name()}, {torch.get_num_threads()} cores"
     return (
         f"{torch.cuda.get_device_name() if cuda else processor}; bfloat16, peak "
-        f"{stages.peak / 1e12:.4g} TFLOP/s; torch {versions['torch']}, transformers "
-        f"{versions['transformers']}; {datetime.date.today()}. Random weights. Layers "
+        f"{stages.peak / 1e12:.4g} TFLOP/s; torch {installed['torch']}, transformers "
+        f"{installed['transformers']}; {datetime.date.today()}. Random weights. Layers "
         f"{', '.join(map(str, settings.layers))}, d_sae {settings.d_sae}, {n_steps} steps of "
         f"{settings.batch} tokens per SAE, tokens counted once per SAE; core evaluation of "
         f"{settings.core_reconstruction_batches} + {settings.core_sparsity_batches} batches of "

@@ -34,12 +34,12 @@ import torch
 from torch import Tensor
 
 import experiment
-import harness
 import plot
 from bench import quality
 from bench.quality import OURS, UNTRAINED, Cell
 from bench.trainers import exported
 from experiment import Settings
+from harness.machine import make_reproducible
 
 FILE = ROOT / "bench" / "ground_truth.jsonl"
 STAGES, SEEDS = ("sweep", "range", "seeds"), experiment.THREE
@@ -194,7 +194,7 @@ def main() -> int:
         "range": lambda: quality.range_cells(methods, base, results),
         "seeds": lambda: quality.seed_cells(methods, base, results, SEEDS),
     }
-    harness.make_reproducible()
+    make_reproducible()
     with tempfile.TemporaryDirectory() as folder:
         quality.make_missing(
             cells, arguments.stages, lambda cell: run_cell(cell, base, Path(folder)), results,

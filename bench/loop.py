@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import harness
+from harness.machine import processor_name
 
 STAGES = ("harvest", "training", "core", "sparse_probing")
 EDITS = (  # what a rerun follows: its name, what is replaced, and by what
@@ -53,9 +53,10 @@ def measure() -> Iterator[tuple[str, float, dict[str, float]]]:
     """Runs the command again and again: what it follows, its seconds, those of its stages."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for file in ("experiment.py", "harness.py", "constraints.txt"):
+        for file in ("experiment.py", "sparse_ops.py", "constraints.txt"):
             shutil.copy(ROOT / file, folder)
-        shutil.copytree(ROOT / "tinylm", folder / "tinylm")
+        for package in ("harness", "tinylm"):
+            shutil.copytree(ROOT / package, folder / package)
         yield "the first, with an empty store", *run(folder)
         for what, old, new in EDITS:
             path = folder / "experiment.py"
@@ -74,7 +75,7 @@ def main() -> None:
             print("| --- | --- | --- |" + " --- |" * len(stages))
         figures = " | ".join(f"{value:.3g}" for value in stages.values())
         print(f"| {what} | {seconds:.0f} | {first / seconds:.1f} | {figures} |", flush=True)
-    print(f"\n{harness.processor_name()}, {len(os.sched_getaffinity(0))} cores; "
+    print(f"\n{processor_name()}, {len(os.sched_getaffinity(0))} cores; "
           f"{time.strftime('%Y-%m-%d')}. Stages that are kept show what they once took, "
           "but for the evaluations'.")  # fmt: skip
 

@@ -20,8 +20,11 @@ import torch
 from torch import Tensor
 
 import experiment
-import harness
 from experiment import Settings
+from harness.evaluation.core import core_config, core_store, formatted
+from harness.evaluation.probing import probing_config
+from harness.language_model import LanguageModel
+from harness.text import TokenStream, special_ids
 
 # Last, so that what the environment has comes first.
 sys.path.append(str(Path(__file__).resolve().parent / ".peers"))
@@ -171,7 +174,7 @@ def transformer_lens_harvest(
 ) -> Call:
     """run_with_cache that stops after the last layer wanted: one pass for all, or one for each."""
     names = [hooks(settings)] if together else [[name] for name in hooks(settings)]
-    special = torch.tensor(sorted(harness.special_ids(model.tokenizer)))
+    special = torch.tensor(sorted(special_ids(model.tokenizer)))
 
     @torch.no_grad()
     def call() -> float:
@@ -199,7 +202,7 @@ def saelens_harvest(model: Any, tokens_NL: Tensor, settings: Settings, together:
             model, dataset=rows, hook_names=some, total_training_tokens=1, streaming=False,
             hook_d_ins=dict.fromkeys(some, model.cfg.d_model), context_size=settings.context,
             store_batch_size_prompts=settings.harvest_contexts,
-            exclude_special_tokens=torch.tensor(sorted(harness.special_ids(model.tokenizer))),
+            exclude_special_tokens=torch.tensor(sorted(special_ids(model.tokenizer))),
         )
         for some in names
     ]  # fmt: skip
@@ -215,7 +218,7 @@ def saelens_harvest(model: Any, tokens_NL: Tensor, settings: Settings, together:
     return call
 
 
-def traced_model(lm: harness.LanguageModel) -> Any:
+def traced_model(lm: LanguageModel) -> Any:
     """The model in nnsight's form: a copy, since nnsight leaves hooks in it."""
     from nnsight import LanguageModel
 
@@ -235,7 +238,7 @@ def dictionary_learning_buffer(
 
 
 def dictionary_learning_harvest(
-    lm: harness.LanguageModel, tokens_NL: Tensor, settings: Settings
+    lm: LanguageModel, tokens_NL: Tensor, settings: Settings
 ) -> Call:
     """Its ActivationBuffer, once per layer. It takes text, which nnsight tokenizes again."""
     dictionary_learning()
@@ -253,7 +256,7 @@ def dictionary_learning_harvest(
 
 
 @torch.no_grad()
-def pass_products(lm: harness.LanguageModel, tokens_NL: Tensor, settings: Settings) -> Call:
+def pass_products(lm: LanguageModel, tokens_NL: Tensor, settings: Settings) -> Call:
     """The floor: the matrix products of the passes up to the last layer, on random numbers."""
     config, per_pass = lm.hf.config, settings.harvest_contexts
     blocks = lm.hf.model.layers[: max(settings.layers) + 1]
@@ -322,7 +325,7 @@ def saelens_training(
 
 
 def dictionary_learning_training(
-    lm: harness.LanguageModel, texts: list[str], settings: Settings, kind: str, shared: bool,
+    lm: LanguageModel, texts: list[str], settings: Settings, kind: str, shared: bool,
     **options: Any,
 ) -> Call:  # fmt: skip
     """dictionary_learning's trainSAE, once per layer; on a CPU it has no autocast: float32.
@@ -337,7 +340,7 @@ def dictionary_learning_training(
     device = str(lm.hf.device)
 
     def harvested() -> Tensor:
-        stream = harness.TokenStream(lambda: iter(texts), lm.tokenizer, settings.context)
+        stream = TokenStream(lambda: iter(texts), lm.tokenizer, settings.context)
         per_pass = settings.harvest_contexts
         with contextlib.closing(stream):
             buffer = experiment.ActivationBuffer(lm, stream, settings.layers, per_pass)
@@ -382,19 +385,19 @@ def stock_evaluation(
     from sae_bench.evals.sparse_probing import main as probing
 
     figures = {}
-    ignored = harness.special_ids(model.tokenizer)
+    ignored = special_ids(model.tokenizer)
     load = torch.load
     torch.load = lambda path: load(path, weights_only=False)  # SAE-Bench's own, just written
     try:
         with tempfile.TemporaryDirectory() as folder:
             for name, sae in saes.items():
-                ready = harness.formatted(sae, settings)
-                store = harness.core_store(settings, model, ready)
-                config = harness.core_config(settings)
+                ready = formatted(sae, settings)
+                store = core_store(settings, model, ready)
+                config = core_config(settings)
                 scalars, _ = core.run_evals(ready, store, model, config, ignore_tokens=ignored)
                 figures[name] = {m: v for group in scalars.values() for m, v in group.items()}
                 artifacts = f"{folder}/{ready.cfg.hook_layer}"  # run_eval has one per layer, too
-                config = harness.probing_config(settings)
+                config = probing_config(settings)
                 for _ in range(1 + again):
                     found, _ = probing.run_eval_single_sae(
                         config, ready, model, str(device), artifacts, True

@@ -46,10 +46,17 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import experiment
-import harness
 import plot
 from bench.trainers import PeerTrainer, exported
 from experiment import Settings
+from harness.console import Progress, quiet
+from harness.evaluation.probing import read_probe_texts
+from harness.fingerprint import activations_key
+from harness.fused_gemma import for_harvest
+from harness.language_model import load_language_model
+from harness.machine import choose_device, choose_train_dtype, make_reproducible, processor_name
+from harness.store import new_log
+from harness.text import TokenStream, documents
 
 FILE = ROOT / "bench" / "quality.jsonl"
 STAGES = ("sweep", "range", "curves", "seeds", "forms")
@@ -186,22 +193,22 @@ class Bench:
 
     def __post_init__(self) -> None:
         s = self.settings
-        device = harness.choose_device(s, "tinylm")
-        self.train_dtype = harness.choose_train_dtype(s, device)
-        harness.make_reproducible()
-        with harness.quiet(self.log):
-            lm = harness.load_language_model(s.model, s.lm_dtype, device)
-            self.texts = harness.read_probe_texts(s, lm.tokenizer, device)
+        device = choose_device(s, "tinylm")
+        self.train_dtype = choose_train_dtype(s, device)
+        make_reproducible()
+        with quiet(self.log):
+            lm = load_language_model(s.model, s.lm_dtype, device)
+            self.texts = read_probe_texts(s, lm.tokenizer, device)
             self.model = lm.hooked()
-            self.training_lm = harness.for_harvest(
+            self.training_lm = for_harvest(
                 lm, self.train_dtype, s.harvest_contexts, s.context
             )
-        self.acts_key = harness.activations_key(s, experiment.SOURCE, self.train_dtype, lm)
+        self.acts_key = activations_key(s, experiment.SOURCE, self.train_dtype, lm)
 
     def train(self, settings: Settings, start: Callable) -> experiment.Training:
         """`experiment.train` on the run's own text and batches, with the trainers of `start`."""
-        texts = harness.documents(settings.training_text, "train")
-        stream = harness.TokenStream(texts, self.training_lm.tokenizer, settings.context)
+        texts = documents(settings.training_text, "train")
+        stream = TokenStream(texts, self.training_lm.tokenizer, settings.context)
         with contextlib.closing(stream):
             buffer = experiment.ActivationBuffer(
                 self.training_lm, stream, settings.layers, settings.harvest_contexts, self.acts_key
@@ -212,12 +219,12 @@ class Bench:
 
     def score(self, saes: dict[str, Any], settings: Settings, probing: bool) -> dict[str, dict]:
         """SAE-Bench's figures of exported SAEs, by name."""
-        with harness.quiet(self.log):
+        with quiet(self.log):
             found = experiment.core_evaluation(saes, self.model, settings, self.out_dir, keys={
                 name: None for name in saes
             })  # fmt: skip
             if probing:
-                progress = harness.Progress("sparse probing", len(self.texts) * len(saes), "")
+                progress = Progress("sparse probing", len(self.texts) * len(saes), "")
                 probes = experiment.sparse_probing(
                     saes, self.texts, self.model, settings, self.out_dir, progress
                 )
@@ -314,7 +321,7 @@ def made_elsewhere(cell: Cell, results: Results) -> list[dict[str, Any]]:
 def machine() -> dict[str, Any]:
     """Where and when figures are made."""
     return {
-        "machine": harness.processor_name(),
+        "machine": processor_name(),
         "cores": len(os.sched_getaffinity(0)),
         "date": str(datetime.date.today()),
     }
@@ -479,7 +486,7 @@ def main() -> int:
         "seeds": lambda: seed_cells(methods, base, results),
         "forms": lambda: form_cells(forms, base),
     }
-    log = harness.new_log("quality")
+    log = new_log("quality")
     print(f"log: {log}")
     with tempfile.TemporaryDirectory() as folder:
         bench = functools.cache(lambda: Bench(base, Path(folder), log))

@@ -2,7 +2,7 @@
 
     python bench/saving.py [--tokens 524288] [--repetitions 3]
 
-Saves after every filling of the buffer, which is more often than a run does (`harness.SAVE_EVERY`).
+Saves after every filling of the buffer, which is more often than a run does (`SAVE_EVERY`).
 Prints seconds of training, seconds within saves, their share, and the ratio of the medians.
 """
 
@@ -20,19 +20,24 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import experiment
-import harness
+from harness import training
+from harness.fused_gemma import for_harvest
+from harness.language_model import LanguageModel, load_language_model
+from harness.machine import choose_train_dtype, make_reproducible, processor_name
+from harness.text import TokenStream, documents
+from harness.training import Checkpoints
 
 
 def trained(
-    settings: experiment.Settings, lm: harness.LanguageModel, key: dict | None, folder: Path
+    settings: experiment.Settings, lm: LanguageModel, key: dict | None, folder: Path
 ) -> tuple[float, float, int]:
     """Seconds of a training, seconds of them spent in saving, and bytes saved at once."""
-    texts = harness.documents(settings.training_text, "train")
-    stream = harness.TokenStream(texts, lm.tokenizer, settings.context)
+    texts = documents(settings.training_text, "train")
+    stream = TokenStream(texts, lm.tokenizer, settings.context)
     buffer = experiment.ActivationBuffer(lm, stream, settings.layers, settings.harvest_contexts)
     fixed = {(layer, seed): {} for layer in settings.layers for seed in settings.seeds}
     saving, size = 0.0, 0
-    with harness.Checkpoints(key) as checkpoints:
+    with Checkpoints(key) as checkpoints:
         save = checkpoints.save
 
         def timed(*arguments: object) -> None:
@@ -56,15 +61,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=524_288)
     parser.add_argument("--repetitions", type=int, default=3)
     options = parser.parse_args()
-    harness.make_reproducible()
-    harness.SAVE_EVERY, harness.SAVE_SHARE = 0.0, 1e9
+    make_reproducible()
+    training.SAVE_EVERY, training.SAVE_SHARE = 0.0, 1e9
     settings = experiment.settings_of("run_saving", "tinylm")
     settings = dataclasses.replace(settings, training_tokens=options.tokens)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = folder
-        lm = harness.load_language_model(settings.model)
-        dtype = harness.choose_train_dtype(settings, lm.hf.device)
-        lm = harness.for_harvest(lm, dtype, settings.harvest_contexts, settings.context)
+        lm = load_language_model(settings.model)
+        dtype = choose_train_dtype(settings, lm.hf.device)
+        lm = for_harvest(lm, dtype, settings.harvest_contexts, settings.context)
         seconds: dict[bool, list[float]] = {True: [], False: []}
         shares = []
         for repetition in range(options.repetitions):
@@ -81,7 +86,7 @@ def main() -> None:
     ratio = statistics.median(seconds[True]) / statistics.median(seconds[False])
     print(f"share of the time in saves, median: {100 * statistics.median(shares):.2f}%")
     print(f"ratio of the medians, saved / not saved: {ratio:.3f}")
-    print(f"{harness.processor_name()}, {len(os.sched_getaffinity(0))} cores, "
+    print(f"{processor_name()}, {len(os.sched_getaffinity(0))} cores, "
           f"{time.strftime('%Y-%m-%d')}")  # fmt: skip
 
 

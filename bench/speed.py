@@ -75,11 +75,26 @@ import torch
 from torch import Tensor
 
 import experiment
-import harness
 from bench import loop, peers
 from bench.full_size import arithmetic_peak, now, step_flops
 from bench.peers import Call
 from experiment import Settings
+from harness import fused_gemma
+from harness.console import Progress, quiet
+from harness.evaluation.core import core_text
+from harness.evaluation.probing import read_probe_texts, tinylm_tasks
+from harness.fingerprint import versions
+from harness.language_model import LanguageModel, load_language_model
+from harness.machine import (
+    choose_train_dtype,
+    make_reproducible,
+    memory_for_steps,
+    peak_memory_gb,
+    processor_name,
+)
+from harness.start import SOURCES_AT_START
+from harness.store import sha256_file
+from harness.text import TokenStream, documents
 
 INSTALL = "python -m pip install --no-deps --target bench/.peers -r bench/peers.txt"
 OURS = "this project"
@@ -223,10 +238,10 @@ class Results:
         self.path = path
         cuda = device.type == "cuda"
         self.where = {
-            "machine": torch.cuda.get_device_name() if cuda else harness.processor_name(),
+            "machine": torch.cuda.get_device_name() if cuda else processor_name(),
             "cores": torch.get_num_threads(),
-            "versions": harness.versions(),
-            "code": [harness.sha256_file(ROOT / f) for f in ("experiment.py", "harness.py")],
+            "versions": versions(),
+            "code": [sha256_file(f) for f in SOURCES_AT_START],
             "sizes": json.loads(json.dumps(dataclasses.asdict(sizes))),
         }
         lines = path.read_text().splitlines() if path and path.exists() else []
@@ -337,7 +352,7 @@ def our_step(
 def step_contenders(settings: Settings, x_NBD: Tensor, autocast: bool) -> list[Contender]:
     """All contenders of a shape and a precision."""
     contenders = []
-    memory = functools.partial(harness.memory_for_steps, settings, x_NBD.shape[-1])
+    memory = functools.partial(memory_for_steps, settings, x_NBD.shape[-1])
     for name in PHASES:
         b_enc, columns = state_of(settings, x_NBD, name)
         start = functools.partial(our_step, settings, x_NBD, autocast, name, b_enc)
@@ -399,7 +414,7 @@ def step_section(sizes: Sizes, device: torch.device) -> Points:
 
 
 class SameTokens:
-    """The same contexts, (N, L), whenever it is asked, in place of harness.TokenStream."""
+    """The same contexts, (N, L), whenever it is asked, in place of TokenStream."""
 
     def __init__(self, tokens_NL: Tensor) -> None:
         self.tokens_NL, self.context = tokens_NL, tokens_NL.shape[1]
@@ -410,8 +425,8 @@ class SameTokens:
 
 
 @functools.cache
-def language_model(name: str) -> harness.LanguageModel:
-    return harness.load_language_model(name)
+def language_model(name: str) -> LanguageModel:
+    return load_language_model(name)
 
 
 def training_texts(settings: Settings, tokens: int) -> list[str]:
@@ -420,16 +435,16 @@ def training_texts(settings: Settings, tokens: int) -> list[str]:
     This project's stream tokenizes ahead, which a long run doesn't pay for in the end.
     """
     n_texts = tokens // 450 + 32  # passages of tinylm's text hold 500 to 600
-    return list(itertools.islice(harness.documents(settings.training_text, "train")(), n_texts))
+    return list(itertools.islice(documents(settings.training_text, "train")(), n_texts))
 
 
-def for_harvest(dtype: str, settings: Settings) -> harness.LanguageModel:
+def for_harvest(dtype: str, settings: Settings) -> LanguageModel:
     """The language model as a run harvests with it."""
     lm = language_model(settings.model)
-    return harness.for_harvest(lm, dtype, settings.harvest_contexts, settings.context)
+    return fused_gemma.for_harvest(lm, dtype, settings.harvest_contexts, settings.context)
 
 
-def our_harvest(lm: harness.LanguageModel, tokens_NL: Tensor, settings: Settings) -> Call:
+def our_harvest(lm: LanguageModel, tokens_NL: Tensor, settings: Settings) -> Call:
     """ActivationBuffer.harvest: one pass of the language model for all layers."""
     layers, per_pass = settings.layers, settings.harvest_contexts
     buffer = experiment.ActivationBuffer(lm, SameTokens(tokens_NL), layers, per_pass)
@@ -443,7 +458,7 @@ def harvest_rows(dtype: str, sizes: Sizes, device: torch.device) -> list[Row]:
     fused = for_harvest(dtype, settings)
     n_contexts = (sizes.passes + 1) * settings.harvest_contexts
     texts = training_texts(settings, n_contexts * settings.context)
-    stream = harness.TokenStream(lambda: iter(texts), lm.tokenizer, settings.context)
+    stream = TokenStream(lambda: iter(texts), lm.tokenizer, settings.context)
     with contextlib.closing(stream):
         tokens_NL = stream.contexts(n_contexts)
     model, lens, store = lm.hooked(), peers.transformer_lens_harvest, peers.saelens_harvest
@@ -473,12 +488,12 @@ def harvest_section(sizes: Sizes, device: torch.device) -> Points:
 # ---------------------------------------------------------------------- training
 
 
-def our_training(lm: harness.LanguageModel, texts: list[str], settings: Settings) -> Call:
+def our_training(lm: LanguageModel, texts: list[str], settings: Settings) -> Call:
     """experiment.train from text, with nothing kept from an earlier run."""
     fixed = {(layer, seed): {} for layer in settings.layers for seed in settings.seeds}
 
     def call() -> float:
-        stream = harness.TokenStream(lambda: iter(texts), lm.tokenizer, settings.context)
+        stream = TokenStream(lambda: iter(texts), lm.tokenizer, settings.context)
         per_pass = settings.harvest_contexts
         buffer = experiment.ActivationBuffer(lm, stream, settings.layers, per_pass)
         with tempfile.TemporaryDirectory() as folder, contextlib.closing(stream):
@@ -496,7 +511,7 @@ def training_rows(batch: int, dtype: str, sizes: Sizes, device: torch.device) ->
     )
     lm, fused = language_model(settings.model).cast(dtype), for_harvest(dtype, settings)
     texts = training_texts(settings, sizes.tokens)
-    stream = harness.TokenStream(lambda: iter(texts), lm.tokenizer, settings.context)
+    stream = TokenStream(lambda: iter(texts), lm.tokenizer, settings.context)
     with contextlib.closing(stream):
         n_contexts = sizes.tokens // settings.context + 8 * settings.harvest_contexts
         tokens = {"input_ids": stream.contexts(n_contexts).tolist()}
@@ -525,7 +540,7 @@ def training_rows(batch: int, dtype: str, sizes: Sizes, device: torch.device) ->
 
 def training_section(sizes: Sizes, device: torch.device) -> Points:
     """From text to three SAEs, in the precision that a run takes on this machine, and float32."""
-    taken = harness.choose_train_dtype(experiment.settings_of("speed", "tinylm"), device)
+    taken = choose_train_dtype(experiment.settings_of("speed", "tinylm"), device)
     for batch in sizes.batches:
         for dtype in dict.fromkeys((taken, "float32")):
             rows = functools.partial(training_rows, batch, dtype, sizes, device)
@@ -540,7 +555,7 @@ def our_evaluation(
 ) -> dict[str, dict[str, float]]:
     """core_evaluation and sparse_probing, with an empty store."""
     before = os.environ.get("XDG_CACHE_HOME")
-    progress = harness.Progress("sparse probing", len(texts) * len(saes), "SAEs x sets")
+    progress = Progress("sparse probing", len(texts) * len(saes), "SAEs x sets")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = folder
         try:
@@ -574,10 +589,10 @@ def evaluation_rows(sizes: Sizes, device: torch.device) -> list[Row]:
     settings = experiment.settings_of("speed", "tinylm")
     settings = dataclasses.replace(settings, **sizes.evaluation)
     lm = language_model(settings.model)
-    model, texts = lm.hooked(), harness.read_probe_texts(settings, lm.tokenizer, device)
-    harness.core_text(settings)  # read now, and not by who comes first
+    model, texts = lm.hooked(), read_probe_texts(settings, lm.tokenizer, device)
+    core_text(settings)  # read now, and not by who comes first
     pieces = training_texts(settings, 2048)
-    stream = harness.TokenStream(lambda: iter(pieces), lm.tokenizer, settings.context)
+    stream = TokenStream(lambda: iter(pieces), lm.tokenizer, settings.context)
     with contextlib.closing(stream):
         buffer = experiment.ActivationBuffer(lm, stream, settings.layers, 16)
         measured = experiment.measure(settings, buffer.take(2048))
@@ -597,7 +612,7 @@ def evaluation_rows(sizes: Sizes, device: torch.device) -> list[Row]:
 
         return Contender(name, lambda: call)
 
-    with harness.tinylm_tasks(settings):
+    with tinylm_tasks(settings):
         ours = contender(OURS, lambda: our_evaluation(saes, model, settings, texts))
         both = [ours, contender("stock SAE-Bench, SAE by SAE", stock)]
         rows = alternate(both, device, sizes.rounds)
@@ -655,7 +670,7 @@ def growth_point(point: Row, sizes: Sizes) -> Row:
 
     A step in the state "end" has no figure of memory: to make the state takes more.
     """
-    harness.make_reproducible()
+    make_reproducible()
     settings = experiment.settings_of("speed", "tinylm")
     if "phase" in point:
         settings = step_settings(256, point["x"], settings.k_min, sizes.batch)
@@ -663,16 +678,16 @@ def growth_point(point: Row, sizes: Sizes) -> Row:
         b_enc = torch.zeros(point["x"])
         if point["phase"] != "start":
             b_enc, _ = state_of(settings, x_NBD, point["phase"])
-        held = harness.peak_memory_gb()
+        held = peak_memory_gb()
         warm = call = our_step(settings, x_NBD, False, point["phase"], b_enc)
         calls = sizes.steps
     else:
         changes = {name: value for name, value in point.items() if name not in ("of", "x")}
         settings = dataclasses.replace(settings, **changes)
-        dtype = harness.choose_train_dtype(settings, torch.device("cpu"))
+        dtype = choose_train_dtype(settings, torch.device("cpu"))
         lm = for_harvest(dtype, settings)
         texts = training_texts(settings, settings.training_tokens)
-        held = harness.peak_memory_gb()
+        held = peak_memory_gb()
         call, calls = our_training(lm, texts, settings), 1
         short = dataclasses.replace(settings, training_tokens=settings.batch)
         warm = our_training(lm, texts, short)
@@ -684,7 +699,7 @@ def growth_point(point: Row, sizes: Sizes) -> Row:
         seconds.append(now(torch.device("cpu")) - began)
     figures = {"seconds": statistics.median(seconds)}
     if point.get("phase") != "end":
-        figures["memory, GB"] = harness.peak_memory_gb() - held
+        figures["memory, GB"] = peak_memory_gb() - held
     return figures
 
 
@@ -815,7 +830,7 @@ def main(argv: list[str] | None = None) -> int:
     chosen = args.only.split(",")
     if unknown := set(chosen) - set(SECTIONS):
         parser.error(f"no section {', '.join(sorted(unknown))}: choose of {', '.join(SECTIONS)}")
-    harness.make_reproducible()
+    make_reproducible()
     cpu = torch.device("cpu")
     for section in chosen:
         devices = [cpu]
@@ -828,7 +843,7 @@ def main(argv: list[str] | None = None) -> int:
                 for point, measure in SECTIONS[section](sizes, device):
                     if args.points not in point:
                         continue
-                    with harness.quiet(Path(folder) / "log"):
+                    with quiet(Path(folder) / "log"):
                         rows += results.rows(section, point, measure)
             if not rows:
                 parser.error(f"no point of {section} has {args.points!r} in its name")

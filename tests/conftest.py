@@ -7,6 +7,7 @@ import ast
 import inspect
 import os
 import random
+import shutil
 import sys
 from pathlib import Path
 
@@ -89,9 +90,10 @@ def toy_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def toy_lm(toy_model: Path):
-    import harness
 
-    return harness.load_language_model(str(toy_model))
+    from harness.language_model import load_language_model
+
+    return load_language_model(str(toy_model))
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +107,26 @@ def toy(toy_model: Path):
 def toy_run(toy, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a complete toy run_1."""
     out_dir = tmp_path_factory.mktemp("runs") / "run_1"
-    assert toy.harness.main(toy.run, [f"--out_dir={out_dir}"]) == 0
+    from harness.command import main
+
+    assert main(toy.run, [f"--out_dir={out_dir}"]) == 0
     return out_dir
+
+
+def copy_project(folder: Path) -> None:
+    """Copies what the command runs into a folder; the built-in language model stays here."""
+    for file in ("experiment.py", "sparse_ops.py"):
+        shutil.copy(ROOT / file, folder)
+    shutil.copytree(ROOT / "harness", folder / "harness", ignore=shutil.ignore_patterns("*.pyc"))
+
+
+def replace(monkeypatch: pytest.MonkeyPatch, name: str, value: object) -> None:
+    """Sets `name` in every room of the harness that has it, imported from another room or not."""
+    rooms = [m for n, m in sys.modules.items() if n.split(".")[0] in ("harness", "sparse_ops")]
+    rooms = [room for room in rooms if hasattr(room, name)]
+    assert rooms, name
+    for room in rooms:
+        monkeypatch.setattr(room, name, value)
 
 
 def set_to_toy_sizes(toy_model: Path, monkeypatch: pytest.MonkeyPatch):
@@ -114,7 +134,6 @@ def set_to_toy_sizes(toy_model: Path, monkeypatch: pytest.MonkeyPatch):
     from sae_bench.sae_bench_utils import dataset_info, dataset_utils
 
     import experiment
-    import harness
 
     def load(name: str, n_train: int, n_test: int, seed: int) -> tuple[dict, dict]:
         draw = random.Random(seed)
@@ -129,9 +148,9 @@ def set_to_toy_sizes(toy_model: Path, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setitem(dataset_info.chosen_classes_per_dataset, name, list(classes))
     monkeypatch.setattr(dataset_utils, "get_multi_label_train_test_data", load)
     text = datasets.Dataset.from_dict({"text": SOURCES})
-    monkeypatch.setattr(harness, "documents", lambda name, split: lambda: iter(SOURCES))
-    monkeypatch.setattr(harness, "core_text", lambda settings: text)
-    monkeypatch.setattr(harness, "hub_problem", lambda kind, name: None)  # all is in memory
+    replace(monkeypatch, "documents", lambda name, split: lambda: iter(SOURCES))
+    replace(monkeypatch, "core_text", lambda settings: text)
+    replace(monkeypatch, "hub_problem", lambda kind, name: None)  # all is in memory
     toy_settings = dict(
         model=str(toy_model),
         layers=(0, 2),

@@ -21,8 +21,12 @@ import zstandard
 from huggingface_hub import constants
 
 import experiment
-import harness
 from harness import ExperimentError
+from harness.evaluation.core import core_store, core_text, formatted
+from harness.evaluation.probing import probe_tokens, read_probe_texts
+from harness.language_model import load_language_model
+from harness.store import sha256_file
+from harness.text import load_dataset, streamed_texts
 from tests import gemma_fixture
 
 CPU = torch.device("cpu")
@@ -75,7 +79,7 @@ def test_weights_in_a_pickle_are_refused(toy_model: Path, toy_lm, tmp_path: Path
     shutil.copytree(toy_model, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
     torch.save(toy_lm.hf.state_dict(), folder / "pytorch_model.bin")
     with pytest.raises(ExperimentError, match="must have its weights as safetensors, .*convert"):
-        harness.load_language_model(str(folder))
+        load_language_model(str(folder))
 
 
 # ------------------------------------------------------------------------------- loading scripts
@@ -100,7 +104,7 @@ def test_a_script_of_any_other_data_set_does_not_run(own_script: Path, monkeypat
         del sys.modules[module]
     own_script.unlink()
     with pytest.raises(ExperimentError, match="'own' must load without code .* Parquet or JSON"):
-        next(harness.streamed_texts("own"))
+        next(streamed_texts("own"))
     assert not own_script.exists()
 
 
@@ -117,12 +121,12 @@ def test_a_named_data_set_runs_its_script_and_says_so(
     settings = dataclasses.replace(
         experiment.settings_of("run_1", "gemma-2-2b"), probe_train=40, probe_test=20, context=32
     )
-    train, _ = harness.probe_tokens("codeparrot/github-code", toy_lm.tokenizer, CPU, settings)
+    train, _ = probe_tokens("codeparrot/github-code", toy_lm.tokenizer, CPU, settings)
     assert list(train) == ["C", "Python", "HTML", "Java", "PHP"]
-    assert len(list(harness.core_text(settings))) == 150
+    assert len(list(core_text(settings))) == 150
     said = capsys.readouterr().out
     for name in ("codeparrot/github-code", "Skylion007/openwebtext"):
-        digest = harness.sha256_file(Path(name, f"{name.split('/')[1]}.py"))
+        digest = sha256_file(Path(name, f"{name.split('/')[1]}.py"))
         assert f"the data set {name} runs its own loading script, of SHA-256 {digest}\n" in said
     assert (dataset_utils.load_dataset, datasets.config.HF_MODULES_CACHE) == (stock, modules)
 
@@ -157,7 +161,7 @@ def test_a_script_runs_at_the_revision_of_its_first_use(hub, capsys) -> None:
     first = hub["newest"]
     for newest in (first, "2" * 40, None):
         hub["newest"] = newest
-        harness.load_dataset("Skylion007/openwebtext", split="train", trust_remote_code=True)
+        load_dataset("Skylion007/openwebtext", split="train", trust_remote_code=True)
     assert hub["loads"] == [(False, None), (True, first)] * 3
     line = f"the data set Skylion007/openwebtext runs its own loading script, at revision {first}\n"
     assert capsys.readouterr().out == line * 3
@@ -166,11 +170,11 @@ def test_a_script_runs_at_the_revision_of_its_first_use(hub, capsys) -> None:
 def test_without_the_hub_the_revision_is_that_of_the_local_cache(hub, tmp_path: Path) -> None:
     hub["newest"] = None
     with pytest.raises(ConnectionError):
-        harness.load_dataset("codeparrot/github-code")
+        load_dataset("codeparrot/github-code")
     refs = tmp_path / "hub" / "datasets--codeparrot--github-code" / "refs"
     refs.mkdir(parents=True)
     (refs / "main").write_text("3" * 40)
-    harness.load_dataset("codeparrot/github-code")
+    load_dataset("codeparrot/github-code")
     assert hub["loads"][-1] == (True, "3" * 40)
 
 
@@ -184,7 +188,7 @@ def test_a_text_cut_short_is_one_sentence(form: str, tmp_path: Path, monkeypatch
     write_shards(tmp_path / "own", form, content[: len(content) // 2], content)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ExperimentError, match="'own' must .* whole files.*fetch its") as caught:
-        list(harness.streamed_texts("own"))
+        list(streamed_texts("own"))
     assert "\n" not in str(caught.value)
 
 
@@ -195,9 +199,9 @@ def core(toy_lm, tmp_path: Path, monkeypatch):
         experiment.settings_of("run_1", "tinylm"), context=32, core_text="own", probe_sets=()
     )
     model = toy_lm.hooked()
-    sae = harness.formatted(experiment.CustomSAE(32, 64, "toy", 0, k=4), settings)
+    sae = formatted(experiment.CustomSAE(32, 64, "toy", 0, k=4), settings)
     monkeypatch.chdir(tmp_path)
-    return lambda: harness.core_store(settings, model, sae), settings
+    return lambda: core_store(settings, model, sae), settings
 
 
 def test_the_evaluation_reads_what_saelens_reads_by_the_name(core, tmp_path: Path) -> None:
@@ -226,7 +230,7 @@ def test_an_evaluation_text_without_text_column_is_one_sentence(
     write_shards(tmp_path / "own", "jsonl", shard("jsonl", column="tokens"))
     expected = r"'own' must have a column 'text', but has \['tokens'\]: "
     with pytest.raises(ExperimentError, match=expected):
-        harness.read_probe_texts(settings, toy_lm.tokenizer, CPU)
+        read_probe_texts(settings, toy_lm.tokenizer, CPU)
     with pytest.raises(ExperimentError, match=expected):
         make_store()
 

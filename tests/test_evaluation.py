@@ -10,8 +10,19 @@ import pytest
 import torch
 from sae_lens import SAE
 
-import harness
 from harness import ExperimentError
+from harness.console import Progress
+from harness.evaluation.core import core_config, core_store, core_text, export, formatted, run_core
+from harness.evaluation.probing import (
+    probe,
+    probe_names,
+    probing_config,
+    read_probe_texts,
+    tinylm_tasks,
+)
+from harness.language_model import load_language_model
+from harness.store import store_dir
+from tests.conftest import replace
 
 
 @pytest.fixture()
@@ -26,7 +37,7 @@ def stock_probing(settings, sae, model, artifacts: Path) -> tuple[dict, dict]:
     from sae_bench.sae_bench_utils import general_utils
 
     sae = general_utils.load_and_format_sae("", sae, "cpu")[1]
-    config = harness.probing_config(settings)
+    config = probing_config(settings)
     load = torch.load
     torch.load = lambda path: load(path, weights_only=False)  # its own file, just written
     try:
@@ -46,7 +57,7 @@ def test_reported_figures_are_stock_sae_bench_on_the_stored_sae(scored, tmp_path
     from sae_lens.training.activations_store import ActivationsStore
 
     _, settings, out_dir = scored
-    model = harness.load_language_model(settings.model).hooked()
+    model = load_language_model(settings.model).hooked()
     info = json.loads((out_dir / "final_info.json").read_text())
     for layer in settings.layers:
         sae = SAE.load_from_disk(out_dir / "sae" / f"layer_{layer}" / "seed_0")
@@ -59,19 +70,19 @@ def test_reported_figures_are_stock_sae_bench_on_the_stored_sae(scored, tmp_path
         means = info[f"layer_{layer}"]["means"]
 
         first, second = stock_probing(settings, sae, model, tmp_path / f"artifacts_{layer}")
-        name = harness.probe_names(settings)[0]
+        name = probe_names(settings)[0]
         detail = json.loads(
             next((out_dir / "eval_results" / "sparse_probing").glob(f"layer_{layer}_seed_0_c*"))
             .read_text()
         )["eval_result_details"]  # fmt: skip
         assert [entry.pop("dataset_name") for entry in detail] == [
-            f"{name}_results" for name in harness.probe_names(settings)
+            f"{name}_results" for name in probe_names(settings)
         ]
-        for at, name in enumerate(harness.probe_names(settings)):
+        for at, name in enumerate(probe_names(settings)):
             for metric, value in second[f"{name}_results"].items():
                 if metric.startswith("sae_"):
                     assert detail[at][metric] == value, (name, metric)
-        for metric, value in first[f"{harness.probe_names(settings)[0]}_results"].items():
+        for metric, value in first[f"{probe_names(settings)[0]}_results"].items():
             if metric.startswith("llm_"):
                 assert detail[0][metric] == value, metric
         for k in settings.probe_ks:
@@ -80,11 +91,11 @@ def test_reported_figures_are_stock_sae_bench_on_the_stored_sae(scored, tmp_path
 
         sae = general_utils.load_and_format_sae("", sae, "cpu")[1]
         store = ActivationsStore.from_sae(
-            model, sae, harness.core_text(settings), context_size=settings.context
+            model, sae, core_text(settings), context_size=settings.context
         )
         store.shuffle_input_dataset(seed=42)
         scalars, _ = core.run_evals(
-            sae, store, model, harness.core_config(settings), ignore_tokens={0, 1, 2}
+            sae, store, model, core_config(settings), ignore_tokens={0, 1, 2}
         )
         for group in scalars.values():
             for metric, value in group.items():
@@ -123,15 +134,15 @@ def two_saes(toy, settings, model) -> dict:
     for layer in (0, 2):
         mean = torch.randn(32, generator=generator)
         sae = toy.new_sae(settings, layer, layer, mean, 1.0, {}, 4)
-        saes[f"layer_{layer}"] = harness.formatted(sae, settings)
+        saes[f"layer_{layer}"] = formatted(sae, settings)
     return saes
 
 
 def stock_core(sae, settings, model) -> tuple[dict, dict]:
     from sae_bench.evals.core import main as core
 
-    store = harness.core_store(settings, model, sae)
-    return core.run_evals(sae, store, model, harness.core_config(settings), ignore_tokens={0, 1, 2})
+    store = core_store(settings, model, sae)
+    return core.run_evals(sae, store, model, core_config(settings), ignore_tokens={0, 1, 2})
 
 
 def test_core_side_by_side_is_stock_core_one_by_one(toy, toy_lm) -> None:
@@ -140,7 +151,7 @@ def test_core_side_by_side_is_stock_core_one_by_one(toy, toy_lm) -> None:
     model = toy_lm.hooked()
     saes = two_saes(toy, settings, model)
     seen = []
-    together = harness.run_core(saes, model, settings, seen.append)
+    together = run_core(saes, model, settings, seen.append)
     assert len(seen) == settings.core_reconstruction_batches + settings.core_sparsity_batches
     for name, sae in saes.items():
         scalars, features = stock_core(sae, settings, model)
@@ -159,7 +170,7 @@ def test_an_error_in_one_core_evaluation_ends_all(toy, toy_lm) -> None:
 
     saes["layer_2"].decode = broken
     with pytest.raises(RuntimeError, match="broken decoder"):
-        harness.run_core(saes, model, settings, lambda n: None)
+        run_core(saes, model, settings, lambda n: None)
     assert torch.is_grad_enabled()
 
 
@@ -171,13 +182,13 @@ def test_fvu_is_the_formula(toy, toy_lm) -> None:
     seen = []
     encode = sae.encode
     sae.encode = lambda x: (seen.append(x), encode(x))[1]
-    store = harness.core_store(settings, model, sae)
+    store = core_store(settings, model, sae)
     tokens = []
     take = store.get_batch_tokens
     store.get_batch_tokens = lambda n: (tokens.append(take(n)), tokens[-1])[1]
     from sae_bench.evals.core import main as core
 
-    core.run_evals(sae, store, model, harness.core_config(settings), ignore_tokens={0, 1, 2})
+    core.run_evals(sae, store, model, core_config(settings), ignore_tokens={0, 1, 2})
     n = settings.core_sparsity_batches  # its passes come last
     x = torch.cat([acts[ids > 2] for acts, ids in zip(seen[-n:], tokens[-n:])]).double()
     sae.encode = encode
@@ -185,8 +196,8 @@ def test_fvu_is_the_formula(toy, toy_lm) -> None:
     expected = float(error / (x - x.mean(0)).pow(2).sum())
     constant = toy.CustomSAE(32, settings.d_sae, settings.model, 2, k=1)
     constant.b_dec.data = x.mean(0).float()
-    both = {"sae": sae, "constant": harness.formatted(constant, settings)}
-    results = harness.run_core(both, model, settings, lambda n: None)
+    both = {"sae": sae, "constant": formatted(constant, settings)}
+    results = run_core(both, model, settings, lambda n: None)
     assert results["sae"][2] == pytest.approx(expected, rel=1e-6)
     assert results["constant"][2] == pytest.approx(1.0, rel=1e-5)
 
@@ -202,7 +213,7 @@ def test_exported_sae_gives_the_same_output(toy, toy_lm, tmp_path: Path, changes
     sae = trainers[2, 0].sae
     if form == "jumprelu":
         sae.threshold.fill_(0.9)
-    harness.export(sae, settings, tmp_path)
+    export(sae, settings, tmp_path)
     stored = SAE.load_from_disk(tmp_path)
     assert stored.cfg.architecture() == form
     x = 3 * torch.randn(50, 32, generator=torch.Generator().manual_seed(2))
@@ -219,7 +230,7 @@ def test_evaluation_leaves_the_sae_as_it_was(toy, toy_lm) -> None:
     """SAE-Bench casts and marks the SAE it is given: it gets a copy."""
     settings = dataclasses.replace(toy.settings_of("run_1", "tinylm"), lm_dtype="bfloat16")
     sae = toy.new_sae(settings, 2, 0, torch.zeros(32), 1.0, {}, 4)
-    ready = harness.formatted(sae, settings)
+    ready = formatted(sae, settings)
     assert ready.W_enc.dtype == torch.bfloat16 and ready.dtype == torch.bfloat16
     assert ready.cfg.metadata.hook_name == "blocks.2.hook_resid_post"
     assert sae.W_enc.dtype == torch.float32 and not hasattr(sae.cfg, "metadata")
@@ -242,7 +253,7 @@ def test_core_does_not_replace_bos(toy, toy_lm) -> None:
     model = toy_lm.hooked()
     from sae_bench.evals.core import main as core
 
-    sae = harness.formatted(toy.new_sae(settings, 2, 0, torch.zeros(32), 1.0, {}, 4), settings)
+    sae = formatted(toy.new_sae(settings, 2, 0, torch.zeros(32), 1.0, {}, 4), settings)
     bos = toy_lm.activations(torch.tensor([[2, 9]]), (2,))[0][0, 0]
     sae.encode = lambda x: x
     sae.decode = lambda x: torch.where((x - bos).abs().amax(-1, keepdim=True) < 1e-3, 100.0, x)
@@ -251,7 +262,7 @@ def test_core_does_not_replace_bos(toy, toy_lm) -> None:
         ignore_tokens={0, 1, 2}, exclude_special_tokens_from_reconstruction=True,
     )  # fmt: skip
     assert torch.equal(metrics["ce_loss_with_sae"], metrics["ce_loss_without_sae"])
-    assert harness.core_config(settings).exclude_special_tokens_from_reconstruction
+    assert core_config(settings).exclude_special_tokens_from_reconstruction
 
 
 def test_the_language_model_s_probes_are_computed_once(toy, toy_lm, tmp_path, monkeypatch) -> None:
@@ -259,21 +270,21 @@ def test_the_language_model_s_probes_are_computed_once(toy, toy_lm, tmp_path, mo
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     settings = dataclasses.replace(toy.settings_of("run_1", "tinylm"), layers=(2,))
     model = toy_lm.hooked()
-    texts = harness.read_probe_texts(settings, toy_lm.tokenizer, torch.device("cpu"))
+    texts = read_probe_texts(settings, toy_lm.tokenizer, torch.device("cpu"))
     sae = toy.new_sae(settings, 2, 0, torch.zeros(32), 1.0, {}, 4)
     calls = []
-    probe = harness.probe
-    monkeypatch.setattr(harness, "probe", lambda *a: (calls.append(a[2]), probe(*a))[1])
+    stock = probe
+    replace(monkeypatch, "probe", lambda *a: (calls.append(a[2]), stock(*a))[1])
 
     def score(settings=settings) -> dict:
         calls.clear()
-        progress = harness.Progress("sparse probing", 2, "SAEs")
+        progress = Progress("sparse probing", 2, "SAEs")
         return toy.sparse_probing({"sae": sae}, texts, model, settings, tmp_path, progress)["sae"]
 
     first = score()
     assert calls == ["llm", "sae", "llm", "sae"]
     assert score() == first and calls == ["sae", "sae"]
-    for file in harness.store_dir().joinpath("language_model_probes").iterdir():
+    for file in store_dir().joinpath("language_model_probes").iterdir():
         file.write_text(file.read_text().replace("0.", "1.", 1))
     assert score() == first and calls == ["llm", "sae", "llm", "sae"]  # damage is found
     other = dataclasses.replace(settings, probe_seed=43)
@@ -285,7 +296,7 @@ def test_the_language_model_s_passes_are_made_once(toy, toy_lm, tmp_path, monkey
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     settings = dataclasses.replace(toy.settings_of("run_1", "tinylm"), layers=(2,))
     model, numbers = toy_lm.hooked(), iter(range(100))
-    texts = harness.read_probe_texts(settings, toy_lm.tokenizer, torch.device("cpu"))
+    texts = read_probe_texts(settings, toy_lm.tokenizer, torch.device("cpu"))
     sae = toy.new_sae(settings, 2, 0, torch.zeros(32), 1.0, {}, 4)
     calls, run_with_cache = [], model.run_with_cache
     monkeypatch.setattr(
@@ -295,7 +306,7 @@ def test_the_language_model_s_passes_are_made_once(toy, toy_lm, tmp_path, monkey
     def score(keep: bool = True) -> tuple[dict, dict]:
         calls.clear()
         keys = {"sae": {"SAE": next(numbers)}} if keep else None
-        progress = harness.Progress("sparse probing", 2, "SAEs")
+        progress = Progress("sparse probing", 2, "SAEs")
         return (
             toy.core_evaluation({"sae": sae}, model, settings, tmp_path, keys=keys),
             toy.sparse_probing({"sae": sae}, texts, model, settings, tmp_path, progress, keys),
@@ -303,15 +314,15 @@ def test_the_language_model_s_passes_are_made_once(toy, toy_lm, tmp_path, monkey
 
     anew = score(keep=False)
     n_passes = len(calls)
-    assert n_passes > 10 and not harness.store_dir().joinpath("core_passes").exists()
+    assert n_passes > 10 and not store_dir().joinpath("core_passes").exists()
     assert score() == anew and len(calls) == n_passes
     assert score() == anew and len(calls) == 0
     for kind in ("core_passes/*/*residuals*", "probing_passes/*/*"):
-        file = min(harness.store_dir().glob(kind))
+        file = min(store_dir().glob(kind))
         *rest, last = file.read_bytes()
         file.write_bytes(bytes([*rest, last ^ 1]))
     assert score() == anew and len(calls) == 2
-    monkeypatch.setattr(harness, "ACTIVATIONS_GB", 1e-6)
+    replace(monkeypatch, "ACTIVATIONS_GB", 1e-6)
     assert score() == anew and len(calls) == n_passes
 
 
@@ -323,14 +334,14 @@ def test_tinylm_s_figures_are_stock_sae_bench_s(tmp_path: Path, monkeypatch) -> 
         experiment.settings_of("run_1", "tinylm"), layers=(2,), probe_train=24, probe_test=12,
         core_prompts=4, core_reconstruction_batches=1, core_sparsity_batches=2, probe_ks=(1, 2, 5),
     )  # fmt: skip
-    lm = harness.load_language_model("tinylm")
+    lm = load_language_model("tinylm")
     model = lm.hooked()
     generator = torch.Generator().manual_seed(0)
     sae = experiment.new_sae(settings, 2, 0, torch.randn(256, generator=generator), 1.0, {}, 16)
-    texts = harness.read_probe_texts(settings, lm.tokenizer, torch.device("cpu"))
-    progress = harness.Progress("sparse probing", 3, "SAEs")
+    texts = read_probe_texts(settings, lm.tokenizer, torch.device("cpu"))
+    progress = Progress("sparse probing", 3, "SAEs")
     ours = experiment.sparse_probing({"sae": sae}, texts, model, settings, tmp_path, progress)
-    with harness.tinylm_tasks(settings):
+    with tinylm_tasks(settings):
         first, second = stock_probing(settings, sae, model, tmp_path / "artifacts")
     for k in settings.probe_ks:
         metric = f"sae_top_{k}_test_accuracy"
@@ -340,6 +351,6 @@ def test_tinylm_s_figures_are_stock_sae_bench_s(tmp_path: Path, monkeypatch) -> 
     for metric, value in first[f"{detail['dataset_name']}"].items():
         if metric.startswith("llm_"):
             assert detail[metric] == value, metric
-    ready = {"sae": harness.formatted(sae, settings)}
-    scalars = harness.run_core(ready, model, settings, lambda n: None)["sae"][0]
-    assert scalars == stock_core(harness.formatted(sae, settings), settings, model)[0]
+    ready = {"sae": formatted(sae, settings)}
+    scalars = run_core(ready, model, settings, lambda n: None)["sae"][0]
+    assert scalars == stock_core(formatted(sae, settings), settings, model)[0]

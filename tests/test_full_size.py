@@ -11,8 +11,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import experiment
-import harness
 from bench import full_size
+from harness.evaluation.core import formatted, run_core
+from harness.language_model import LanguageModel
 from tests.test_language_model import GEMMA_2_2B
 
 
@@ -23,7 +24,7 @@ def flops_of(call) -> int:
 
 
 @pytest.fixture(scope="module")
-def tiny() -> harness.LanguageModel:
+def tiny() -> LanguageModel:
     return full_size.build(full_size.TINY, "cpu")
 
 
@@ -103,7 +104,7 @@ def test_flops_are_those_that_pytorch_counts(tiny, settings) -> None:
     counted = flops_of(lambda: trainers[0, 0].step(acts_LND[0, :64], 0.5, True))
     assert full_size.step_flops(settings, config.hidden_size) == counted
 
-    saes = {k: harness.formatted(t.sae.folded(), settings) for k, t in trainers.items()}
+    saes = {k: formatted(t.sae.folded(), settings) for k, t in trainers.items()}
     model = tiny.hooked()
-    counted = flops_of(lambda: harness.run_core(saes, model, settings, lambda n: None))
+    counted = flops_of(lambda: run_core(saes, model, settings, lambda n: None))
     assert full_size.core_flops(config, settings) == pytest.approx(counted, rel=1e-3)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests import gemma_fixture
-from tests.conftest import ROOT
+from tests.conftest import ROOT, copy_project
 
 LAYERS = (5, 12, 19)
 KS = (1, 2, 5, 10, 20, 50)
@@ -62,24 +62,27 @@ from sae_lens import SAE
 from sae_lens.training.activations_store import ActivationsStore
 
 import experiment
-import harness
+from harness.command import main
+from harness.evaluation.core import core_config
+from harness.evaluation.probing import probing_config
+from harness.language_model import load_language_model
 
 torch.set_num_threads(len(os.sched_getaffinity(0)))
 settings = experiment.settings_of("run_x", "gemma-2-2b")
-model = harness.load_language_model(settings.model, settings.lm_dtype).hooked()
+model = load_language_model(settings.model, settings.lm_dtype).hooked()
 assert model.tokenizer.padding_side == "left"
 sae = general_utils.load_and_format_sae("", SAE.load_from_disk(sys.argv[1]), "cpu")[1]
 sae = sae.to(device="cpu", dtype=general_utils.str_to_dtype(settings.lm_dtype))  # as its run_eval
 load = torch.load
 torch.load = lambda path: load(path, weights_only=False)  # its own file, just written
-config = harness.probing_config(settings)
+config = probing_config(settings)
 calls = [probing.run_eval_single_sae(config, sae, model, "cpu", "stock", True)[0] for _ in "12"]
 store = ActivationsStore.from_sae(
     model, sae, settings.core_text, context_size=settings.context, dataset_trust_remote_code=True
 )
 store.shuffle_input_dataset(seed=42)
 scalars, _ = core.run_evals(
-    sae, store, model, harness.core_config(settings), ignore_tokens={0, 1, 2}
+    sae, store, model, core_config(settings), ignore_tokens={0, 1, 2}
 )
 with open("stock.json", "w") as file:
     json.dump({"probing": calls, "core": scalars}, file)
@@ -89,11 +92,11 @@ IN_FOLDERS = """import os
 import sys
 
 import experiment
-import harness
+from harness.command import main
 
 for folder in sys.argv[1:]:
     os.chdir(folder)
-    assert harness.main(experiment.run, ["--out_dir=run_x"]) == 1
+    assert main(experiment.run, ["--out_dir=run_x"]) == 1
 """
 
 
@@ -127,7 +130,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gemma")
     gemma_fixture.write_datasets(folder)
     gemma_fixture.write_model(folder / "hf")
-    shutil.copy(ROOT / "harness.py", folder)
+    copy_project(folder)
     text = (ROOT / "experiment.py").read_text()
     assert text.count(PLAN) == 1
     text = text.replace(PLAN, f"{PLAN}    'run_x': {TOY_SIZES!r},\n")

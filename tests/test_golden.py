@@ -19,7 +19,8 @@ import pytest
 import torch
 
 import experiment
-import harness
+from harness.command import main
+from harness.machine import processor_name
 from tests import gemma_fixture
 
 RUNS = ("run_1", "run_5", "run_7", "run_10")
@@ -37,7 +38,7 @@ SIZES = dict(
 def machine() -> str:
     """What rounding depends on."""
     capability = torch.backends.cpu.get_cpu_capability()
-    return f"{harness.processor_name()}, {capability}, {torch.get_num_threads()} threads"
+    return f"{processor_name()}, {capability}, {torch.get_num_threads()} threads"
 
 
 def digest(content: Any) -> str:
@@ -90,7 +91,7 @@ def records(toy_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         for name in RUNS:
             changes = experiment.PLAN[name] | {"seeds": (0, 1)}
             monkeypatch.setitem(experiment.PLAN, name, changes)
-            assert harness.main(experiment.run, [f"--out_dir={name}"]) == 0, name
+            assert main(experiment.run, [f"--out_dir={name}"]) == 0, name
     found = {name: record_of(folder / name) for name in RUNS}
     if os.environ.get("GOLDEN") == "write":
         known = json.loads(FILE.read_text()) if FILE.exists() else {}

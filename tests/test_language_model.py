@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
-import harness
 from experiment import ActivationBuffer
 from harness import ExperimentError, TokenStream
+from harness.errors import first_line
+from harness.evaluation.probing import probe_names, tinylm_tasks
+from harness.fused_gemma import FusedLanguageModel, for_harvest
+from harness.language_model import hooked_config, load_language_model
+from harness.machine import in_order
+from harness.text import documents, passages, streamed_texts
 from tests.conftest import ROOT, SOURCES
 
 # The published config.json of google/gemma-2-2b, as far as the architecture goes.
@@ -32,7 +38,7 @@ def test_configuration_of_gemma_2_2b_is_the_one_transformer_lens_has(tmp_path: P
     from transformers import AutoConfig
 
     (tmp_path / "config.json").write_text(json.dumps(GEMMA_2_2B))
-    derived = harness.hooked_config(
+    derived = hooked_config(
         AutoConfig.from_pretrained(tmp_path), torch.bfloat16, "cpu", "google/gemma-2-2b"
     )
     built_in = loading_from_pretrained.get_pretrained_model_config(
@@ -53,7 +59,7 @@ def some_contexts(lm, length: int, n: int = 3) -> torch.Tensor:
 @pytest.mark.parametrize("name", ["toy", "tinylm"])
 def test_both_forms_agree(name: str, toy_model: Path) -> None:
     """Also past the sliding window, which the contexts of a run never fill."""
-    lm = harness.load_language_model(str(toy_model) if name == "toy" else name)
+    lm = load_language_model(str(toy_model) if name == "toy" else name)
     config = lm.hf.config
     length = 40 if name == "toy" else 128
     if name == "toy":
@@ -77,18 +83,18 @@ def relative_error(found: list[torch.Tensor], expected: list[torch.Tensor]) -> f
 @pytest.mark.parametrize("name", ["toy", "tinylm"])
 def test_fused_passes_are_the_plain_ones(name: str, toy_model: Path) -> None:
     """Within rounding, past the sliding window too; in bfloat16 with no more of it than plain."""
-    lm = harness.load_language_model(str(toy_model) if name == "toy" else name)
+    lm = load_language_model(str(toy_model) if name == "toy" else name)
     length = 40 if name == "toy" else 128  # the toy's window has 16
     tokens_BL = some_contexts(lm, length)
     layers = tuple(range(lm.hf.config.num_hidden_layers))
     exact = [acts.double() for acts in lm.activations(tokens_BL, layers)]
-    fused = harness.for_harvest(lm, "float32", 3, length)
-    assert isinstance(fused, harness.FusedLanguageModel)
+    fused = for_harvest(lm, "float32", 3, length)
+    assert isinstance(fused, FusedLanguageModel)
     assert relative_error(fused.activations(tokens_BL, layers), exact) < 1e-5
     assert fused.activations(tokens_BL, (1,))[0].shape == (3, length, lm.hf.config.hidden_size)
     plain = lm.cast("bfloat16")
-    fused = harness.for_harvest(lm, "bfloat16", 3, length)
-    assert isinstance(fused, harness.FusedLanguageModel)
+    fused = for_harvest(lm, "bfloat16", 3, length)
+    assert isinstance(fused, FusedLanguageModel)
     found = fused.activations(tokens_BL, layers)
     assert found[0].dtype == torch.bfloat16
     errors = [relative_error(acts, exact) for acts in (found, plain.activations(tokens_BL, layers))]
@@ -100,18 +106,18 @@ def test_fused_passes_are_the_plain_ones(name: str, toy_model: Path) -> None:
 
 def test_fused_passes_are_used_only_where_they_are_right(toy_lm, monkeypatch) -> None:
     """A build of torch without the operators, or with wrong ones, gets the plain form."""
-    assert isinstance(harness.for_harvest(toy_lm, "float32", 2, 16), harness.FusedLanguageModel)
-    right = harness.FusedLanguageModel.activations
+    assert isinstance(for_harvest(toy_lm, "float32", 2, 16), FusedLanguageModel)
+    right = FusedLanguageModel.activations
     monkeypatch.setattr(
-        harness.FusedLanguageModel, "activations", lambda *a: [1.01 * x for x in right(*a)]
+        FusedLanguageModel, "activations", lambda *a: [1.01 * x for x in right(*a)]
     )
-    assert harness.for_harvest(toy_lm, "float32", 2, 16) is toy_lm
+    assert for_harvest(toy_lm, "float32", 2, 16) is toy_lm
 
     def missing(*args: object) -> None:
         raise AttributeError("no such operator")
 
-    monkeypatch.setattr(harness.FusedLanguageModel, "activations", missing)
-    assert harness.for_harvest(toy_lm, "float32", 2, 16) is toy_lm
+    monkeypatch.setattr(FusedLanguageModel, "activations", missing)
+    assert for_harvest(toy_lm, "float32", 2, 16) is toy_lm
 
 
 def test_several_threads_may_cache_passes_of_one_model(toy_lm) -> None:
@@ -125,7 +131,7 @@ def test_several_threads_may_cache_passes_of_one_model(toy_lm) -> None:
         return [cache[name] for name in names]
 
     expected = [cached(tokens_BL) for tokens_BL in batches]
-    for found, alone in zip(harness.in_order(cached, batches, cpu), expected):
+    for found, alone in zip(in_order(cached, batches, cpu), expected):
         assert all(torch.equal(one, other) for one, other in zip(found, alone))
     assert len(model.free) == torch.get_num_threads()
     weights = {id(p) for lens in model.free for p in lens.parameters()}
@@ -149,13 +155,13 @@ def test_forward_pass_stops_after_the_last_layer(toy_lm) -> None:
 
 def test_a_model_that_is_not_there_says_how_to_get_access(tmp_path: Path) -> None:
     with pytest.raises(ExperimentError, match="licence.*SAE_PROFILE=tinylm make run OUT=run_try"):
-        harness.load_language_model(str(tmp_path / "nothing"))
+        load_language_model(str(tmp_path / "nothing"))
 
 
 def test_a_model_of_another_architecture_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(ExperimentError, match="Gemma-2 architecture.*'gpt2'"):
-        harness.load_language_model(str(tmp_path))
+        load_language_model(str(tmp_path))
 
 
 def stream_of(texts: list[str], tokenizer, context: int = 16) -> TokenStream:
@@ -230,9 +236,9 @@ def test_tinylm_tasks_are_registered_and_undone() -> None:
     settings = experiment.settings_of("x", "tinylm")
     before = dict(dataset_info.chosen_classes_per_dataset)
     stock = dataset_utils.get_multi_label_train_test_data
-    names = harness.probe_names(settings)
+    names = probe_names(settings)
     assert len(names) == 3
-    with pytest.raises(ZeroDivisionError), harness.tinylm_tasks(settings):
+    with pytest.raises(ZeroDivisionError), tinylm_tasks(settings):
         for name in names:
             train, test = dataset_utils.get_multi_label_train_test_data(name, 20, 10, 42)
             assert list(train) == list(test) == dataset_info.chosen_classes_per_dataset[name]
@@ -249,14 +255,14 @@ def test_tinylm_text_comes_mixed_and_whole() -> None:
 
     from tinylm import corpus
 
-    first = list(islice(harness.documents("tinylm", "train")(), 400))
-    assert first == list(islice(harness.documents("tinylm", "train")(), 400))
-    whole = [passage for text in corpus.documents("heldout") for passage in harness.passages(text)]
-    mixed = list(harness.documents("tinylm", "heldout")())
+    first = list(islice(documents("tinylm", "train")(), 400))
+    assert first == list(islice(documents("tinylm", "train")(), 400))
+    whole = [passage for text in corpus.documents("heldout") for passage in passages(text)]
+    mixed = list(documents("tinylm", "heldout")())
     assert Counter(mixed) == Counter(whole) and mixed != whole
     text = SOURCES[0]
-    assert "".join(harness.passages(text)) == text
-    assert all(2000 <= len(passage) < 2200 for passage in harness.passages(text)[:-1])
+    assert "".join(passages(text)) == text
+    assert all(2000 <= len(passage) < 2200 for passage in passages(text)[:-1])
     files = list(islice(corpus.documents("train"), 1500))
     of = [next(at for at, text in enumerate(files) if passage in text) for passage in first]
     assert len(set(of)) > 200
@@ -289,7 +295,7 @@ def test_passes_run_side_by_side(toy_lm) -> None:
 
 @pytest.fixture()
 def broken_stream(monkeypatch):
-    """Makes harness.streamed_texts read 100 rows over a connection that breaks; [seconds slept]."""
+    """Makes streamed_texts read 100 rows over a connection that breaks; [seconds slept]."""
     import datasets
 
     def install(break_at: list[int], error: Exception) -> list[float]:
@@ -306,7 +312,7 @@ def broken_stream(monkeypatch):
             datasets, "load_dataset",
             lambda *_, **__: datasets.IterableDataset.from_generator(rows),
         )  # fmt: skip
-        monkeypatch.setattr(harness.time, "sleep", slept.append)
+        monkeypatch.setattr(time, "sleep", slept.append)
         return slept
 
     return install
@@ -314,7 +320,7 @@ def broken_stream(monkeypatch):
 
 def test_a_broken_stream_goes_on_where_it_stopped(broken_stream) -> None:
     slept = broken_stream([10, 10, 40], ConnectionError("reset by peer"))
-    assert list(harness.streamed_texts("some/text")) == [f"text {i}" for i in range(100)]
+    assert list(streamed_texts("some/text")) == [f"text {i}" for i in range(100)]
     assert slept == [1.0, 2.0, 1.0]
 
 
@@ -322,13 +328,13 @@ def test_a_connection_that_stays_broken_is_one_sentence(broken_stream) -> None:
     error = ConnectionError("https://user hf_abcdefghijklmnop refused")
     slept = broken_stream([3] * 50, error)
     with pytest.raises(ExperimentError, match="connection to the text 'some/text' broke 7 times"):
-        list(harness.streamed_texts("some/text"))
+        list(streamed_texts("some/text"))
     assert slept == [1, 2, 4, 8, 16, 32]
 
 
 def test_what_an_error_says_holds_no_token() -> None:
     error = OSError("401: header Authorization: Bearer abc.def, hf_abcdefghijklmnop\nmore")
-    said = harness.first_line(error)
+    said = first_line(error)
     assert "hf_abc" not in said and "abc.def" not in said and "more" not in said
 
 
@@ -344,7 +350,7 @@ def test_unusable_text_is_one_sentence(toy_lm, tmp_path, monkeypatch, content, m
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "train.jsonl").write_bytes(content)
     monkeypatch.chdir(tmp_path)
-    stream = TokenStream(harness.documents("own", "train"), toy_lm.tokenizer, 16)
+    stream = TokenStream(documents("own", "train"), toy_lm.tokenizer, 16)
     with pytest.raises(ExperimentError, match=message) as caught:
         stream.contexts(1)
     assert "\n" not in str(caught.value)

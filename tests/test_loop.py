@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests import gemma_fixture
-from tests.conftest import ROOT
+from tests.conftest import copy_project
 
 PLAN = "PLAN: dict[str, dict[str, Any]] = {\n"
 PILE, NEWS = "monology/pile-uncopyrighted", "fancyzhx/ag_news"
@@ -38,10 +38,9 @@ class Driver:
         self.folder, self.n_started = folder, 0
         gemma_fixture.write_pile(folder / PILE)
         gemma_fixture.write_ag_news(folder / NEWS)
-        shutil.copy(ROOT / "harness.py", folder)
-        self.edit("harness.py", r"SAVE_EVERY = 60\.0", "SAVE_EVERY = 0.0")
-        self.edit("harness.py", r"SAVE_SHARE = 0\.025", "SAVE_SHARE = 1e9")
-        shutil.copy(ROOT / "experiment.py", folder)
+        copy_project(folder)
+        self.edit("harness/training.py", r"SAVE_EVERY = 60\.0", "SAVE_EVERY = 0.0")
+        self.edit("harness/training.py", r"SAVE_SHARE = 0\.025", "SAVE_SHARE = 1e9")
         sizes = SIZES | {"model": str(model)}
         runs = "".join(f"    '{name}': {sizes!r},\n" for name in ("run_a", "run_b", "run_c"))
         self.edit("experiment.py", re.escape(PLAN), PLAN + runs.replace("\\", r"\\"))

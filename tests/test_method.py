@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import experiment
+import sparse_ops
 from experiment import BOUNDED, CustomSAE, Settings, Trainer, contrastive_loss, curriculum_k
 
 
@@ -365,7 +366,7 @@ def test_where_frequency_costs_no_feature_fires_as_often() -> None:
 def test_features_go_by_index_only_where_few_are_active() -> None:
     sae, x = make_sae(d_in=16, d_sae=300), inputs(n=60, d_in=16)
     assert contrastive_loss(sae, x, 3, 0.01, by_index=True).indices_BM is None
-    few_active(sae, x, round(300 * experiment.harness.FEW) - 1)
+    few_active(sae, x, round(300 * sparse_ops.FEW) - 1)
     assert contrastive_loss(sae, x, 3, 0.01, by_index=True).indices_BM is not None
     with torch.no_grad():
         sae.b_enc.fill_(-1e3)  # none at all
@@ -379,7 +380,7 @@ def test_training_by_index_is_training(monkeypatch) -> None:
     """The same steps as with all features, but for rounding; and the same again, bit for bit."""
     found = []
     for few in (0.0, 0.5, 0.5):
-        monkeypatch.setattr(experiment.harness, "FEW", few)
+        monkeypatch.setattr(sparse_ops, "FEW", few)
         found.append(trained(small_settings(d_sae=64, lr_warmup=0.0, resample=False), steps=40))
     plain, fast, again = found
     assert plain.by_index is None and fast.by_index
@@ -390,7 +391,7 @@ def test_training_by_index_is_training(monkeypatch) -> None:
 
 def test_a_loss_that_needs_all_features_gets_them(monkeypatch, capsys) -> None:
     """An edit that is right for all features alone, as a mean over them: noticed, and served."""
-    monkeypatch.setattr(experiment.harness, "FEW", 0.5)
+    monkeypatch.setattr(sparse_ops, "FEW", 0.5)
     stock = contrastive_loss
 
     def edited(*args):

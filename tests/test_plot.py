@@ -472,8 +472,8 @@ def test_a_figure_that_is_no_longer_true_is_removed(tmp_path, figures):
 
 
 def test_the_command_writes_files_without_torch(tmp_path):
-    for name in ("plot.py", "harness.py"):
-        shutil.copy(REPO / name, tmp_path)
+    shutil.copy(REPO / "plot.py", tmp_path)
+    shutil.copytree(REPO / "harness", tmp_path / "harness")
     make_run(tmp_path, "run_1", steps=5, layers=(1, 2))
     # From another folder: the runs are those beside plot.py, wherever it's called from.
     done = subprocess.run([sys.executable, "-X", "importtime", str(tmp_path / "plot.py")],

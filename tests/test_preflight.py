@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,8 +15,9 @@ import torch
 from huggingface_hub import constants, errors
 
 import experiment
-import harness
 from harness import ExperimentError
+from harness.startup import fit_core_batches, memory_estimate, preflight
+from tests.conftest import replace
 from tests.test_language_model import GEMMA_2_2B
 
 CPU = torch.device("cpu")
@@ -32,7 +34,7 @@ def gemma(tmp_path: Path, monkeypatch) -> experiment.Settings:
     monkeypatch.setattr(huggingface_hub.HfApi, "auth_check", lambda *_, **__: None)
     (tmp_path / "config").mkdir()
     (tmp_path / "config" / "config.json").write_text(json.dumps(GEMMA_2_2B))
-    monkeypatch.setattr(harness, "model_path", lambda name: str(tmp_path / "config"))
+    replace(monkeypatch, "model_path", lambda name: str(tmp_path / "config"))
     return settings
 
 
@@ -50,13 +52,13 @@ def refuse(monkeypatch, name: str, error: type[Exception]) -> None:
 
 
 def test_tinylm_needs_nothing() -> None:
-    assert harness.preflight(experiment.settings_of("run_1", "tinylm"), CPU) == []
+    assert preflight(experiment.settings_of("run_1", "tinylm"), CPU) == []
 
 
 def test_what_is_needed_is_said_per_part(gemma, monkeypatch) -> None:
-    monkeypatch.setattr(harness, "memory_gb", lambda: 80.0)
-    monkeypatch.setattr(harness.shutil, "disk_usage", lambda place: SimpleNamespace(free=10**11))
-    memory, disk = sorted(harness.preflight(gemma, CPU), reverse=True)
+    replace(monkeypatch, "memory_gb", lambda: 80.0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=10**11))
+    memory, disk = sorted(preflight(gemma, CPU), reverse=True)
     assert "language model 6.4" in memory and "80.0 free on cpu" in memory  # 2.6 G, and 0.6 G again
     assert all(part in memory for part in ("SAEs", "training", "evaluation"))
     assert disk.startswith("disk: up to 15.5 GB") and "100.0 free" in disk
@@ -64,7 +66,7 @@ def test_what_is_needed_is_said_per_part(gemma, monkeypatch) -> None:
 
 def test_the_defaults_fit_24_gb_and_16384_features_fit_80(gemma) -> None:
     def needed(settings) -> float:
-        parts = harness.memory_estimate(settings)
+        parts = memory_estimate(settings)
         fixed = parts["language model"] + parts["SAEs"]
         return (fixed + max(parts["training"], parts["evaluation"])) / 1e9
 
@@ -85,44 +87,44 @@ def test_what_the_hub_refuses_is_one_sentence_without_token(
 ) -> None:
     refuse(monkeypatch, name, error)
     with pytest.raises(ExperimentError, match=message) as caught:
-        harness.preflight(gemma, CPU)
+        preflight(gemma, CPU)
     assert "hf_secret" not in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_offline_needs_the_cache(gemma, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ExperimentError, match="HF_HUB_OFFLINE is set: .* \\(and 7 more of"):
-        harness.preflight(gemma, CPU)
+        preflight(gemma, CPU)
     snapshot = tmp_path / "hub" / "models--google--gemma-2-2b" / "snapshots" / "1"
     snapshot.mkdir(parents=True)
     (snapshot / "model.safetensors").touch()
     with pytest.raises(ExperimentError, match="pile-uncopyrighted.* \\(and 6 more"):
-        harness.preflight(gemma, CPU)
+        preflight(gemma, CPU)
 
 
 def test_core_s_batches_follow_the_memory(gemma, monkeypatch) -> None:
     """As many contexts, in smaller batches; as they are where they fit."""
     for free, prompts in ((24.0, 16), (16.0, 8)):
-        monkeypatch.setattr(harness, "memory_gb", lambda free=free: free)
-        fitted = harness.fit_core_batches(gemma, CPU)
+        replace(monkeypatch, "memory_gb", lambda free=free: free)
+        fitted = fit_core_batches(gemma, CPU)
         assert fitted.core_prompts == prompts
         for field in ("core_reconstruction_batches", "core_sparsity_batches"):
             assert getattr(fitted, field) * prompts == getattr(gemma, field) * 16
-        (memory,) = [line for line in harness.preflight(gemma, CPU) if line.startswith("memory")]
+        (memory,) = [line for line in preflight(gemma, CPU) if line.startswith("memory")]
         assert f"{free:.1f} free on cpu" in memory
 
 
 def test_too_little_memory_names_the_setting(gemma, monkeypatch) -> None:
-    monkeypatch.setattr(harness, "memory_gb", lambda: 12.0)
+    replace(monkeypatch, "memory_gb", lambda: 12.0)
     with pytest.raises(ExperimentError, match="12.0 free on cpu: lower batch or buffer_tokens"):
-        harness.preflight(gemma, CPU)
-    monkeypatch.setattr(harness, "memory_gb", lambda: 16.0)
+        preflight(gemma, CPU)
+    replace(monkeypatch, "memory_gb", lambda: 16.0)
     with pytest.raises(ExperimentError, match="16.0 free on cpu: lower core_prompts"):
-        harness.preflight(dataclasses.replace(gemma, core_prompts=15), CPU)
+        preflight(dataclasses.replace(gemma, core_prompts=15), CPU)
 
 
 def test_too_little_disk_names_hf_home(gemma, monkeypatch) -> None:
-    monkeypatch.setattr(harness, "memory_gb", lambda: 80.0)
-    monkeypatch.setattr(harness.shutil, "disk_usage", lambda place: SimpleNamespace(free=3 * 10**9))
+    replace(monkeypatch, "memory_gb", lambda: 80.0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=3 * 10**9))
     with pytest.raises(ExperimentError, match="3.0 free in .* set HF_HOME"):
-        harness.preflight(gemma, CPU)
+        preflight(gemma, CPU)

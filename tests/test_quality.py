@@ -9,10 +9,11 @@ import torch
 from scipy import stats
 
 import experiment
-import harness
 import plot
 from bench import ground_truth, quality
 from bench.trainers import PeerTrainer, exported
+from harness.startup import check_settings
+from harness.verdict import paired
 
 SETTINGS = dataclasses.replace(
     experiment.Settings(), layers=(0,), d_sae=64, k_min=4, batch=64, training_tokens=64 * 40
@@ -105,13 +106,13 @@ def test_a_coefficient_is_read_off_the_curve():
 
 def test_paired_differences_are_students_and_holm_is_stepwise():
     mine, theirs = {0: 0.71, 1: 0.74, 2: 0.70, 7: 0.9}, {0: 0.70, 1: 0.70, 2: 0.69}
-    found = harness.paired(mine, theirs)
+    found = paired(mine, theirs)
     test = stats.ttest_rel([0.71, 0.74, 0.70], [0.70, 0.70, 0.69])
     assert (found["difference"], found["p"]) == pytest.approx((0.02, test.pvalue))
     interval = found["ci95_low"], found["ci95_high"]
     assert interval == pytest.approx(tuple(test.confidence_interval(0.95)))
-    assert "p" not in harness.paired({0: 1.0, 1: 2.0}, {0: 0.0, 1: 0.0})  # two seeds: no interval
-    same = harness.paired(dict.fromkeys(range(3), 0.5), dict.fromkeys(range(3), 0.5))
+    assert "p" not in paired({0: 1.0, 1: 2.0}, {0: 0.0, 1: 0.0})  # two seeds: no interval
+    same = paired(dict.fromkeys(range(3), 0.5), dict.fromkeys(range(3), 0.5))
     assert (same["ci95_low"], same["ci95_high"], same["p"]) == (0.0, 0.0, 1.0)
     adjusted = plot.holm([0.01, 0.04, math.nan, 0.03])
     assert adjusted[:2] + adjusted[3:] == pytest.approx([0.03, 0.06, 0.06])
@@ -164,7 +165,7 @@ def test_every_form_has_settings_that_can_be():
             value = method.values[0] if method.values else 8
             cell = quality.Cell("forms", name, 0, 1e-3, (0,), (value,))
             settings = quality.settings_for(cell, method, SETTINGS)
-            harness.check_settings(name, settings)
+            check_settings(name, settings)
             assert settings.lr == 1e-3 and getattr(settings, method.sparsity) == value
 
 

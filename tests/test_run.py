@@ -18,8 +18,16 @@ from pathlib import Path
 import pytest
 import torch
 
-import harness
-from tests.conftest import ROOT
+from harness.command import LAST_WORDS, main
+from harness.console import Progress, quiet
+from harness.language_model import load_language_model
+from harness.machine import choose_train_dtype, in_threads
+from harness.records import against_given_baseline, read_reference
+from harness.store import write_json
+from harness.text import TokenStream, documents
+from harness.training import fit_budget
+from harness.verdict import verdict
+from tests.conftest import ROOT, replace
 
 SCALARS = {
     "l0", "mse", "cossim", "ce_loss_score", "kl_div_score", "frac_alive", "explained_variance",
@@ -53,7 +61,7 @@ def test_final_info_is_flat_finite_and_has_a_value_per_seed(toy, toy_run: Path) 
 def test_config_names_what_the_results_depend_on(toy, toy_run: Path) -> None:
     config = json.loads((toy_run / "config.json").read_text())
     assert config["profile"] == "tinylm" and config["settings"]["k_min"] == 4
-    for file in ("experiment.py", "harness.py"):
+    for file in ("experiment.py",):
         code = (toy_run / file).read_bytes()
         assert code == (ROOT / file).read_bytes()
         assert config["sha256"][file] == hashlib.sha256(code).hexdigest()
@@ -88,13 +96,13 @@ def test_same_command_same_weights_and_a_complete_run_is_set_aside(
 ) -> None:
     out_dir = tmp_path / "run_1"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # trained, not kept
-    assert toy.harness.main(toy.run, [f"--out_dir={out_dir}"]) == 0
+    assert main(toy.run, [f"--out_dir={out_dir}"]) == 0
     weights = "sae/layer_2/seed_0/sae_weights.safetensors"
     first = (toy_run / weights).read_bytes()
     assert (out_dir / weights).read_bytes() == first
     info = (out_dir / "final_info.json").read_bytes()
     capfd.readouterr()
-    assert toy.harness.main(toy.run, [f"--out_dir={out_dir}"]) == 0
+    assert main(toy.run, [f"--out_dir={out_dir}"]) == 0
     assert "set aside as" in capfd.readouterr().out
     assert (tmp_path / "run_1.1" / "final_info.json").read_bytes() == info
     assert (out_dir / weights).read_bytes() == first
@@ -103,10 +111,10 @@ def test_same_command_same_weights_and_a_complete_run_is_set_aside(
 def test_seeds_share_text_and_differ_in_weights_and_order(toy, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(toy.PLAN, "run_1", {"seeds": (0, 1), "layers": (2,)})
     settings = toy.settings_of("run_1", "tinylm")
-    lm = harness.load_language_model(settings.model)
+    lm = load_language_model(settings.model)
     read = []
 
-    class Counting(harness.TokenStream):
+    class Counting(TokenStream):
         def contexts(self, n: int) -> torch.Tensor:
             read.append(n)
             return super().contexts(n)
@@ -115,7 +123,7 @@ def test_seeds_share_text_and_differ_in_weights_and_order(toy, tmp_path: Path, m
         import dataclasses
 
         s = dataclasses.replace(settings, seeds=seeds)
-        stream = Counting(harness.documents("toy", "train"), lm.tokenizer, s.context)
+        stream = Counting(documents("toy", "train"), lm.tokenizer, s.context)
         buffer = toy.ActivationBuffer(lm, stream, s.layers, s.harvest_contexts)
         fixed = {(2, seed): {} for seed in seeds}
         return toy.train(s, buffer, fixed, tmp_path / "log.jsonl")
@@ -133,11 +141,11 @@ def test_seeds_share_text_and_differ_in_weights_and_order(toy, tmp_path: Path, m
 def test_activations_are_scaled_to_d(toy) -> None:
     """E‖s x‖² = D on the first tokens, and b_dec starts at their scaled mean."""
     settings = toy.settings_of("run_1", "tinylm")
-    lm = harness.load_language_model(settings.model)
+    lm = load_language_model(settings.model)
 
     def buffer():
-        stream = harness.TokenStream(
-            harness.documents("toy", "train"), lm.tokenizer, settings.context
+        stream = TokenStream(
+            documents("toy", "train"), lm.tokenizer, settings.context
         )
         return toy.ActivationBuffer(lm, stream, settings.layers, settings.harvest_contexts)
 
@@ -154,8 +162,8 @@ def test_activations_are_scaled_to_d(toy) -> None:
 def test_planned_runs_train_as_the_plan_says(toy, toy_run: Path, name: str) -> None:
     """Constants stay constant in the log; without curriculum there is no k_t."""
     settings = toy.settings_of(name, "tinylm")
-    lm = harness.load_language_model(settings.model)
-    stream = harness.TokenStream(harness.documents("toy", "train"), lm.tokenizer, settings.context)
+    lm = load_language_model(settings.model)
+    stream = TokenStream(documents("toy", "train"), lm.tokenizer, settings.context)
     buffer = toy.ActivationBuffer(lm, stream, settings.layers, settings.harvest_contexts)
     fixed = toy.constants(settings, toy_run.parent / name)
     log_path = toy_run.parent / f"{name}.jsonl"
@@ -190,14 +198,14 @@ def test_planned_runs_train_as_the_plan_says(toy, toy_run: Path, name: str) -> N
 
 def run_expecting_failure(toy, capfd, out_dir: Path, *arguments: str) -> str:
     """The cause that a run names which must fail."""
-    status = toy.harness.main(toy.run, [f"--out_dir={out_dir}", *arguments])
+    status = main(toy.run, [f"--out_dir={out_dir}", *arguments])
     assert status == 1
     return words(capfd.readouterr().err)["cause"]
 
 
 def words(error: str) -> dict[str, str]:
     """The last words on standard error: failed during, at, cause, to do and log."""
-    assert "Traceback" not in error and len(error) <= harness.LAST_WORDS
+    assert "Traceback" not in error and len(error) <= LAST_WORDS
     first, *lines = error.strip().splitlines()
     assert first.startswith("experiment.py failed during "), error
     return {"during": first.removeprefix("experiment.py failed during ")} | dict(
@@ -285,7 +293,7 @@ def test_unknown_profile_and_gemma_without_gpu(toy, tmp_path: Path, monkeypatch,
 def test_unknown_argument_and_missing_out_dir(toy, tmp_path: Path, capfd) -> None:
     says = run_expecting_failure(toy, capfd, tmp_path / "run_1", "--lr=1")
     assert "--lr=1" in says and "no other argument" in says
-    assert toy.harness.main(toy.run, []) == 1
+    assert main(toy.run, []) == 1
     assert "--out_dir" in capfd.readouterr().err
 
 
@@ -306,7 +314,7 @@ def test_a_signal_that_comes_in_a_finalizer_ends_the_run(
         time.sleep(20)
 
     began = time.monotonic()
-    assert harness.main(run, [f"--out_dir={tmp_path / 'run_x'}"]) == 128 + number
+    assert main(run, [f"--out_dir={tmp_path / 'run_x'}"]) == 128 + number
     assert time.monotonic() - began < 10
     assert f"({number.name})" in capfd.readouterr().err
 
@@ -335,7 +343,7 @@ def test_an_unexpected_error_names_itself_and_its_log(toy, tmp_path: Path, monke
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(toy, "train", breaks)
-    assert toy.harness.main(toy.run, [f"--out_dir={tmp_path / 'run_1'}"]) == 1
+    assert main(toy.run, [f"--out_dir={tmp_path / 'run_1'}"]) == 1
     said = words(capfd.readouterr().err)
     assert said["during"] == "rehearsal: train"
     assert re.match(r"experiment.py, line \d+, in train_score_record: .* in breaks$", said["at"])
@@ -362,7 +370,7 @@ def test_the_real_command_in_a_subprocess(tmp_path: Path) -> None:
 
 
 def test_output_ends_with_the_block_of_figures(toy, tmp_path: Path, capfd) -> None:
-    assert toy.harness.main(toy.run, [f"--out_dir={tmp_path / 'run_try'}"]) == 0
+    assert main(toy.run, [f"--out_dir={tmp_path / 'run_try'}"]) == 0
     captured = capfd.readouterr()
     assert captured.err == ""
     before, block = captured.out.split("---\n")
@@ -374,7 +382,7 @@ def test_output_ends_with_the_block_of_figures(toy, tmp_path: Path, capfd) -> No
 
 
 def test_progress_in_a_pipe_is_plain_lines(capsys) -> None:
-    progress = harness.Progress("stage", 100, "tokens", every=0.0)
+    progress = Progress("stage", 100, "tokens", every=0.0)
     progress.advance(50, "fvu 0.5")
     progress.close()
     out = capsys.readouterr().out
@@ -389,7 +397,7 @@ def test_threads_take_the_parts_of_a_key_in_order_with_a_share_of_the_cores() ->
         seen[key].append((part, torch.get_num_threads()))
         return key, part
 
-    results = list(harness.in_threads(work, ["a", "b", "c"], [0, 1, 2, 3], torch.device("cpu")))
+    results = list(in_threads(work, ["a", "b", "c"], [0, 1, 2, 3], torch.device("cpu")))
     assert all(result == (key, part) for key, part, result in results)
     assert sorted(results) == [(k, p, (k, p)) for k in "abc" for p in range(4)]
     assert all(calls == [(part, 1) for part in range(4)] for calls in seen.values())
@@ -400,7 +408,7 @@ def test_threads_take_the_parts_of_a_key_in_order_with_a_share_of_the_cores() ->
             raise RuntimeError("step failed")
 
     with pytest.raises(RuntimeError, match="step failed"):
-        list(harness.in_threads(broken, ["a", "b", "c"], [0, 1, 2, 3], torch.device("cpu")))
+        list(in_threads(broken, ["a", "b", "c"], [0, 1, 2, 3], torch.device("cpu")))
     assert torch.get_num_threads() == 2
 
 
@@ -413,18 +421,18 @@ def test_train_dtype_is_what_the_hardware_multiplies(toy, monkeypatch) -> None:
         ("Intel(R) Xeon(R) Processor", {"avx512_bf16": True}, "float32"),
         ("Intel(R) Xeon(R) Processor", amx, "bfloat16"),
     ):
-        monkeypatch.setattr(harness, "processor_name", lambda name=name: name)
+        replace(monkeypatch, "processor_name", lambda name=name: name)
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
-        assert harness.choose_train_dtype(settings, torch.device("cpu")) == expected
+        assert choose_train_dtype(settings, torch.device("cpu")) == expected
     forced = dataclasses.replace(settings, train_dtype="bfloat16")
-    assert harness.choose_train_dtype(forced, torch.device("cpu")) == "bfloat16"
+    assert choose_train_dtype(forced, torch.device("cpu")) == "bfloat16"
 
 
 def test_progress_is_shown_while_libraries_are_quiet(tmp_path: Path, capfd) -> None:
     log = tmp_path / "log"
     log.touch()
-    with harness.quiet(log):
-        progress = harness.Progress("stage", 10, "batches", every=0.0)
+    with quiet(log):
+        progress = Progress("stage", 10, "batches", every=0.0)
         print("noise")
         progress.advance(4, "halfway")
         progress.close()
@@ -435,7 +443,7 @@ def test_progress_is_shown_while_libraries_are_quiet(tmp_path: Path, capfd) -> N
 
 def test_quiet_catches_python_and_c_output(tmp_path: Path, capfd) -> None:
     log = tmp_path / "log"
-    with harness.quiet(log):
+    with quiet(log):
         print("from python")
         os.write(2, b"from c\n")
         print("an error", file=sys.stderr)
@@ -447,9 +455,9 @@ def test_quiet_catches_python_and_c_output(tmp_path: Path, capfd) -> None:
 
 def test_records_are_whole_or_absent(tmp_path: Path) -> None:
     path = tmp_path / "final_info.json"
-    harness.write_json(path, {"a": 1})
+    write_json(path, {"a": 1})
     with pytest.raises(ValueError):
-        harness.write_json(path, {"a": float("nan")})
+        write_json(path, {"a": float("nan")})
     assert json.loads(path.read_text()) == {"a": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["final_info.json"]
 
@@ -476,7 +484,7 @@ def of(primary: list[float], l0: float = 16.0, first_seed: int = 0) -> dict[str,
     ],
 )
 def test_verdict(run, reference, word) -> None:
-    sentence, numbers = harness.verdict(run, reference, "run_1")
+    sentence, numbers = verdict(run, reference, "run_1")
     assert sentence.startswith(word)
     assert all(math.isfinite(value) for value in numbers.values())
     assert numbers["primary"] == pytest.approx(sum(run["primary"]) / len(run["primary"]))
@@ -484,7 +492,7 @@ def test_verdict(run, reference, word) -> None:
 
 def test_verdict_interval_worked_out_by_hand() -> None:
     """Differences 0.10, 0.10, 0.09: mean 0.0966667, sd 0.0057735, t(0.975, 2) = 4.3027."""
-    _, numbers = harness.verdict(of([0.80, 0.81, 0.82]), of([0.70, 0.71, 0.73]), "run_1")
+    _, numbers = verdict(of([0.80, 0.81, 0.82]), of([0.70, 0.71, 0.73]), "run_1")
     half = 4.302653 * 0.00577350 / math.sqrt(3)
     assert numbers["difference"] == pytest.approx(0.0966667, abs=1e-6)
     assert numbers["ci95_low"] == pytest.approx(0.0966667 - half, abs=1e-6)
@@ -493,14 +501,14 @@ def test_verdict_interval_worked_out_by_hand() -> None:
 
 def test_verdict_reads_only_runs_of_the_same_profile_and_task_set(toy, toy_run: Path) -> None:
     settings = toy.settings_of("run_2", "tinylm")
-    found = harness.read_reference(settings, toy_run.parent / "run_2", "tinylm")
+    found = read_reference(settings, toy_run.parent / "run_2", "tinylm")
     assert found["seed"] == [0.0] and len(found["primary"]) == 1
-    assert harness.read_reference(settings, toy_run.parent / "run_2", "gemma-2-2b") is None
-    assert harness.read_reference(settings, toy_run, "tinylm") is None  # itself
+    assert read_reference(settings, toy_run.parent / "run_2", "gemma-2-2b") is None
+    assert read_reference(settings, toy_run, "tinylm") is None  # itself
     import dataclasses
 
     other = dataclasses.replace(settings, probe_sets=("toy/halves",))
-    assert harness.read_reference(other, toy_run.parent / "run_2", "tinylm") is None
+    assert read_reference(other, toy_run.parent / "run_2", "tinylm") is None
 
 
 @pytest.mark.parametrize(
@@ -513,10 +521,10 @@ def test_out_of_memory_names_the_setting_to_lower(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def run(out_dir: Path, log: Path) -> None:
-        harness.Progress.stage(stage)
+        Progress.stage(stage)
         torch.empty(2**50)
 
-    assert harness.main(run, [f"--out_dir={tmp_path / 'run_1'}"]) == 1
+    assert main(run, [f"--out_dir={tmp_path / 'run_1'}"]) == 1
     said = words(capsys.readouterr().err)
     assert said["during"] == stage and "out of memory" in said["cause"]
     assert setting in said["to do"]
@@ -536,7 +544,7 @@ def test_probing_data_that_does_not_fit_stops_the_run_before_training(
             raise raised
 
         monkeypatch.setattr(dataset_utils, "get_multi_label_train_test_data", load)
-        assert toy.harness.main(toy.run, [f"--out_dir={tmp_path / 'run_1'}"]) == 1
+        assert main(toy.run, [f"--out_dir={tmp_path / 'run_1'}"]) == 1
         cause = words(capsys.readouterr().err)["cause"]
         assert said in cause and "'toy/modules'" in cause
 
@@ -547,7 +555,7 @@ def test_a_budget_shortens_training_once_and_the_schedules_still_end(
     run_1 = {**toy.PLAN["run_1"], "budget_minutes": 1e-6}
     monkeypatch.setitem(toy.PLAN, "run_1", run_1)
     out_dir = tmp_path / "run_1"
-    assert toy.harness.main(toy.run, [f"--out_dir={out_dir}"]) == 0
+    assert main(toy.run, [f"--out_dir={out_dir}"]) == 0
     out = capsys.readouterr().out
     assert out.count("training is shortened to 50% of training_tokens") == 2  # then, and at the end
     info = json.loads((out_dir / "final_info.json").read_text())
@@ -560,10 +568,10 @@ def test_a_budget_shortens_training_once_and_the_schedules_still_end(
 def test_the_steps_that_fit_a_budget() -> None:
     hour = 3600.0
     # 5% took 6 minutes: 120 for all, and 20 of evaluation.
-    assert harness.fit_budget(1000, 50, 360.0, 1200.0, 2.5 * hour) == (1000, None)
-    steps, reason = harness.fit_budget(1000, 50, 360.0, 1200.0, 110 * 60.0)
+    assert fit_budget(1000, 50, 360.0, 1200.0, 2.5 * hour) == (1000, None)
+    steps, reason = fit_budget(1000, 50, 360.0, 1200.0, 110 * 60.0)
     assert steps == 750 and "shortened to 75%" in reason and "120 minutes" in reason
-    assert harness.fit_budget(1000, 50, 360.0, 2 * hour, hour)[0] == 100  # twice what is done
+    assert fit_budget(1000, 50, 360.0, 2 * hour, hour)[0] == 100  # twice what is done
 
 
 def test_the_language_model_s_probes_are_held_against_the_given_baseline() -> None:
@@ -575,12 +583,12 @@ def test_the_language_model_s_probes_are_held_against_the_given_baseline() -> No
     ours = {metric: [value + 0.008] for metric, value in given.items()}
     ours["llm_top_1_test_accuracy"][0] = 0.6843 + 0.015
     layers = {"layer_5": ours, "layer_12": ours}
-    line, warnings = harness.against_given_baseline(settings, layers)
+    line, warnings = against_given_baseline(settings, layers)
     assert "+0.0150 (layer_5 llm_top_1_test_accuracy)" in line and warnings == []
     ours["llm_test_accuracy"][0] = 0.9393 - 0.012
-    _, (warning,) = harness.against_given_baseline(settings, layers)
+    _, (warning,) = against_given_baseline(settings, layers)
     assert "llm_test_accuracy is 0.9273, but 0.9393" in warning
     for other in (dict(layers=(12,)), dict(probe_train=1000), dict(model="tinylm")):
         changed = dataclasses.replace(settings, **other)
         found = {f"layer_{layer}": ours for layer in changed.layers}
-        assert harness.against_given_baseline(changed, found) == ("", [])
+        assert against_given_baseline(changed, found) == ("", [])

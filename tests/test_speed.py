@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import harness
 from bench import loop, speed
+from harness.machine import processor_name
+from harness.text import documents, passages
+from tests.conftest import replace
 
 CPU = torch.device("cpu")
 TINY = dataclasses.replace(
@@ -48,13 +50,13 @@ def check_rates(rows: list[speed.Row], column: str, base: str) -> None:
 @pytest.fixture()
 def short_texts(toy, monkeypatch: pytest.MonkeyPatch):
     """The toy's training text in passages, as tinylm's is."""
-    texts = harness.passages("".join(harness.documents("toy", "train")()))
-    monkeypatch.setattr(harness, "documents", lambda name, split: lambda: iter(texts))
+    texts = passages("".join(documents("toy", "train")()))
+    replace(monkeypatch, "documents", lambda name, split: lambda: iter(texts))
 
 
 @pytest.fixture(autouse=True)
 def no_lasting_changes(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(harness, "make_reproducible", lambda: None)
+    replace(monkeypatch, "make_reproducible", lambda: None)
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -226,7 +228,7 @@ def test_the_command_prints_its_table_and_resumes(tmp_path: Path, capsys, monkey
     first = capsys.readouterr().out
     rows = [line for line in first.splitlines() if line.startswith("|")]
     assert len(rows) == 2 + 3 + 3 and len({row.count("|") for row in rows}) == 1
-    assert "## step" in first and harness.processor_name() in first
+    assert "## step" in first and processor_name() in first
     assert len(out.read_text().splitlines()) == 2
     monkeypatch.setattr(speed, "alternate", lambda *a, **k: pytest.fail("measured again"))
     assert speed.main(command) == 0

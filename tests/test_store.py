@@ -20,8 +20,23 @@ import pytest
 import torch
 
 import experiment
-import harness
-from tests.conftest import ROOT
+from harness.command import Attempt, main
+from harness.console import Progress, quiet
+from harness.errors import ExperimentError, doing
+from harness.evaluation.core import check_core, save_core
+from harness.fingerprint import (
+    activations_key,
+    code_parts,
+    evaluation_keys,
+    own_modules,
+    surroundings,
+    training_key,
+)
+from harness.start import ENVIRONMENT
+from harness.store import TensorFiles, evict, kept, read_state, store_dir, write_state
+from harness.text import TokenStream, documents
+from harness.training import SAVE_EVERY, SAVE_SHARE, Checkpoints
+from tests.conftest import ROOT, replace
 from tests.test_run import words
 
 SOURCE = (ROOT / "experiment.py").read_text()
@@ -35,7 +50,7 @@ def own_cache(tmp_path: Path, monkeypatch) -> Path:
 
 
 def run(toy, out_dir: Path) -> int:
-    return toy.harness.main(toy.run, [f"--out_dir={out_dir}"])
+    return main(toy.run, [f"--out_dir={out_dir}"])
 
 
 # ------------------------------------------------------------------------------- the key
@@ -82,20 +97,20 @@ def changed_in_one_place() -> list[tuple[str, str, str]]:
 
 def test_a_constant_in_any_function_changes_the_keys_that_hang_on_it() -> None:
     """Of training: all but those of evaluation and records. Of evaluation: all but records'."""
-    training = harness.code_parts(SOURCE, NOT_TRAINING)[0]
-    evaluation = harness.code_parts(SOURCE, NOT_TRAINING[1:])[0]
+    training = code_parts(SOURCE, NOT_TRAINING)[0]
+    evaluation = code_parts(SOURCE, NOT_TRAINING[1:])[0]
     cases = changed_in_one_place()
     assert len(cases) > 40
     seen = set()
     for section, name, text in cases:
         seen.add(section)
-        changed = harness.code_parts(text, NOT_TRAINING)[0]
+        changed = code_parts(text, NOT_TRAINING)[0]
         if section in NOT_TRAINING:
             assert changed == training, name
         else:
             differing = {n for n in changed | training if changed.get(n) != training.get(n)}
             assert differing == {name}, (name, differing)
-        changed = harness.code_parts(text, NOT_TRAINING[1:])[0]
+        changed = code_parts(text, NOT_TRAINING[1:])[0]
         assert (changed == evaluation) == (section == "RECORDS"), name
     assert {"THE", "TRAINING", "EVALUATION", "RECORDS", "MAIN"} <= seen
 
@@ -119,7 +134,7 @@ def test_a_constant_in_any_function_changes_the_keys_that_hang_on_it() -> None:
         ("    lr: float = 1.5e-3  #", "    aux = 1.0\n    lr: float = 1.5e-3  #", True),
         ("    k_start = min(", '    PROFILES["tinylm"]\n    k_start = min(', True),
         ("    k_start = min(", '    globals()["layer_metrics"]\n    k_start = min(', True),
-        ("texts = harness.documents(settings.training_text", "texts = SHOWN(settings.training_text",
+        ("texts = documents(settings.training_text", "texts = SHOWN(settings.training_text",
          True),
     ],
 )
@@ -129,17 +144,17 @@ def test_what_else_trains_anew(old: str, new: str, anew: bool) -> None:
     else:
         assert SOURCE.count(old) == 1
         text = SOURCE.replace(old, new)
-    parts = harness.code_parts(SOURCE, NOT_TRAINING)[0]
-    assert (harness.code_parts(text, NOT_TRAINING)[0] != parts) == anew
+    parts = code_parts(SOURCE, NOT_TRAINING)[0]
+    assert (code_parts(text, NOT_TRAINING)[0] != parts) == anew
 
 
 def test_code_of_the_evaluation_that_training_calls_is_in_its_key() -> None:
     """Directly, or by way of another function of an excluded section."""
     text = SOURCE.replace("    return min(rise, fall)", "    return layer_metrics(rise, fall)")
-    parts = harness.code_parts(text, NOT_TRAINING)[0]
+    parts = code_parts(text, NOT_TRAINING)[0]
     assert "layer_metrics" in parts and "sae_name" in parts
     again = text.replace('row["training_tokens"] = training.tokens', "pass")
-    assert again != text and harness.code_parts(again, NOT_TRAINING)[0] != parts
+    assert again != text and code_parts(again, NOT_TRAINING)[0] != parts
 
 
 def test_settings_in_the_key() -> None:
@@ -149,7 +164,7 @@ def test_settings_in_the_key() -> None:
 
     def key(source: str = SOURCE, **changes) -> dict:
         s = dataclasses.replace(settings, **changes)
-        return harness.training_key(s, source, {}, "float32", cpu)
+        return training_key(s, source, {}, "float32", cpu)
 
     same = key()
     for changes in ({"probe_ks": (1, 2, 5)}, {"core_prompts": 8}, {"compare_to": "run_2"},
@@ -164,37 +179,37 @@ def test_settings_in_the_key() -> None:
     torch.set_num_threads(threads + 1)
     assert key() != same
     torch.set_num_threads(threads)
-    assert harness.training_key(settings, SOURCE, {}, "bfloat16", cpu) != same
+    assert training_key(settings, SOURCE, {}, "bfloat16", cpu) != same
 
 
 def test_a_module_of_one_s_own_and_numeric_variables_are_in_the_key(tmp_path, monkeypatch) -> None:
     """Also one that another imports; but for docstrings and comments."""
-    monkeypatch.setattr(harness, "HERE", tmp_path)
+    replace(monkeypatch, "HERE", tmp_path)
     (tmp_path / "losses.py").write_text("import parts\n")
     (tmp_path / "parts").mkdir()
     (tmp_path / "parts" / "tanh.py").write_text('"""Words."""\nX = 1\n')
     source = "import numpy\ndef f():\n    from losses import huber\n"
-    first = harness.own_modules(source)
+    first = own_modules(source)
     assert set(first) == {"losses.py", "parts/tanh.py"}
     (tmp_path / "parts" / "tanh.py").write_text('"""Other words."""\nX = 1  # one\n')
-    harness.own_modules.cache_clear()
-    assert harness.own_modules(source) == first
+    own_modules.cache_clear()
+    assert own_modules(source) == first
     (tmp_path / "parts" / "tanh.py").write_text("X = 2\n")
-    harness.own_modules.cache_clear()
-    assert harness.own_modules(source) != first
+    own_modules.cache_clear()
+    assert own_modules(source) != first
     monkeypatch.undo()
-    harness.own_modules.cache_clear()
+    own_modules.cache_clear()
     settings = experiment.settings_of("run_1", "tinylm")
-    before = harness.surroundings(settings, SOURCE, torch.device("cpu"))
-    assert {"harness.py", "tinylm/corpus.py"} <= set(before["file"])
-    monkeypatch.setitem(harness.ENVIRONMENT, "OMP_SCHEDULE", "dynamic")
-    assert harness.surroundings(settings, SOURCE, torch.device("cpu")) != before
+    before = surroundings(settings, SOURCE, torch.device("cpu"))
+    assert {"harness/store.py", "tinylm/corpus.py"} <= set(before["file"])
+    monkeypatch.setitem(ENVIRONMENT, "OMP_SCHEDULE", "dynamic")
+    assert surroundings(settings, SOURCE, torch.device("cpu")) != before
     monkeypatch.undo()
     reads = SOURCE + '\nX = float(os.environ.get("FACTOR", 1)) + len(os.environ["PLACE"])\n'
-    before = harness.surroundings(settings, reads, torch.device("cpu"))
+    before = surroundings(settings, reads, torch.device("cpu"))
     for name in ("FACTOR", "PLACE", "OTHER"):
-        monkeypatch.setitem(harness.ENVIRONMENT, name, "3")
-        after = harness.surroundings(settings, reads, torch.device("cpu"))
+        monkeypatch.setitem(ENVIRONMENT, name, "3")
+        after = surroundings(settings, reads, torch.device("cpu"))
         assert (after == before) == (name == "OTHER"), name
         before = after
 
@@ -209,7 +224,7 @@ def test_the_keys_of_evaluations() -> None:
     def keys(source: str = SOURCE, sae=sae, **changes) -> list[dict]:
         s = dataclasses.replace(settings, **changes)
         return [
-            harness.evaluation_keys({"sae": sae}, s, source, [root])["sae"]
+            evaluation_keys({"sae": sae}, s, source, [root])["sae"]
             for root in ("core_evaluation", "sparse_probing")
         ]
 
@@ -239,8 +254,8 @@ STATE = {
 
 
 def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
-    harness.write_state(STATE, tmp_path / "state")
-    back = harness.read_state(tmp_path / "state")
+    write_state(STATE, tmp_path / "state")
+    back = read_state(tmp_path / "state")
     assert list(back) == list(STATE) and back["number"] == 0.1 and back["text"] is None
     assert torch.equal(back["a"], STATE["a"]) and torch.equal(back["random"], STATE["random"])
     assert back["pairs"][7] == [1, (2,)] and back["pairs"][2, 0]["x"].shape == ()
@@ -250,7 +265,7 @@ def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
 def test_a_damaged_checkpoint_is_set_aside_and_never_read(
     own_cache: Path, capsys, damage: str
 ) -> None:
-    checkpoints = harness.Checkpoints({"a": 1})
+    checkpoints = Checkpoints({"a": 1})
     checkpoints.save(lambda: STATE, 0.25)
     checkpoints.save(lambda: STATE | {"number": 0.2}, 0.5)
     (path,) = checkpoints.folder.glob("*.safetensors")
@@ -259,7 +274,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_never_read(
         content[-5] ^= 1
     path.write_bytes(content[: {"cut short": len(content) - 3, "emptied": 0}.get(damage)])
     checkpoints.close()
-    again = harness.Checkpoints({"a": 1})
+    again = Checkpoints({"a": 1})
     assert again.load() is None
     out = capsys.readouterr().out
     assert f"{path} is damaged: set aside as {path.name}.damaged, and made again" in out
@@ -269,7 +284,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_never_read(
 
 
 def test_only_one_process_saves_a_training_and_others_may_read_it(own_cache: Path, capsys) -> None:
-    first, second = harness.Checkpoints({"a": 1}), harness.Checkpoints({"a": 1})
+    first, second = Checkpoints({"a": 1}), Checkpoints({"a": 1})
     assert "another process is at the same one" in capsys.readouterr().out
     first.save(lambda: STATE, 0.5)
     second.save(lambda: STATE | {"number": 9}, 0.75)
@@ -280,9 +295,9 @@ def test_only_one_process_saves_a_training_and_others_may_read_it(own_cache: Pat
 
 def test_saving_keeps_to_its_share_of_the_time(own_cache: Path, monkeypatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(harness.time, "monotonic", lambda: now[0])
-    checkpoints = harness.Checkpoints({"a": 1})
-    now[0] = harness.SAVE_EVERY - 1
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    checkpoints = Checkpoints({"a": 1})
+    now[0] = SAVE_EVERY - 1
     assert not checkpoints.due()
     now[0] += 1
     assert checkpoints.due()
@@ -291,9 +306,9 @@ def test_saving_keeps_to_its_share_of_the_time(own_cache: Path, monkeypatch) -> 
         path.touch()
         now[0] += 10
 
-    monkeypatch.setattr(harness, "write_state", write)
+    replace(monkeypatch, "write_state", write)
     checkpoints.save(lambda: STATE, 0.5)
-    now[0] += 10 / harness.SAVE_SHARE - 1
+    now[0] += 10 / SAVE_SHARE - 1
     assert not checkpoints.due()
     now[0] += 1
     assert checkpoints.due()
@@ -310,38 +325,38 @@ def test_what_is_kept_is_computed_once_and_the_oldest_goes_first(
         return [n, float("nan"), "x" * 1000]
 
     for n in (1, 2, 3, 1):
-        assert harness.kept("squares", {"n": (n,)}, compute, n)[0] == n
+        assert kept("squares", {"n": (n,)}, compute, n)[0] == n
     assert calls == [1, 2, 3]
     files = sorted((own_cache / "store" / "squares").iterdir(), key=lambda f: f.stat().st_mtime)
     tomorrow = time.time() + 86400  # a clock that jumped back left this
     os.utime(files[0], (tomorrow, tomorrow))
-    monkeypatch.setattr(harness, "STORE_GB", 2500e-9)
-    assert harness.kept("squares", {"n": (4,)}, compute, 4)[0] == 4
+    replace(monkeypatch, "STORE_GB", 2500e-9)
+    assert kept("squares", {"n": (4,)}, compute, 4)[0] == 4
     left = set((own_cache / "store" / "squares").iterdir())
     assert len(left) == 2 and files[0] in left and files[1] not in left
     # What another process is at stays, however old.
-    busy = harness.Checkpoints({"a": 1})
+    busy = Checkpoints({"a": 1})
     busy.save(lambda: STATE, 0.5)
     (path,) = busy.folder.glob("*.safetensors")
     os.utime(path, (0, 0))
-    monkeypatch.setattr(harness, "STORE_GB", 0.0)
-    harness.evict()
+    replace(monkeypatch, "STORE_GB", 0.0)
+    evict()
     assert path.exists() and not any((own_cache / "store" / "squares").iterdir())
     busy.close()
-    harness.evict()
+    evict()
     assert not path.exists()
-    harness.kept("squares", {"n": (5,)}, compute, 5)
+    kept("squares", {"n": (5,)}, compute, 5)
     done = subprocess.run(["make", "clean-cache"], cwd=ROOT, capture_output=True, text=True)
-    assert f"{harness.store_dir()} emptied: 0.0 MB; logs stay" in done.stdout, done.stderr
-    assert not harness.store_dir().exists()
+    assert f"{store_dir()} emptied: 0.0 MB; logs stay" in done.stdout, done.stderr
+    assert not store_dir().exists()
 
 
 def test_trained_halfway_by_threads_the_rest_comes_out_the_same(
     toy, toy_lm, tmp_path: Path, own_cache: Path, monkeypatch
 ) -> None:
     """After each filling of the buffer, in every form; the text starts again meanwhile."""
-    monkeypatch.setattr(harness, "SAVE_EVERY", 0.0)
-    monkeypatch.setattr(harness, "SAVE_SHARE", 1e9)
+    replace(monkeypatch, "SAVE_EVERY", 0.0)
+    replace(monkeypatch, "SAVE_SHARE", 1e9)
     for name in ("run_1", "run_6", "run_10"):
         settings = dataclasses.replace(
             toy.settings_of(name, "tinylm"), seeds=(0, 1), training_tokens=49_152,
@@ -350,8 +365,8 @@ def test_trained_halfway_by_threads_the_rest_comes_out_the_same(
         fixed = toy.constants(settings, tmp_path / name)
 
         def train(checkpoints, fillings=None, settings=settings, fixed=fixed):
-            stream = harness.TokenStream(
-                harness.documents("toy", "train"), toy_lm.tokenizer, settings.context
+            stream = TokenStream(
+                documents("toy", "train"), toy_lm.tokenizer, settings.context
             )
             buffer = toy.ActivationBuffer(toy_lm, stream, settings.layers, 8)
             take, left = buffer.take, [fillings]
@@ -372,7 +387,7 @@ def test_trained_halfway_by_threads_the_rest_comes_out_the_same(
 
         whole = train(None)
         expected = (tmp_path / "log.jsonl").read_text().count("\n")
-        checkpoints = harness.Checkpoints({"name": name})
+        checkpoints = Checkpoints({"name": name})
         for _ in range(3):
             with pytest.raises(KeyboardInterrupt):
                 train(checkpoints, fillings=1)
@@ -399,14 +414,14 @@ def test_a_reduced_count_of_tokens_is_reused_on_resume(
     evaluate = toy.evaluate
     monkeypatch.setattr(
         toy, "evaluate",
-        lambda s, *rest: evaluate(s, *rest) if harness.Progress.prefix else 1 / 0,
+        lambda s, *rest: evaluate(s, *rest) if Progress.prefix else 1 / 0,
     )  # fmt: skip
     assert run(toy, tmp_path / "run_1") == 1
     said = words(capsys.readouterr().err)
     assert said["cause"].startswith("ZeroDivisionError")
     assert "it goes on from what is kept (activations, training)" in said["to do"]
     monkeypatch.setattr(toy, "evaluate", evaluate)
-    monkeypatch.setattr(harness, "fit_budget", lambda *_: pytest.fail("decided anew"))
+    replace(monkeypatch, "fit_budget", lambda *_: pytest.fail("decided anew"))
     assert run(toy, tmp_path / "run_1") == 0
     info = json.loads((tmp_path / "run_1" / "final_info.json").read_text())
     assert info["layer_0"]["means"]["training_tokens"] == 2048
@@ -428,8 +443,8 @@ def test_activations_are_harvested_once(toy, toy_lm, tmp_path, own_cache, monkey
 
     def taken(amounts: list[int], key: dict | None, state: dict | None = None):
         n_passes[0] = 0
-        texts = harness.documents("toy", "train")
-        stream = harness.TokenStream(texts, toy_lm.tokenizer, settings.context)
+        texts = documents("toy", "train")
+        stream = TokenStream(texts, toy_lm.tokenizer, settings.context)
         buffer = toy.ActivationBuffer(toy_lm, stream, settings.layers, 8, key)
         if state:
             buffer.load_state_dict(state)
@@ -460,27 +475,27 @@ def test_activations_are_harvested_once(toy, toy_lm, tmp_path, own_cache, monkey
 
 def test_tensors_are_written_while_work_goes_on(own_cache: Path, monkeypatch, capsys) -> None:
     """Whole once `flush` returns; a disk that is full is said once, and costs the keeping alone."""
-    write, begun, go_on = harness.write_state, threading.Event(), threading.Event()
+    write, begun, go_on = write_state, threading.Event(), threading.Event()
 
     def slowly(state: object, path: Path) -> None:
         begun.set()
         assert go_on.wait(10)
         write(state, path)
 
-    monkeypatch.setattr(harness, "write_state", slowly)
-    files = harness.TensorFiles("things", {"of": 1})
+    replace(monkeypatch, "write_state", slowly)
+    files = TensorFiles("things", {"of": 1})
     files.keep("a", {"x": torch.arange(4)})  # returns at once
     assert begun.wait(10) and files.find("a") is None
     go_on.set()
     files.keep("b", {"x": torch.arange(5)})
     files.flush()
-    again = harness.TensorFiles("things", {"of": 1})
+    again = TensorFiles("things", {"of": 1})
     assert [len(again.find(name)["x"]) for name in "ab"] == [4, 5]
 
     def full(state: object, path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(harness, "write_state", full)
+    replace(monkeypatch, "write_state", full)
     for name in "cd":
         files.keep(name, {"x": torch.arange(4)})
     files.flush()
@@ -490,7 +505,7 @@ def test_tensors_are_written_while_work_goes_on(own_cache: Path, monkeypatch, ca
     def broken(state: object, path: Path) -> None:
         raise TypeError("a state that is none")
 
-    monkeypatch.setattr(harness, "write_state", broken)
+    replace(monkeypatch, "write_state", broken)
     again.keep("e", {"x": torch.arange(4)})
     with pytest.raises(TypeError, match="a state that is none"):
         again.flush()
@@ -502,7 +517,7 @@ def test_the_keys_of_activations(toy, toy_lm, monkeypatch) -> None:
 
     def key(source: str = SOURCE, **changes) -> dict:
         s = dataclasses.replace(settings, **changes)
-        return harness.activations_key(s, source, "float32", toy_lm)
+        return activations_key(s, source, "float32", toy_lm)
 
     same = key()
     assert key(lr=1.0, batch=64, seeds=(3,), training_tokens=2_000_000, d_sae=64) == same
@@ -524,7 +539,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
 
     def breaks(sae, x_BD, *rest):
         found = loss(sae, x_BD, *rest)
-        if sae.cfg.hook_layer == 2 and not harness.Progress.prefix:
+        if sae.cfg.hook_layer == 2 and not Progress.prefix:
             calls.append(x_BD)
             if len(calls) == 12:
                 found.total = found.total * torch.nan
@@ -582,8 +597,8 @@ def test_silent_sae_and_results_of_another_layer(
     assert "must not be recorded as another's" in said["cause"]
     monkeypatch.setattr(toy, "new_sae", new)
 
-    save = harness.save_core
-    monkeypatch.setattr(harness, "save_core", lambda name, *rest: name == "layer_2_seed_0"
+    save = save_core
+    replace(monkeypatch, "save_core", lambda name, *rest: name == "layer_2_seed_0"
                         or save(name, *rest))  # fmt: skip
     assert run(toy, tmp_path / "run_1") == 1
     cause = words(capsys.readouterr().err)["cause"]
@@ -598,7 +613,7 @@ def test_garbage_from_an_edited_evaluation_is_not_recorded(
 
     def garbage(*arguments):
         found = score(*arguments)
-        for metrics in found.values() if not harness.Progress.prefix else ():
+        for metrics in found.values() if not Progress.prefix else ():
             metrics["sae_top_5_test_accuracy"] = -1.0
         return found
 
@@ -645,12 +660,14 @@ def test_folders_that_are_no_run_s_are_left_alone(toy, tmp_path: Path, capsys) -
 def test_nobody_listens(tmp_path: Path, own_cache: Path) -> None:
     """`python experiment.py … | head -1` ends in last words, or goes on; never in silence."""
     code = """if True:
-        import sys, harness
+        import sys
+        from harness.command import main
+        from harness.console import quiet, say
         def run(out_dir, log):
-            with harness.quiet(log):
-                harness.say("x" * 100000)
+            with quiet(log):
+                say("x" * 100000)
                 raise ValueError("the cause")
-        sys.exit(harness.main(run, ["--out_dir=run_x"]))"""
+        sys.exit(main(run, ["--out_dir=run_x"]))"""
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=write,
@@ -661,10 +678,10 @@ def test_nobody_listens(tmp_path: Path, own_cache: Path) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
 def test_core_scalars_that_cannot_be(value: float) -> None:
-    with pytest.raises(harness.ExperimentError, match="mse is .*, which can't be right"):
-        harness.check_core("layer_2", {"l0": 4.0, "mse": value})
-    with pytest.raises(harness.ExperimentError, match="L0 is 0, no feature is active"):
-        harness.check_core("layer_2", {"l0": 0.0, "mse": 1.0})
+    with pytest.raises(ExperimentError, match="mse is .*, which can't be right"):
+        check_core("layer_2", {"l0": 4.0, "mse": value})
+    with pytest.raises(ExperimentError, match="L0 is 0, no feature is active"):
+        check_core("layer_2", {"l0": 0.0, "mse": 1.0})
 
 
 # ------------------------------------------------------------------------------- the last words
@@ -672,13 +689,13 @@ def test_core_scalars_that_cannot_be(value: float) -> None:
 
 def test_last_words_fit_whatever_was_said_before(tmp_path: Path, own_cache, capfd) -> None:
     def noisy(out_dir: Path, log: Path) -> None:
-        with harness.quiet(log):
+        with quiet(log):
             for n in range(1000):
                 os.write(2, b"\rLoading checkpoint shards: %d" % n)
-        with harness.doing("layer 7"), harness.doing("tinylm/B/subject"):
+        with doing("layer 7"), doing("tinylm/B/subject"):
             raise ValueError("beginning " + 5000 * "noise\n" + " the end; hf_abcdefghijk")
 
-    assert harness.main(noisy, [f"--out_dir={tmp_path / 'run_1'}"]) == 1
+    assert main(noisy, [f"--out_dir={tmp_path / 'run_1'}"]) == 1
     error = capfd.readouterr().err
     assert len(error) <= 1500 and "Loading" not in error and "hf_a" not in error
     said = words(error)
@@ -689,10 +706,10 @@ def test_last_words_fit_whatever_was_said_before(tmp_path: Path, own_cache, capf
 
 
 def test_sys_exit_in_the_middle_is_a_failure(tmp_path: Path, own_cache: Path, capsys) -> None:
-    assert harness.main(lambda out_dir, log: exit(0), [f"--out_dir={tmp_path / 'run_1'}"]) == 1
+    assert main(lambda out_dir, log: exit(0), [f"--out_dir={tmp_path / 'run_1'}"]) == 1
     assert "SystemExit" in words(capsys.readouterr().err)["cause"]
     with pytest.raises(SystemExit):
-        harness.main(lambda out_dir, log: None, ["--help"])
+        main(lambda out_dir, log: None, ["--help"])
 
 
 def test_the_next_start_tells_of_a_death_without_a_word(
@@ -702,23 +719,23 @@ def test_the_next_start_tells_of_a_death_without_a_word(
     out_dir, log = tmp_path / "run_1", tmp_path / "log"
 
     def dies() -> None:
-        attempt = harness.Attempt(out_dir, log)
-        harness.Progress.stage("core evaluation")
+        attempt = Attempt(out_dir, log)
+        Progress.stage("core evaluation")
         record = json.loads(attempt.path.read_text())
         assert record["stage"] == "core evaluation" and record["memory_gb"] > 0.05
         attempt.over.set()  # no heartbeat any more
         os.close(attempt.lock)
         record |= {"machine_gb": 15.5, "total_gb": 16.0, "seconds": 312.0}
         attempt.path.write_text(json.dumps(record))
-        harness.Attempt.current = None
+        Attempt.current = None
 
     dies()
     dies()
-    assert harness.main(lambda out_dir, log: None, [f"--out_dir={out_dir}"]) == 0
+    assert main(lambda out_dir, log: None, [f"--out_dir={out_dir}"]) == 0
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("the last attempt at run_1, of ")
     assert "ended without a word, as 1 before it: killed during core evaluation, after 312" in line
     assert "the machine 15.5 of 16.0; if it was for want of memory, lower core_prompts" in line
     assert str(log) in line
-    assert harness.main(lambda out_dir, log: None, [f"--out_dir={out_dir}"]) == 0
+    assert main(lambda out_dir, log: None, [f"--out_dir={out_dir}"]) == 0
     assert capsys.readouterr().err == ""

@@ -1,0 +1,19 @@
+"""The plumbing of an experiment, a room per job. Imports go down alone; this page imports nothing.
+
+    startup          from settings to a Run that can be run: pre-flight, models, texts, rehearsal
+    training         a training's log, budget and checkpoints; trainers that advance side by side
+    records          what a run writes, and the checks that it can be right
+    evaluation/      core, probing: SAE-Bench's figures, each pass of the language model made once
+    fingerprint      all that a result depends on
+    language_model   a Hugging Face model in the two forms that training and evaluation need
+    fused_gemma      Gemma-2's forward pass on a CPU, faster
+    text             from a data set to packed contexts
+    command          one attempt: lock, heartbeat, signals, last words; knows nothing of SAEs
+    store            what outlives a run: its codecs, the ledger of what was reused
+    console          what a user reads
+    machine          processor and memory
+    verdict          better or worse
+    errors           failures whose message is the whole story
+    interfaces       what the harness asks of settings, SAE and trainer
+    start            what has to be read before anything else is imported
+"""

@@ -1,0 +1,71 @@
+"""What the harness asks of settings, SAE and trainer: the answer to "what may I rename?"."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class SettingsLike(Protocol):
+    """The fields of a run's settings that the harness reads."""
+
+    model: str
+    lm_dtype: str
+    train_dtype: str
+    device: str
+    layers: tuple[int, ...]
+    context: int
+    training_text: str
+    d_sae: int
+    seeds: tuple[int, ...]
+    training_tokens: int
+    budget_minutes: float | None
+    batch: int
+    buffer_tokens: int
+    harvest_contexts: int
+    log_every: int
+    core_text: str
+    core_prompts: int
+    core_reconstruction_batches: int
+    core_sparsity_batches: int
+    probe_sets: tuple[str, ...]
+    probe_train: int
+    probe_test: int
+    probe_ks: tuple[int, ...]
+    probe_llm_batch: int
+    probe_sae_batch: int
+    probe_seed: int
+    compare_to: str
+
+
+class SAELike(Protocol):
+    """An SAE as SAE-Bench calls it, and what its export needs."""
+
+    cfg: Any
+    W_enc: Tensor
+    W_dec: Tensor
+    b_enc: Tensor
+    b_dec: Tensor
+    k: int | None
+    threshold: Tensor | None
+    scale: float
+
+    def encode(self, x: Tensor) -> Tensor: ...
+
+    def decode(self, feature_acts: Tensor) -> Tensor: ...
+
+    def folded(self) -> SAELike: ...
+
+    def adaptive(self) -> dict[str, float | None]: ...
+
+
+class TrainerLike(Protocol):
+    """One SAE and what its training needs."""
+
+    sae: SAELike
+    optimizer: torch.optim.Optimizer
+    generator: torch.Generator
+
+    def step(self, x_BD: Tensor, progress: float, log: bool) -> tuple[Tensor, dict | None]: ...

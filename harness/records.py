@@ -1,0 +1,331 @@
+"""What a run writes, and the checks that it can be right."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import platform
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from harness.errors import ExperimentError
+from harness.evaluation.probing import probing_config
+from harness.fingerprint import versions
+from harness.interfaces import SAELike, SettingsLike
+from harness.machine import memory_gb, peak_memory_gb, processor_name
+from harness.start import HERE
+from harness.store import LEDGER, sha256_file, write_atomic, write_json
+from harness.verdict import mean, primary_metric, summarize, verdict
+
+LOOSE = ("llm_top_1_test_accuracy", "llm_top_2_test_accuracy")  # probes of few dimensions vary
+
+
+def write_config(
+    settings: SettingsLike,
+    profile: str,
+    device: torch.device,
+    train_dtype: str,
+    source: str,
+    out_dir: Path,
+) -> None:
+    """Writes what ran and where: config.json, and the code itself beside it.
+
+    Args:
+        source: of experiment.py, as it was when it was started.
+    """
+    hashes = {}
+    for file, text in (("experiment.py", source),):
+        write_atomic(out_dir / file, text)
+        hashes[file] = sha256_file(out_dir / file)
+    if settings.model == "tinylm":
+        for file in ("manifest.tsv", "model.safetensors", "tokenizer.json"):
+            hashes[f"tinylm/{file}"] = sha256_file(HERE / "tinylm" / file)
+    record = {
+        "run": out_dir.name,
+        "profile": profile,
+        "settings": dataclasses.asdict(settings),
+        "model": settings.model,
+        "sha256": hashes,
+        "versions": versions(),
+        "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        "dtype": settings.lm_dtype,
+        "train_dtype": train_dtype,
+        "device": str(device),
+        "hardware": {
+            "machine": platform.machine(),
+            "processor": processor_name(),
+            "cores": len(os.sched_getaffinity(0)),
+            "memory_gb": round(memory_gb(), 1),
+            "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        },
+        "reused": [],  # see write_reused
+    }
+    write_json(out_dir / "config.json", record)
+
+
+def write_reused(out_dir: Path) -> None:
+    """Adds to config.json what an earlier attempt had paid for."""
+    path = out_dir / "config.json"
+    record = json.loads(path.read_text())
+    record["reused"] = LEDGER.reused
+    write_json(path, record)
+
+
+def read_reference(
+    settings: SettingsLike, out_dir: Path, profile: str
+) -> dict[str, list[float]] | None:
+    """The lists per seed of the run to compare with; None if it isn't there or not comparable."""
+    folder = out_dir.parent / settings.compare_to
+    if folder.resolve() == out_dir.resolve():
+        return None
+    try:
+        info = json.loads((folder / "final_info.json").read_text())
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    same_sets = config.get("settings", {}).get("probe_sets") == list(settings.probe_sets)
+    if config.get("profile") != profile or not same_sets:
+        return None
+    return info["verdict"]["final_info_dict"]
+
+
+def final_values(
+    run: Path, keys: Iterable[tuple[int, int]], metrics: Sequence[str]
+) -> dict[tuple[int, int], dict[str, float]]:
+    """The final values of metrics in another run, by (layer, seed).
+
+    A seed that the run doesn't have gets the mean over those that it has.
+
+    Raises:
+        ExperimentError: the run isn't complete, or lacks a layer or a metric.
+    """
+    path = run / "final_info.json"
+    found = {}
+    try:
+        info = json.loads(path.read_text())
+        seeds = info["verdict"]["final_info_dict"]["seed"]
+        for layer, seed in keys:
+            entry = info[f"layer_{layer}"]
+            found[layer, seed] = {
+                metric: entry["final_info_dict"][metric][seeds.index(seed)]
+                if seed in seeds
+                else entry["means"][metric]
+                for metric in metrics
+            }
+    except (OSError, ValueError, KeyError) as error:
+        raise ExperimentError(
+            f"fix_at={run.name!r} needs the final values in {path}, which can't be read "
+            f"({type(error).__name__}: {error}): run {run.name} first"
+        ) from error
+    return found
+
+
+def against_given_baseline(
+    settings: SettingsLike, layers: dict[str, dict[str, list[float]]]
+) -> tuple[str, list[str]]:
+    """The language model's own probes against those in run_0/, which don't depend on an SAE.
+
+    Compared where model, layer and probing settings are the baseline's.
+
+    Returns:
+        a line with the largest difference, empty where there is nothing to compare; and warnings
+        of what differs by over 0.01 (for the best 1 and 2 dimensions by over 0.02).
+    """
+    try:
+        info = json.loads((HERE / "run_0" / "final_info.json").read_text())
+        config = json.loads((HERE / "run_0" / "config.json").read_text())
+    except (OSError, ValueError):
+        return "", []
+    if settings.model != config["model"]:
+        return "", []
+    if dataclasses.asdict(probing_config(settings)) != config["sparse_probing"]:
+        return "", []
+    differences, warnings = {}, []
+    for layer in layers.keys() & info.keys():
+        for metric, given in info[layer]["means"].items():
+            if not metric.startswith("llm_"):
+                continue
+            found = mean(layers[layer][metric])
+            differences[f"{layer} {metric}"] = found - given
+            allowed = 0.02 if metric in LOOSE else 0.01
+            if abs(found - given) > allowed:
+                warnings.append(
+                    f"{layer}: {metric} is {found:.4f}, but {given:.4f} in the given baseline: "
+                    f"more than {allowed} apart, so model, data or versions differ"
+                )
+    if not differences:
+        return "", []
+    where = max(differences, key=lambda key: abs(differences[key]))
+    line = f"largest difference to the given baseline: {differences[where]:+.4f} ({where})"
+    return line, warnings
+
+
+def check_info(info: dict[str, dict]) -> None:
+    """ExperimentError where a figure that is to be recorded can't be right."""
+    for entry, content in info.items():
+        for metric, values in content["final_info_dict"].items():
+            for value in values:
+                accuracy = metric.endswith("accuracy") or metric == "primary"
+                if not math.isfinite(value) or (accuracy and not 0 <= value <= 1):
+                    raise ExperimentError(
+                        f"{entry}: {metric} is {value}, which can't be right, so nothing is "
+                        "recorded: look at the code that the figure comes from"
+                    )
+
+
+def check_complete(out_dir: Path) -> None:
+    """ExperimentError where a run has come to its end without its results."""
+    if not (out_dir / "final_info.json").exists():
+        raise ExperimentError(
+            f"the run ended, but there is no {out_dir.name}/final_info.json: look at write_records"
+        )
+
+
+def check_trained(trained: nn.Module, untrained: nn.Module, name: str) -> None:
+    """ExperimentError where training left an SAE as it was, or weights that are no numbers."""
+    for parameter, tensor in trained.named_parameters():
+        if not torch.isfinite(tensor).all():
+            raise ExperimentError(
+                f"{name}: {parameter} holds values that are not finite after training: "
+                "look at the loss and at lr"
+            )
+    if torch.equal(trained.W_enc, untrained.W_enc):
+        raise ExperimentError(
+            f"{name}: no training step was done, its weights are those it was initialized with: "
+            "look at the training loop"
+        )
+
+
+def check_results(
+    saes: dict[str, SAELike], evaluation: dict[str, dict], settings: SettingsLike, out_dir: Path
+) -> None:
+    """Holds what SAE-Bench wrote against the SAEs: each one's layer, hook, width and results.
+
+    The given baseline was evaluated at one layer and recorded as another.
+
+    Args:
+        saes: by name, layer_L_seed_S or layer_L_seed_S_untrained. evaluation: see `evaluate`.
+    Raises:
+        ExperimentError: one lacks a result, or has another SAE's.
+    """
+    wanted = {f"{who}_top_{k}_test_accuracy" for who in ("sae", "llm") for k in settings.probe_ks}
+    for name, sae in saes.items():
+        layer = int(name.split("_")[1])
+        expected = {
+            "layer": layer,
+            "hook": f"blocks.{layer}.hook_resid_post",
+            "width": settings.d_sae,
+        }
+        found = {"layer": sae.cfg.hook_layer, "hook": sae.cfg.hook_name, "width": len(sae.W_dec)}
+        where = {"the SAE itself": found}
+        for kind, folder in (("core", "core"), ("probing", "sparse_probing")):
+            files = list((out_dir / "eval_results" / folder).glob(f"{name}_custom_sae_*.json"))
+            if len(files) != 1 or not evaluation.get(kind, {}).get(name):
+                raise ExperimentError(
+                    f"{folder} evaluation of {name} left no result in {out_dir / 'eval_results'}: "
+                    "SAE-Bench skipped it, or the call was edited away"
+                )
+            cfg = json.loads(files[0].read_text())["sae_cfg_dict"]
+            where[f"its {folder} result"] = {
+                "layer": cfg["hook_layer"], "hook": cfg["hook_name"], "width": cfg["d_sae"],
+            }  # fmt: skip
+        for source, values in where.items():
+            if values != expected:
+                raise ExperimentError(
+                    f"{name}: expected {expected}, but {source} has {values}; "
+                    "results of one SAE must not be recorded as another's"
+                )
+        if missing := wanted - evaluation["probing"][name].keys():
+            raise ExperimentError(f"sparse probing of {name} lacks {sorted(missing)}: run it again")
+
+
+def odd_results(layers: dict[str, dict[str, list[float]]], d_sae: int) -> list[str]:
+    """What is odd in the metrics of the layers but may be true, a sentence each."""
+    warnings = []
+    for layer, metrics in layers.items():
+        value = {metric: mean(values) for metric, values in metrics.items()}
+        top, untrained = value["sae_top_5_test_accuracy"], value["untrained_top_5_test_accuracy"]
+        odd = {
+            f"the codes are dense, L0 is {value['l0']:.0f}": value["l0"] > d_sae / 4,
+            "over half of the features are dead": value["frac_alive"] < 0.5,
+            "probing on the SAE's best 5 features is at chance": top < 0.55,
+            f"the SAE's best 5 features ({top:.3f}) tell less than those of an untrained SAE "
+            f"({untrained:.3f})": top < untrained,
+        }
+        warnings += [f"{layer}: {sentence}" for sentence, holds in odd.items() if holds]
+    return warnings
+
+
+def write_records(
+    settings: SettingsLike,
+    profile: str,
+    layers: dict[str, dict[str, list[float]]],
+    shown: Iterable[str],
+    seconds: dict[str, float],
+    warnings: list[str],
+    out_dir: Path,
+) -> None:
+    """Writes warnings.json and, last, final_info.json; prints the closing block.
+
+    Args:
+        layers: {metric: a value per seed} of each layer.
+        shown: the metrics to print. seconds: by stage. warnings: found so far.
+    """
+    overall = {
+        "seed": [float(seed) for seed in settings.seeds],
+        "primary": primary_metric(layers.values()),
+        "l0": [mean(values) for values in zip(*(metrics["l0"] for metrics in layers.values()))],
+    }
+    reference = read_reference(settings, out_dir, profile)
+    sentence, numbers = verdict(overall, reference, settings.compare_to)
+    info = {name: summarize(metrics) for name, metrics in layers.items()}
+    info["verdict"] = summarize(overall)
+    info["verdict"]["means"] |= numbers
+    baseline, differing = against_given_baseline(settings, layers)
+    warnings = [*warnings, *odd_results(layers, settings.d_sae), *differing]
+    notes = [baseline] if baseline else []
+    check_info(info)
+    write_reused(out_dir)
+    write_json(out_dir / "warnings.json", warnings)
+    write_json(out_dir / "final_info.json", info)
+    print_closing_block(out_dir, profile, info, shown, seconds, warnings, notes, sentence)
+
+
+def print_closing_block(
+    out_dir: Path,
+    profile: str,
+    info: dict[str, dict],
+    shown: Iterable[str],
+    seconds: dict[str, float],
+    warnings: list[str],
+    notes: list[str],
+    sentence: str,
+) -> None:
+    """The last thing a run prints: `key: value` lines that grep can read, the verdict last.
+
+    Args:
+        info: final_info.json. shown: the metrics of a layer to print.
+    """
+    print(f"---\nrun: {out_dir.name}\nprofile: {profile}")
+    for layer, entry in info.items():
+        if layer != "verdict":
+            for metric in shown:
+                print(f"{layer}_{metric}: {entry['means'][metric]:.4f}")
+    for stage, value in seconds.items():
+        print(f"{stage}: {value:.1f}")
+    print(f"peak_memory_gb: {peak_memory_gb():.2f}")
+    for warning in warnings:
+        print(f"warning: {warning}")
+    for note in notes:
+        print(note)
+    print(f"results: {out_dir}")
+    print(f"primary: {info['verdict']['means']['primary']:.4f}")
+    print(f"verdict: {sentence}")

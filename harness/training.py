@@ -1,0 +1,543 @@
+"""A training's log, budget and checkpoints, and trainers that advance side by side."""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import json
+import math
+import os
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.console import Progress, say
+from harness.errors import ExperimentError, doing, first_line
+from harness.interfaces import SAELike, SettingsLike
+from harness.language_model import LanguageModel
+from harness.machine import in_threads, memory_for_steps
+from harness.store import (
+    LEDGER,
+    TensorFiles,
+    cannot_keep,
+    digest,
+    evict,
+    mark_used,
+    place_for,
+    plain_attributes,
+    read_state,
+    set_aside,
+    set_attributes,
+    sha256_file,
+    store_dir,
+    take_lock,
+    write_state,
+)
+from harness.text import TokenStream
+
+PASSES = 8  # of the language model whose activations are stored in one file
+SAVE_EVERY = 60.0  # seconds between two saves of a training, at least
+SAVE_SHARE = 0.025  # of the time that saving may take
+
+
+class Checkpoints:
+    """A training as far as it has come, in the store under all that it depends on.
+
+    One file, `{part done}.{the first 32 digits of its SHA-256}.safetensors`: tensors as such,
+    everything else as JSON in its header.
+
+    Args:
+        key: all that the training depends on; None: nothing is kept.
+    """
+
+    def __init__(self, key: dict[str, Any] | None) -> None:
+        self.key, self.lock, self.cost = key, None, 0.0
+        self.saved = time.monotonic()
+        if key is None:
+            return
+        self.folder = store_dir() / "training" / digest(key)
+        try:
+            self.lock = take_lock(self.folder / "lock")
+        except OSError as error:
+            cannot_keep("training", error)
+            return
+        if self.lock is None:
+            say("training: another process is at the same one and saves it; this one doesn't save")
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def load(self) -> dict[str, Any] | None:
+        """The state saved last, on the CPU; None where there is none that is whole."""
+        if self.key is None:
+            return None
+        changed = LEDGER.changed(self.key)
+        same = "code, settings, model, versions and machine"
+        for path in sorted(self.folder.glob("*.safetensors"), reverse=True):
+            try:
+                whole = sha256_file(path)[:32] == path.name.split(".")[-2]
+                if whole:
+                    state = read_state(path)
+            except OSError:  # another process has put a later one in its place
+                continue
+            if not whole:
+                with contextlib.suppress(OSError):
+                    set_aside(path)
+                continue
+            mark_used(path)
+            set_generators(state["generators"])
+            part = float(path.name.rsplit(".", 2)[0])
+            if part == 1:
+                say(f"training: kept, as {same} are unchanged; not repeated")
+            else:
+                say(f"training: goes on at {100 * part:.0f}%, as {same} are unchanged")
+            LEDGER.reuses("training", quietly=True)
+            LEDGER.keeps("training" if part == 1 else f"training up to {100 * part:.0f}%")
+            return state["state"]
+        if changed:
+            say(f"training: anew, as this differs from the last attempt: {changed}")
+        return None
+
+    def due(self) -> bool:
+        """Whether to save: `SAVE_EVERY` has passed, and saving stays within `SAVE_SHARE`."""
+        passed = time.monotonic() - self.saved
+        return passed >= max(SAVE_EVERY, self.cost / SAVE_SHARE)
+
+    def save(self, state: Callable[[], dict[str, Any]], part: float) -> None:
+        """Puts a state in the place of the one before.
+
+        Args:
+            state: returns it: tensors, numbers, strings, None; in dicts, lists and tuples.
+            part: of the training that is done; 1: all of it.
+        """
+        if self.lock is None:
+            return
+        began = time.monotonic()
+        partial = self.folder / f"partial-{os.getpid()}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_state({"state": state(), "generators": generators()}, partial)
+            with partial.open("rb") as file:  # down to the disk before it replaces the last one
+                os.fsync(file.fileno())
+            path = self.folder / f"{part:.6f}.{sha256_file(partial)[:32]}.safetensors"
+            partial.replace(path)
+            for other in self.folder.glob("*.safetensors"):
+                if other != path:
+                    other.unlink()
+            evict()
+            LEDGER.keeps("training" if part == 1 else f"training up to {100 * part:.0f}%")
+        except Exception as error:  # of what an edit has made of the state, too: training goes on
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            cannot_keep("training", error)
+        self.saved = time.monotonic()
+        self.cost = self.saved - began
+
+    def close(self) -> None:
+        """Lets other processes save the same training."""
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
+
+
+class Resumable:
+    """What `experiment.Trainer` needs to be saved between two steps.
+
+    It has an `sae`, an `optimizer` and a `generator`; whatever else an edit gives to it or to its
+    SAE as plain values is saved with them.
+    """
+
+    sae: SAELike
+    optimizer: torch.optim.Optimizer
+    generator: torch.Generator
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next steps depend on."""
+        return {
+            "sae": self.sae.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "attributes": [plain_attributes(thing) for thing in (self, self.sae)],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where another trainer of the same SAE stood."""
+        self.sae.load_state_dict(state["sae"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        for thing, attributes in zip((self, self.sae), state["attributes"]):
+            set_attributes(thing, attributes)
+
+
+def generators() -> dict[str, Any]:
+    """The states of the generators that code draws from unless it is given one."""
+    import numpy
+    kind, keys, *rest = numpy.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": (kind, torch.from_numpy(keys.astype("int64")), *rest),
+        "python": random.getstate(),
+    }
+
+
+def set_generators(states: dict[str, Any]) -> None:
+    """Sets what `generators` returned."""
+    import numpy
+    torch.set_rng_state(states["torch"])
+    if states["cuda"]:
+        torch.cuda.set_rng_state_all(states["cuda"])
+    kind, keys, *rest = states["numpy"]
+    numpy.random.set_state((kind, keys.numpy().astype("uint32"), *rest))
+    random.setstate(states["python"])
+
+
+class Course:
+    """The course of a training: steps done and in all, its records and seconds, and its saving.
+
+    Goes on from what an earlier attempt has saved. `with` opens train_log.jsonl and closes it.
+
+    Args:
+        log: train_log.jsonl.
+        checkpoints: where it is saved, whenever a filling of the buffer is used up.
+    """
+
+    OWN = ("done", "n_steps", "timed", "shortened", "records", "seconds")  # attributes to save
+
+    def __init__(self, settings: SettingsLike, log: Path, checkpoints: Checkpoints) -> None:
+        self.settings, self.log, self.checkpoints = settings, log, checkpoints
+        self.done, self.n_steps = 0, settings.training_tokens // settings.batch
+        self.timed = settings.budget_minutes is None
+        self.shortened: str | None = None  # why it takes fewer steps than the settings say
+        self.records: list[dict[str, Any]] = []
+        self.seconds = {"seconds_harvest": 0.0, "seconds_training": 0.0}
+        self.saved = checkpoints.load()
+        for name in self.OWN if self.saved else ():
+            setattr(self, name, self.saved[name])
+        # A token counts when it is read, and when an SAE learns from it.
+        self.per_step = (1 + len(settings.layers) * len(settings.seeds)) * settings.batch
+        total = self.n_steps * self.per_step
+        self.progress = Progress("train", total, "tokens read or learned")
+        self.progress.resume(self.done * self.per_step, sum(self.seconds.values()))
+
+    def __enter__(self) -> Course:
+        self.file = self.log.open("w", encoding="utf-8")
+        self.file.writelines(json.dumps(record) + "\n" for record in self.records)
+        return self
+
+    def __exit__(self, failed: type | None, *_: object) -> None:
+        self.file.close()
+        if not failed:
+            self.progress.close()
+
+    def measured(self, device: torch.device) -> dict[int, tuple[Tensor, float]]:
+        """What SAEs are centred and scaled by, as it was saved; nothing where nothing was."""
+        saved = self.saved["measured"] if self.saved else {}
+        return {layer: (mean_D.to(device), scale) for layer, (mean_D, scale) in saved.items()}
+
+    def restore(
+        self, trainers: dict[Any, Any], shuffles: dict[int, torch.Generator], buffer: Any
+    ) -> None:
+        """Puts trainers, shuffles and the buffer where they stood when they were saved."""
+        for key, trainer in trainers.items():
+            trainer.load_state_dict(self.saved["trainers"][key])
+        for seed, generator in shuffles.items():
+            generator.set_state(self.saved["shuffles"][seed])
+        buffer.load_state_dict(self.saved["buffer"])
+        self.saved = None
+
+    def next_steps(self) -> range:
+        """The steps on the next filling of the buffer; empty at the end."""
+        portion = max(self.settings.buffer_tokens // self.settings.batch, 1)
+        return range(self.done, min(self.done + portion, self.n_steps))
+
+    @contextlib.contextmanager
+    def timing(self, stage: str) -> Iterator[None]:
+        """Adds the seconds that a block takes to `seconds[stage]`."""
+        started = time.monotonic()
+        yield
+        self.seconds[stage] += time.monotonic() - started
+
+    def add(self, records: list[dict[str, Any]]) -> None:
+        """Writes records into the log."""
+        self.records += records
+        self.file.writelines(json.dumps(record) + "\n" for record in records)
+        self.file.flush()
+
+    def finish(
+        self,
+        steps: range,
+        measured: dict[int, tuple[Tensor, float]],
+        trainers: dict[Any, Any],
+        shuffles: dict[int, torch.Generator],
+        buffer: Any,
+        evaluation_seconds: Callable[[dict], float],
+    ) -> None:
+        """After these steps: fits what is left into the budget, once, and saves all when it's due.
+
+        Args:
+            evaluation_seconds: estimates how long the evaluation of these SAEs will take.
+        """
+        self.done = steps.stop
+        save = self.checkpoints.due() or self.done == self.n_steps
+        if not self.timed and self.done >= 0.05 * self.n_steps:
+            evaluation = evaluation_seconds({key: t.sae for key, t in trainers.items()})
+            self.timed = save = True
+            self.n_steps, self.shortened = fit_budget(
+                self.n_steps, self.done, sum(self.seconds.values()), evaluation,
+                self.settings.budget_minutes * 60,
+            )  # fmt: skip
+            self.progress.total = self.n_steps * self.per_step
+
+        def state() -> dict[str, Any]:
+            return {name: getattr(self, name) for name in self.OWN} | {
+                "measured": measured,
+                "trainers": {key: trainer.state_dict() for key, trainer in trainers.items()},
+                "shuffles": {seed: shuffle.get_state() for seed, shuffle in shuffles.items()},
+                "buffer": buffer.state_dict(),
+            }
+
+        if save:
+            self.checkpoints.save(state, self.done / self.n_steps)
+
+
+class ActivationStore:
+    """Harvested activations, kept for the next run on the same text and language model.
+
+    A file holds those of `PASSES` forward passes, and where the text stands after them.
+
+    Args:
+        stream: the text. It is read, and its thread started, only from where the store ends.
+        key: all that activations depend on; None: they are not kept.
+    """
+
+    def __init__(self, stream: TokenStream, key: dict[str, Any] | None) -> None:
+        self.stream = stream
+        self.number = 0  # of the next file
+        self.after: dict[str, Any] | None = None  # where the text stands, if the stream doesn't
+        self.files = TensorFiles("activations", key)
+        self.reading = self.files.on
+
+    def passes(self, n: int, harvest: Callable[[int], list[Tensor]]) -> list[Tensor]:
+        """The activations of the next forward passes: n, or `PASSES` where they are kept.
+
+        Args:
+            harvest: makes that many passes on the stream: a tensor (layers, N, D) of each.
+        """
+        if not self.files.on:
+            return harvest(n)
+        name = f"{self.number:06d}"
+        stored = self.files.find(name) if self.reading else None
+        self.number += 1
+        if stored is not None:
+            self.after = stored["after"]
+            return stored["acts"]
+        self.reading = False
+        if self.after is not None:
+            self.stream.load_state_dict(self.after)
+            self.after = None
+        acts = harvest(PASSES)
+        # The list is the caller's to change, while the tensors are still being written.
+        self.files.keep(name, {"acts": list(acts), "after": self.stream.state_dict()})
+        return acts
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the store and the text stand, once what it counts is on the disk."""
+        self.files.flush()
+        return {"number": self.number, "stream": self.after or self.stream.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where another one stood."""
+        self.number = state["number"]
+        if not self.files.on:
+            self.stream.load_state_dict(state["stream"])
+        else:
+            self.after = state["stream"]
+
+
+class Buffered(abc.ABC):
+    """Activations by the number of tokens, from what a subclass's `harvest` makes of the text.
+
+    Args:
+        lm, stream: the language model and its text.
+        layers: whose residual streams.
+        contexts: per forward pass.
+        key: all that activations depend on: they are kept under it, for the next run.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        stream: TokenStream,
+        layers: tuple[int, ...],
+        contexts: int,
+        key: dict[str, Any] | None = None,
+    ) -> None:
+        self.lm, self.stream, self.layers, self.contexts = lm, stream, layers, contexts
+        self.store = ActivationStore(stream, key)
+        self._rest: Tensor | None = None  # harvested, not yet handed out
+
+    @abc.abstractmethod
+    def harvest(self, n_passes: int) -> list[Tensor]:
+        """The activations of the next passes: a tensor (layers, N, D) of each."""
+
+    def take(self, n: int, advance: Callable[[int], None] = lambda n: None) -> Tensor:
+        """The activations of the next n tokens: (layers, n, D), on the model's device.
+
+        Args:
+            advance: called with the number of tokens of each few forward passes.
+        """
+        hf, have = self.lm.hf, 0
+        shape = (len(self.layers), n, hf.config.hidden_size)
+        taken = torch.empty(shape, device=hf.device, dtype=hf.dtype)
+        parts = [] if self._rest is None else [self._rest]
+        while have < n:
+            if not parts:
+                n_passes = max(1, (n - have) // (self.contexts * (self.stream.context - 1)))
+                parts = self.store.passes(min(n_passes, PASSES), self.harvest)
+                advance(sum(part.shape[1] for part in parts))
+            part = parts.pop(0).to(hf.device)
+            missing = n - have
+            taken[:, have : have + part.shape[1]] = part[:, :missing]
+            have, rest = have + part.shape[1], part[:, missing:]
+        self._rest = torch.cat([rest, *(part.to(hf.device) for part in parts)], dim=1)
+        return taken
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the text stands, and what is harvested and not handed out."""
+        return {"store": self.store.state_dict(), "rest": self._rest}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where another buffer on the same text stood."""
+        self.store.load_state_dict(state["store"])
+        rest = state["rest"]
+        self._rest = None if rest is None else rest.to(self.lm.hf.device)
+
+
+def take_steps(
+    settings: SettingsLike,
+    trainers: dict[tuple[int, int], Any],
+    acts_LND: Tensor,
+    orders: dict[int, Tensor],
+    steps: range,
+    n_steps: int,
+    progress: Progress,
+    run: str = "run",
+) -> list[dict[str, Any]]:
+    """Every trainer's steps on one filling of the buffer; their records, in order of steps.
+
+    `trainer.step(x_BD, progress, logging)` returns the loss and, if `logging`, a record.
+
+    On a CPU trainers run side by side, each on its own cores: a step's operations are too small
+    to be worth sharing. What a trainer computes does not depend on when the others run.
+
+    Args:
+        orders: by seed, the order in which the tokens of the buffer are drawn.
+        steps: the steps to take, of n_steps in all.
+    Raises:
+        ExperimentError: a loss is not finite.
+    """
+    last: dict[tuple[int, int], dict[str, Any]] = {key: {} for key in trainers}
+
+    def batch(key: tuple[int, int], step: int) -> Tensor:
+        layer, seed = key
+        start = (step - steps.start) * settings.batch
+        acts_ND = acts_LND[settings.layers.index(layer)]
+        return acts_ND[orders[seed][start : start + settings.batch].to(acts_ND.device)]
+
+    def some_steps(key: tuple[int, int], part: range) -> list[dict[str, Any]]:
+        records, losses = [], []
+        for step in part:
+            logging = step % settings.log_every == 0 or step == n_steps - 1
+            with doing(f"layer {key[0]}, seed {key[1]}"):
+                loss, record = trainers[key].step(batch(key, step), step / n_steps, logging)
+            losses.append(loss)
+            if record:
+                tokens = step * settings.batch
+                where = {"step": step, "tokens": tokens, "layer": key[0], "seed": key[1]}
+                speed = {"tokens_per_second": tokens / progress.seconds()}
+                records.append(where | record | speed)
+        # Looked at once in a while: a GPU would have to wait for each step otherwise.
+        wrong = (~torch.stack(losses).isfinite()).nonzero()
+        if len(wrong):
+            step, so_far = part[int(wrong[0])], losses[: int(wrong[0]) + 1]
+            records = [last[key], *(r for r in records if r["step"] < step)]
+            with doing(f"layer {key[0]}, seed {key[1]}"):
+                raise broken_loss(
+                    [float(v) for v in so_far], step, settings, batch(key, step), records[-1], run
+                )
+        last[key] = records[-1] if records else last[key]
+        return records
+
+    records: list[dict[str, Any]] = []
+    parts = [range(i, min(i + 32, steps.stop)) for i in range(steps.start, steps.stop, 32)]
+    with memory_for_steps(settings, acts_LND.shape[-1]):
+        for _, part, found in in_threads(some_steps, list(trainers), parts, acts_LND.device):
+            records += found
+            note = "fvu " + "/".join(f"{r['fvu']:.2f}" for r in last.values() if r)
+            progress.advance(len(part) * settings.batch, note)
+    place = {key: index for index, key in enumerate(trainers)}
+    return sorted(records, key=lambda r: (r["step"], place[r["layer"], r["seed"]]))
+
+
+def fit_budget(
+    n_steps: int, done: int, spent: float, evaluation: float, budget: float
+) -> tuple[int, str | None]:
+    """The steps that fit into a budget: a multiple of 5% of `n_steps`; why they are fewer, or None.
+
+    Never under twice the steps done, so that the schedules that depend on the total come to their
+    ends.
+
+    Args:
+        spent: seconds that the steps done took. evaluation, budget: seconds.
+    """
+    whole = spent * n_steps / done
+    if whole + evaluation <= budget:
+        return n_steps, None
+    least = math.ceil(20 * 2 * done / n_steps)
+    twentieths = min(max(math.floor(20 * (budget - evaluation) / whole), least), 20)
+    if twentieths == 20:
+        return n_steps, None
+    reason = (
+        f"training is shortened to {5 * twentieths}% of training_tokens: all of it would take "
+        f"{whole / 60:.0f} minutes, and evaluation about {evaluation / 60:.0f}, "
+        f"of {budget / 60:.0f} (budget_minutes)"
+    )
+    say(reason)
+    return n_steps * twentieths // 20, reason
+
+
+def broken_loss(
+    losses: Sequence[float], step: int, settings: SettingsLike, x_BD: Tensor, last: dict[str, Any],
+    run: str,
+) -> ExperimentError:
+    """What to raise where a loss is not finite; saves the batch that it came from.
+
+    Args:
+        losses: of consecutive steps, the last of them not finite. step: that one's number.
+        x_BD: its activations. last: the last record before it.
+    """
+    from safetensors.torch import save_file
+
+    path = place_for("failures") / f"{run}-step-{step}-{os.getpid()}.safetensors"
+    try:
+        save_file({"x_BD": x_BD.contiguous()}, path)
+        saved = f"its batch is in {path} (x_BD)"
+    except Exception as error:
+        saved = f"its batch could not be saved ({first_line(error)})"
+    known = {k: last[k] for k in ("step", "loss", "fvu", "l0", "tau_sel", "gamma") if k in last}
+    values = ", ".join(f"{k} {v:.4g}" for k, v in known.items() if v is not None)
+    before = f"; the loss of the step before: {losses[-2]:.4g}" if len(losses) > 1 else ""
+    return ExperimentError(
+        f"the loss is {losses[-1]} at step {step} ({step * settings.batch} tokens){before}"
+        + (f"; the last record: {values}" if values else "")
+        + f"; {saved}: look at the loss for a division by 0 or the root of one, or lower lr"
+    )
