@@ -26,9 +26,16 @@ from sae_bench.custom_saes.base_sae import BaseSAE
 from torch import Tensor, nn
 
 from harness.command import check_out_dir, main, prepare_out_dir
-from harness.console import Progress, quiet
-from harness.evaluation.core import check_core, export, formatted, mean_l0, run_core, save_core
-from harness.evaluation.probing import probe_data_set, probe_states, save_probing
+from harness.console import Progress, redirect_output
+from harness.evaluation.core import (
+    check_core,
+    export_to_saelens,
+    mean_l0,
+    prepare_for_sae_bench,
+    run_core,
+    save_core,
+)
+from harness.evaluation.probing import probe_data_set, probe_rng_states, save_probing
 from harness.fingerprint import activations_key, evaluation_keys, training_key
 from harness.machine import choose_device, choose_train_dtype, in_order, trim_memory
 from harness.records import (
@@ -42,7 +49,7 @@ from harness.records import (
     write_records as write_all_records,
 )
 from harness.startup import checked_settings, choose_profile, prepare, rehearse
-from harness.store import kept_each
+from harness.store import cached_each
 from harness.text import TokenStream, documents
 from harness.training import Buffered, Checkpoints, Course, Resumable, take_steps
 from sparse_ops import active_values, by_index_if_same, few_active, sum_of_rows
@@ -71,15 +78,15 @@ class Settings:
 
     # The SAE and its loss (DESIGN: the method).
     d_sae: int = 1024  # F, the number of features
-    form: str = "contrastive"  # "contrastive", or "as_written": the loss as first written down
+    loss_variant: str = "contrastive"  # or "as_written": the loss as it was first written down
     tau_sel: float | None = None  # selection temperature; None: learned in (0.1, 0.5)
     tau_pen: float | None = None  # penalty temperature; None: learned in (0.05, 0.25)
     gamma: float | None = None  # loss weight; None: learned in (0, 0.3)
-    fix_at: str | None = None  # fix all three at the final values of this run, layer by layer
+    constants_from_run: str | None = None  # fix all three at this run's final values, by layer
     reg_lambda: float = 0.01  # λ of L_reg, on the learned θ
-    selection: str = "token"  # the k largest of each token, or "threshold": of all, k in the mean
+    activation: str = "topk"  # of each token; "jumprelu": what is above a threshold, k in the mean
     threshold_rate: float = 0.05  # by which the threshold follows k, per step
-    frequency_weight: float = 0.0  # φ: what selected features cost, by how often each is selected
+    density_penalty: float = 0.0  # φ: what selected features cost, by how often each is selected
     curriculum: bool = True  # False: no selection, all active features reconstruct (k_min = 1)
     k_min: int = 16  # features selected per token at the end of the curriculum
     k_start_factor: float = 2.0  # the curriculum starts at k_start = k_start_factor · k_min
@@ -94,7 +101,7 @@ class Settings:
     lr_warmup: float = 0.2  # part of training over which it rises from 0, while θ settles
     lr_decay: float = 0.2  # part of training, at the end, over which it falls to 0
     theta_lr: float = 1e-2  # Adam's learning rate for θ: no warm-up, no decay
-    dead_after: int = 10_000  # tokens without firing after which a feature counts as dead
+    dead_feature_window: int = 10_000  # tokens without firing after which a feature counts as dead
     resample: bool = True  # bring dead features back, until the learning rate decays
     buffer_tokens: int = 262_144  # activations per layer held, and shuffled, at once
     harvest_contexts: int = 16  # contexts per forward pass of the language model
@@ -131,7 +138,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         batch=2048,
         lr=3e-4,
         lr_warmup=0.02,
-        dead_after=2_500_000,
+        dead_feature_window=2_500_000,
         harvest_contexts=64,
         log_every=100,
         core_text="Skylion007/openwebtext",
@@ -170,24 +177,26 @@ PLAN: dict[str, dict[str, Any]] = {
         seeds=FIVE,
     ),
     "run_7": dict(
-        description="the loss as first written", form="as_written", curriculum=False, seeds=THREE
+        description="the loss as first written", loss_variant="as_written", curriculum=False, seeds=THREE
     ),
     "run_8": dict(
         description="adaptation of the selection alone", tau_pen=0.15, gamma=0.15, seeds=THREE
     ),
-    "run_9": dict(description="adaptation against its end point", fix_at="run_1", seeds=FIVE),
-    # Learning rate, warm-up, dead_after and φ were found on tinylm; elsewhere they are a guess.
+    "run_9": dict(
+        description="adaptation against its end point", constants_from_run="run_1", seeds=FIVE
+    ),
+    # lr, lr_warmup, dead_feature_window and φ were found on tinylm; elsewhere they are a guess.
     "run_10": dict(
         description="best form found: threshold, cost by frequency",
-        selection="threshold",
+        activation="jumprelu",
         tau_sel=0.3,
         tau_pen=0.15,
         gamma=0.0,
-        frequency_weight=0.01,
+        density_penalty=0.01,
         k_start_factor=1.0,
         lr=6e-3,
         lr_warmup=0.05,
-        dead_after=30_000,
+        dead_feature_window=30_000,
         seeds=FIVE,
     ),
 }
@@ -220,7 +229,7 @@ class CustomSAE(BaseSAE):
         k: features that `encode` keeps of each token, or None.
         by_threshold: `encode` keeps what is above `threshold`, a number that `Trainer` moves.
         fixed: values of tau_sel, tau_pen or gamma that are constants; the others are learned.
-        scale: s with E‖s x‖² = D: training multiplies activations by it. See `folded`.
+        norm_scaling_factor: s with E‖s x‖² = D, by which training multiplies activations.
     """
 
     def __init__(
@@ -233,13 +242,13 @@ class CustomSAE(BaseSAE):
         dtype: torch.dtype = torch.float32,
         k: int | None = None,
         fixed: dict[str, float] | None = None,
-        scale: float = 1.0,
+        norm_scaling_factor: float = 1.0,
         by_threshold: bool = False,
     ) -> None:
         super().__init__(d_in, d_sae, model_name, hook_layer, torch.device(device), dtype)
         self.k = k
         self.fixed = dict(fixed or {})
-        self.scale = scale
+        self.norm_scaling_factor = norm_scaling_factor
         for name, (theta, _, _) in BOUNDED.items():
             zero = torch.zeros((), device=device, dtype=dtype)
             self.register_parameter(theta, None if name in self.fixed else nn.Parameter(zero))
@@ -260,7 +269,7 @@ class CustomSAE(BaseSAE):
         """The learned θ."""
         return [getattr(self, t) for n, (t, _, _) in BOUNDED.items() if n not in self.fixed]
 
-    def adaptive(self) -> dict[str, float | None]:
+    def learned_scalars(self) -> dict[str, float | None]:
         """tau_sel, tau_pen, gamma, their w = γ τ_pen, and the θ (None where there is none)."""
         values = {name: self.bounded(name).item() for name in BOUNDED}
         thetas = {t: getattr(self, t) for t, _, _ in BOUNDED.values()}
@@ -350,7 +359,7 @@ class CustomSAE(BaseSAE):
         grad.addcmul_((grad * self.W_dec).sum(1, keepdim=True), self.W_dec, value=-1)
 
     @torch.no_grad()
-    def folded(self) -> CustomSAE:
+    def fold_activation_norm_scaling(self) -> CustomSAE:
         """The same SAE for activations in raw units.
 
         f is linear in the scale: with b_enc/s, b_dec/s and threshold/s in the place of b_enc, b_dec
@@ -360,8 +369,8 @@ class CustomSAE(BaseSAE):
         raw = copy.deepcopy(self)
         for shifted in (raw.b_enc, raw.b_dec, raw.threshold):
             if shifted is not None:
-                shifted.div_(self.scale)
-        raw.scale = 1.0
+                shifted.div_(self.norm_scaling_factor)
+        raw.norm_scaling_factor = 1.0
         return raw
 
 
@@ -412,7 +421,7 @@ def contrastive_loss(
     x_BD: Tensor,
     k: int | None,
     reg_lambda: float,
-    form: str = "contrastive",
+    loss_variant: str = "contrastive",
     by_index: bool = False,
     cost_F: Tensor | None = None,
 ) -> Loss:
@@ -428,7 +437,7 @@ def contrastive_loss(
         k: S is the k largest features, or those above the SAE's threshold, which alone reconstruct
             and are not penalised. None: no selection; every active feature reconstructs, all but
             the strongest are penalised.
-        form: "as_written" is the method as it was first written down, kept as an ablation: no
+        loss_variant: "as_written" is the method as it was first written down, kept as an ablation: no
             selection, tanh(f / τ_sel) averaged over tokens and features alike, and the
             reconstruction loss is mean ‖x − x̂‖.
         by_index: f_BF below is (B, M), see `CustomSAE.features`, where few features are active.
@@ -439,7 +448,7 @@ def contrastive_loss(
     # Where nothing is penalised, features up to the threshold are of no use to the loss.
     above = sae.threshold if sae.fixed.get("gamma") == 0 else None
     f_BF, indices_BM = sae.features(x_BD, by_index, above)
-    if form == "as_written":
+    if loss_variant == "as_written":
         used_BF, penalised_BF = f_BF, f_BF
     elif k is None:
         used_BF, penalised_BF = f_BF, select(f_BF, 1)[1]
@@ -447,7 +456,7 @@ def contrastive_loss(
         used_BF, penalised_BF = select(f_BF, k, sae.threshold)
     residual_BD = x_BD - sae.decode(used_BF, indices_BM)
     saturated_BF = torch.tanh(penalised_BF * (1 / tau_sel))  # / has a backward of twice the passes
-    if form == "as_written":
+    if loss_variant == "as_written":
         reconstruction = residual_BD.norm(dim=-1).mean()
         penalty = gamma * tau_pen * saturated_BF.sum(-1).mean() / sae.cfg.d_sae
     else:
@@ -495,7 +504,7 @@ class ActivationBuffer(Buffered):
     def harvest(self, n_passes: int) -> list[Tensor]:
         """The activations of the next forward passes, (layers, N, D) of each."""
         passes = self.stream.contexts(n_passes * self.contexts).split(self.contexts)
-        special = torch.tensor(sorted(self.lm.special_ids))
+        special = torch.tensor(sorted(self.lm.special_token_ids))
 
         def one_pass(tokens_BL: Tensor) -> Tensor:
             keep_BL = ~torch.isin(tokens_BL, special)
@@ -537,21 +546,21 @@ class Trainer(Resumable):
         self.by_index: bool | None = None  # whether features may go by index; None: not yet known
 
     def dead(self) -> Tensor:
-        """(F,) bool: features that have not reconstructed anything for `dead_after` tokens."""
-        return self.steps_since_active * self.settings.batch >= self.settings.dead_after
+        """(F,) bool: features that reconstructed nothing for `dead_feature_window` tokens."""
+        return self.steps_since_active * self.settings.batch >= self.settings.dead_feature_window
 
     def step(self, x_BD: Tensor, progress: float, log: bool) -> tuple[Tensor, dict | None]:
         """One step on raw activations (B, D); the loss, and the step's record if `log`."""
         settings, sae = self.settings, self.sae
-        x_BD = x_BD.to(sae.W_enc.dtype) * sae.scale
+        x_BD = x_BD.to(sae.W_enc.dtype) * sae.norm_scaling_factor
         k = k_at(settings, progress)
         self.start_threshold(x_BD, k)
-        weight = settings.frequency_weight
+        weight = settings.density_penalty
         cost_F = weight * self.frequency_F if weight else None
 
         def loss_by(by_index: bool) -> Loss:
-            form = settings.form
-            return contrastive_loss(sae, x_BD, k, settings.reg_lambda, form, by_index, cost_F)
+            variant = settings.loss_variant
+            return contrastive_loss(sae, x_BD, k, settings.reg_lambda, variant, by_index, cost_F)
 
         with torch.autocast(x_BD.device.type, torch.bfloat16, enabled=self.autocast):
             loss = by_index_if_same(self, loss_by, list(sae.parameters()))
@@ -636,8 +645,8 @@ class Trainer(Resumable):
             "loss_reconstruction": float(loss.reconstruction),
             "loss_penalty": float(loss.penalty),
             "loss_reg": float(loss.reg),
-            **({"loss_frequency": float(loss.frequency)} if self.settings.frequency_weight else {}),
-            **sae.adaptive(),
+            **({"loss_density": float(loss.frequency)} if self.settings.density_penalty else {}),
+            **sae.learned_scalars(),
             "k_t": k,
             **({} if sae.threshold is None else {"threshold": float(sae.threshold)}),
             "l0": float((loss.used_BF > 0).sum(-1).float().mean()),
@@ -649,7 +658,7 @@ class Trainer(Resumable):
 
 def k_at(settings: Settings, progress: float) -> int | None:
     """k_t of a run at this point of its training; None where it selects nothing."""
-    if not settings.curriculum or settings.form == "as_written":
+    if not settings.curriculum or settings.loss_variant == "as_written":
         return None
     k_start = min(round(settings.k_start_factor * settings.k_min), settings.d_sae)
     return curriculum_k(progress, k_start, settings.k_min, settings.curriculum_fraction)
@@ -677,7 +686,7 @@ def new_sae(
     """
     shape = (len(mean_D), settings.d_sae, settings.model, layer, mean_D.device)
     k = None if by_threshold else k
-    sae = CustomSAE(*shape, k=k, fixed=fixed, scale=scale, by_threshold=by_threshold)
+    sae = CustomSAE(*shape, k=k, fixed=fixed, norm_scaling_factor=scale, by_threshold=by_threshold)
     sae.initialize(seed, mean_D * scale)
     sae.cfg.context_size = settings.context
     sae.cfg.dataset_path = settings.training_text
@@ -717,7 +726,7 @@ def start_trainers(
 ) -> dict[tuple[int, int], Trainer]:
     """A trainer per layer and seed. See `measure`, `train` and `Trainer`."""
     k = k_at(settings, progress=1.0)
-    by_threshold = k is not None and settings.selection == "threshold"
+    by_threshold = k is not None and settings.activation == "jumprelu"
     trainers = {}
     for layer, (mean_D, scale) in measured.items():
         for seed in settings.seeds:
@@ -810,14 +819,14 @@ def core_evaluation(
     """
     from sae_bench.evals.core import main as core
 
-    ready = {name: formatted(sae, settings) for name, sae in saes.items()}
+    ready = {name: prepare_for_sae_bench(sae, settings) for name, sae in saes.items()}
 
     def compute(names: list[str]) -> dict[str, tuple]:
         return run_core(
             {n: ready[n] for n in names}, model, settings, advance, keep=keys is not None
         )
 
-    results = kept_each("core evaluation", keys or dict.fromkeys(saes), compute)
+    results = cached_each("core evaluation", keys or dict.fromkeys(saes), compute)
     found: dict[str, dict[str, float]] = {}
     for name, (scalars, features, fvu) in results.items():
         scalars["misc_metrics"] = core.calculate_misc_metrics(features)
@@ -848,8 +857,8 @@ def sparse_probing(
         texts: by data set, the token ids of the train and the test split.
         keys: by SAE, all that its figures depend on beside the texts: they are kept under it.
     """
-    ready = {name: formatted(sae, settings) for name, sae in saes.items()}
-    states = probe_states(saes, settings)
+    ready = {name: prepare_for_sae_bench(sae, settings) for name, sae in saes.items()}
+    states = probe_rng_states(saes, settings)
     per_class: dict[str, dict] = {name: {} for name in saes}
     for dataset, split in texts.items():
         found = probe_data_set(dataset, split, ready, states, model, settings, keys)
@@ -876,22 +885,22 @@ def evaluate(
     the trained SAE has active), and was never trained. Its name ends in "_untrained".
     """
     n_batches = settings.core_reconstruction_batches + settings.core_sparsity_batches
-    trained = {key: sae.folded() for key, sae in training.saes.items()}
+    trained = {key: sae.fold_activation_norm_scaling() for key, sae in training.saes.items()}
     saes: dict[str, CustomSAE] = {}
-    with Progress("core evaluation", n_batches, "batches") as timed, quiet(log):
+    with Progress("core evaluation", n_batches, "batches") as timed, redirect_output(log):
         l0 = mean_l0(trained, model, settings)
         for (layer, seed), sae in trained.items():
             k = min(max(round(l0[layer, seed]), 1), settings.d_sae)
-            scale = training.saes[layer, seed].scale
+            scale = training.saes[layer, seed].norm_scaling_factor
             twin = new_sae(settings, layer, seed, training.mean[layer], scale, {}, k)
             name = sae_name(layer, seed)
             check_trained(training.saes[layer, seed], twin, name)
-            saes |= {name: sae, f"{name}_untrained": twin.folded()}
+            saes |= {name: sae, f"{name}_untrained": twin.fold_activation_norm_scaling()}
         keys = evaluation_keys(saes, settings, SOURCE, ["core_evaluation"])
         core = core_evaluation(saes, model, settings, out_dir, timed.advance, keys)
     seconds = {"seconds_core": timed.seconds()}
     n_probed = len(texts) * len(saes)
-    with Progress("sparse probing", n_probed, "SAEs x sets") as timed, quiet(log):
+    with Progress("sparse probing", n_probed, "SAEs x sets") as timed, redirect_output(log):
         keys = evaluation_keys(saes, settings, SOURCE, ["sparse_probing"])
         probing = sparse_probing(saes, texts, model, settings, out_dir, timed, keys)
     seconds["seconds_sparse_probing"] = timed.seconds()
@@ -966,13 +975,13 @@ def settings_of(name: str, profile: str) -> Settings:
 def constants(settings: Settings, out_dir: Path) -> dict[tuple[int, int], dict[str, float]]:
     """By layer and seed: which of tau_sel, tau_pen and gamma are constants, and their values.
 
-    With `fix_at`, all of them, at the final values that another run has for the layer and seed.
+    With `constants_from_run`, all of them: that run's final values for the layer and seed.
     """
     given = {n: getattr(settings, n) for n in BOUNDED if getattr(settings, n) is not None}
     keys = [(layer, seed) for layer in settings.layers for seed in settings.seeds]
-    if settings.fix_at is None:
+    if settings.constants_from_run is None:
         return dict.fromkeys(keys, given)
-    return final_values(out_dir.parent / settings.fix_at, keys, tuple(BOUNDED))
+    return final_values(out_dir.parent / settings.constants_from_run, keys, tuple(BOUNDED))
 
 
 def run(out_dir: Path, log: Path) -> None:
@@ -1001,7 +1010,7 @@ def run(out_dir: Path, log: Path) -> None:
         buffer = ActivationBuffer(ready.training_lm, stream, *passes, acts_key)
 
         def evaluation_seconds(saes: dict) -> float:
-            with quiet(log):
+            with redirect_output(log):
                 return evaluation_seconds(saes, model, probe_texts, settings)
 
         with Checkpoints(key) as checkpoints, contextlib.closing(stream):
@@ -1009,7 +1018,7 @@ def run(out_dir: Path, log: Path) -> None:
             training = train(settings, buffer, fixed, train_log, evaluation_seconds, checkpoints)
         Progress.stage("export")
         for (layer, seed), sae in training.saes.items():
-            export(sae, settings, out_dir / "sae" / f"layer_{layer}" / f"seed_{seed}")
+            export_to_saelens(sae, settings, out_dir / "sae" / f"layer_{layer}" / f"seed_{seed}")
         evaluation, seconds = evaluate(settings, training, probe_texts, model, out_dir, log)
         Progress.stage("records")
         seconds = training.seconds | seconds | {"seconds_total": time.monotonic() - STARTED}

@@ -24,6 +24,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from harness.verdict import (
     MAX_L0_RATIO,
     MIN_SEEDS,
+    PRIMARY,
     PRIMARY_KS,
     mean,
     paired,
@@ -79,7 +80,7 @@ LOSSES = (
     ("loss_reconstruction", "reconstruction\n(part of the loss)", "log"),
     ("loss_penalty", "penalty\n$\\gamma\\,L_{pen}$", "log"),
     ("loss_reg", "regularization\n$L_{reg}$", "log"),
-    ("loss_frequency", "cost by frequency\n$\\varphi\\,L_{freq}$", "log"),  # where a run has it
+    ("loss_density", "cost by frequency\n$\\varphi\\,L_{freq}$", "log"),  # where a run has it
 )
 SPARSITY = (
     ("l0", "L0\n(active features)", "log"),
@@ -258,7 +259,7 @@ def per_seed(run):
         seeds = list(range(len(lists[0])))
     l0s = [layer.get("l0") if isinstance(layer.get("l0"), list) else [] for layer in layers]
     l0 = [mean([number(v) for v in values]) for values in zip(*l0s)] or [math.nan]
-    return {"seed": seeds, "primary": primary_metric(layers), "l0": l0}
+    return {"seed": seeds, PRIMARY: primary_metric(layers), "l0": l0}
 
 
 def seed_means(run, metric):
@@ -267,7 +268,7 @@ def seed_means(run, metric):
     if found is None:
         return {}
     if metric == "primary":
-        return dict(zip(found["seed"], found["primary"]))
+        return dict(zip(found["seed"], found[PRIMARY]))
     lists = [layer["final_info_dict"].get(metric) for layer in run["layers"].values()]
     if not all(isinstance(values, list) and len(values) == len(found["seed"]) for values in lists):
         return {}
@@ -336,7 +337,7 @@ def is_fixed(run, metric):
     """True where the settings hold a temperature or the weight constant."""
     settings = run["settings"]
     return metric in BOUNDS and (math.isfinite(number(settings.get(metric)))
-                                 or bool(settings.get("fix_at")))
+                                 or bool(settings.get("constants_from_run")))
 
 
 def ablation_rows(runs, reference):
@@ -353,7 +354,7 @@ def ablation_rows(runs, reference):
             "kind": "given" if run["given"] else "run", "run": run, "label": run["label"],
             "tests": GIVEN if run["given"] else run["tests"],
             "primary": primary(run), "untrained": primary(run, "untrained"),
-            "stderr": stderr(seeds["primary"]) if seeds else math.nan,
+            "stderr": stderr(seeds[PRIMARY]) if seeds else math.nan,
             "seeds": len(seeds["seed"]) if seeds else "-", "verdict": verdict,
             **difference(figures), "p": figures.get("p", math.nan),
             "paired": figures.get("n_paired_seeds", 0), "fvu_difference": difference(
@@ -507,11 +508,11 @@ def plain_log_axis(axis, low, high):
         ticks = [v for d in decades for s in steps if low <= (v := float(s * 10.0**d)) <= high]
         if len(ticks) >= 3:
             break
-    kept = ticks[:1]
+    cached = ticks[:1]
     for tick in ticks[1:]:  # no two labels closer than an eighth of the axis
-        if math.log(tick / kept[-1]) >= math.log(high / low) / 8:
-            kept.append(tick)
-    axis.set_ticks(kept or [low, high])
+        if math.log(tick / cached[-1]) >= math.log(high / low) / 8:
+            cached.append(tick)
+    axis.set_ticks(cached or [low, high])
     axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.4g}" if 1e-3 < v < 1e4
                                            else f"{v:.2g}".replace("e-0", "e-")))
     axis.set_minor_locator(NullLocator())

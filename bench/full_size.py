@@ -32,8 +32,8 @@ from torch import Tensor  # noqa: E402
 
 import experiment  # noqa: E402
 from experiment import Settings  # noqa: E402
-from harness.console import Progress, quiet
-from harness.evaluation.core import formatted, run_core
+from harness.console import Progress, redirect_output
+from harness.evaluation.core import prepare_for_sae_bench, run_core
 from harness.fingerprint import versions
 from harness.language_model import LanguageModel
 from harness.machine import peak_memory_gb, processor_name
@@ -268,7 +268,7 @@ def measure(
     progress.close()
     flops = len(keys) * n_steps * step_flops(settings, config.hidden_size)
     stages.add("SAE steps", seconds, n_learned, flops)
-    saes = {key: trainer.sae.folded() for key, trainer in trainers.items()}
+    saes = {key: trainer.sae.fold_activation_norm_scaling() for key, trainer in trainers.items()}
     del acts_LND, trainers, buffer
 
     n_batches = settings.core_reconstruction_batches + settings.core_sparsity_batches
@@ -279,13 +279,13 @@ def measure(
         times.append(now(device))
         progress.advance(n)
 
-    with tempfile.TemporaryDirectory() as folder, quiet(Path(folder) / "log"):
+    with tempfile.TemporaryDirectory() as folder, redirect_output(Path(folder) / "log"):
         started = now(device)
         model = lm.hooked()
         stages.add("build its TransformerLens form", now(device) - started)
         text = write_text(Path(folder) / "text", stream, (n_batches + 1) * settings.core_prompts)
         settings = dataclasses.replace(settings, core_text=str(text))
-        ready = {key: formatted(sae, settings) for key, sae in saes.items()}
+        ready = {key: prepare_for_sae_bench(sae, settings) for key, sae in saes.items()}
         results = run_core(ready, model, settings, advance)
         seconds = now(device) - times[0]
     progress.close()

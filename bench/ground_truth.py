@@ -47,9 +47,9 @@ N_FEATURES, WIDTH = 512, 128
 # What a threshold loses true features by: when silent ones come back. SAELens' trainers count a
 # feature as dead after 100,000 tokens.
 FORMS = {
-    f"{quality.UNWEIGHTED}, dead after 10,000": {"dead_after": 10_000},
-    f"{quality.UNWEIGHTED}, dead after 100,000": {"dead_after": 100_000},
-    f"{quality.UNWEIGHTED}, k of each token": {"selection": "token"},
+    f"{quality.UNWEIGHTED}, dead after 10,000": {"dead_feature_window": 10_000},
+    f"{quality.UNWEIGHTED}, dead after 100,000": {"dead_feature_window": 100_000},
+    f"{quality.UNWEIGHTED}, k of each token": {"activation": "topk"},
 }
 # JumpReLU (tanh) has no L0 near the true one: between two coefficients it falls from 50 to 7.
 METHODS = (

@@ -21,10 +21,10 @@ from torch import Tensor
 
 import experiment
 from experiment import Settings
-from harness.evaluation.core import core_config, core_store, formatted
+from harness.evaluation.core import core_config, core_store, prepare_for_sae_bench
 from harness.evaluation.probing import probing_config
 from harness.language_model import LanguageModel
-from harness.text import TokenStream, special_ids
+from harness.text import TokenStream, special_token_ids
 
 # Last, so that what the environment has comes first.
 sys.path.append(str(Path(__file__).resolve().parent / ".peers"))
@@ -174,18 +174,18 @@ def transformer_lens_harvest(
 ) -> Call:
     """run_with_cache that stops after the last layer wanted: one pass for all, or one for each."""
     names = [hooks(settings)] if together else [[name] for name in hooks(settings)]
-    special = torch.tensor(sorted(special_ids(model.tokenizer)))
+    special = torch.tensor(sorted(special_token_ids(model.tokenizer)))
 
     @torch.no_grad()
     def call() -> float:
-        kept = []
+        cached = []
         for part_BL in tokens_NL.split(settings.harvest_contexts):
             keep_BL = ~torch.isin(part_BL, special)
             for some in names:
                 last = max(int(name.split(".")[1]) for name in some)
                 cache = model.run_with_cache(part_BL, names_filter=some, stop_at_layer=last + 1)[1]
-                kept += [cache[name][keep_BL] for name in some]
-        return sum(map(len, kept)) / len(settings.layers)
+                cached += [cache[name][keep_BL] for name in some]
+        return sum(map(len, cached)) / len(settings.layers)
 
     return call
 
@@ -202,18 +202,18 @@ def saelens_harvest(model: Any, tokens_NL: Tensor, settings: Settings, together:
             model, dataset=rows, hook_names=some, total_training_tokens=1, streaming=False,
             hook_d_ins=dict.fromkeys(some, model.cfg.d_model), context_size=settings.context,
             store_batch_size_prompts=settings.harvest_contexts,
-            exclude_special_tokens=torch.tensor(sorted(special_ids(model.tokenizer))),
+            exclude_special_tokens=torch.tensor(sorted(special_token_ids(model.tokenizer))),
         )
         for some in names
     ]  # fmt: skip
 
     def call() -> float:
-        kept = 0
+        cached = 0
         for store in stores:
             for _ in range(len(tokens_NL) // settings.harvest_contexts):
                 batch = store._get_filtered_multi_hook_llm_batch()  # what its loader calls
-                kept += sum(map(len, batch.values()))
-        return kept / len(settings.layers)
+                cached += sum(map(len, batch.values()))
+        return cached / len(settings.layers)
 
     return call
 
@@ -385,13 +385,13 @@ def stock_evaluation(
     from sae_bench.evals.sparse_probing import main as probing
 
     figures = {}
-    ignored = special_ids(model.tokenizer)
+    ignored = special_token_ids(model.tokenizer)
     load = torch.load
     torch.load = lambda path: load(path, weights_only=False)  # SAE-Bench's own, just written
     try:
         with tempfile.TemporaryDirectory() as folder:
             for name, sae in saes.items():
-                ready = formatted(sae, settings)
+                ready = prepare_for_sae_bench(sae, settings)
                 store = core_store(settings, model, ready)
                 config = core_config(settings)
                 scalars, _ = core.run_evals(ready, store, model, config, ignore_tokens=ignored)

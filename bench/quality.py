@@ -49,7 +49,7 @@ import experiment
 import plot
 from bench.trainers import PeerTrainer, exported
 from experiment import Settings
-from harness.console import Progress, quiet
+from harness.console import Progress, redirect_output
 from harness.evaluation.probing import read_probe_texts
 from harness.fingerprint import activations_key
 from harness.fused_gemma import for_harvest
@@ -101,7 +101,7 @@ def planned(name: str) -> dict[str, Any]:
 
 
 UNWEIGHTED_OPTIONS = planned("run_10") | {"lr": 4.5e-3}  # its best of five
-del UNWEIGHTED_OPTIONS["frequency_weight"]
+del UNWEIGHTED_OPTIONS["density_penalty"]
 
 METHODS = {
     OURS: Method(None, "k_min"),
@@ -196,7 +196,7 @@ class Bench:
         device = choose_device(s, "tinylm")
         self.train_dtype = choose_train_dtype(s, device)
         make_reproducible()
-        with quiet(self.log):
+        with redirect_output(self.log):
             lm = load_language_model(s.model, s.lm_dtype, device)
             self.texts = read_probe_texts(s, lm.tokenizer, device)
             self.model = lm.hooked()
@@ -219,7 +219,7 @@ class Bench:
 
     def score(self, saes: dict[str, Any], settings: Settings, probing: bool) -> dict[str, dict]:
         """SAE-Bench's figures of exported SAEs, by name."""
-        with quiet(self.log):
+        with redirect_output(self.log):
             found = experiment.core_evaluation(saes, self.model, settings, self.out_dir, keys={
                 name: None for name in saes
             })  # fmt: skip
@@ -272,7 +272,7 @@ def untrained(training: experiment.Training, settings: Settings) -> dict[str, An
     """An SAE per layer as this project's start, that keeps k_min features and learned nothing."""
     saes = {}
     for (layer, seed), trained in training.saes.items():
-        shape = settings, layer, seed, training.mean[layer], trained.scale
+        shape = settings, layer, seed, training.mean[layer], trained.norm_scaling_factor
         sae = experiment.new_sae(*shape, {}, settings.k_min)
         saes[experiment.sae_name(layer, seed)] = exported(sae, settings, layer)
     return saes

@@ -80,7 +80,7 @@ from bench.full_size import arithmetic_peak, now, step_flops
 from bench.peers import Call
 from experiment import Settings
 from harness import fused_gemma
-from harness.console import Progress, quiet
+from harness.console import Progress, redirect_output
 from harness.evaluation.core import core_text
 from harness.evaluation.probing import read_probe_texts, tinylm_tasks
 from harness.fingerprint import versions
@@ -88,9 +88,9 @@ from harness.language_model import LanguageModel, load_language_model
 from harness.machine import (
     choose_train_dtype,
     make_reproducible,
-    memory_for_steps,
     peak_memory_gb,
     processor_name,
+    retain_memory_for_steps,
 )
 from harness.start import SOURCES_AT_START
 from harness.store import sha256_file
@@ -280,7 +280,7 @@ def step_settings(d_in: int, d_sae: int, k_min: int, batch: int) -> Settings:
     profile = "gemma-2-2b" if d_in > 1000 else "tinylm"
     return dataclasses.replace(
         experiment.settings_of("speed", profile), layers=(0,), d_sae=d_sae, k_min=k_min,
-        batch=batch, lr=0.0, theta_lr=0.0, dead_after=2**62,
+        batch=batch, lr=0.0, theta_lr=0.0, dead_feature_window=2**62,
     )  # fmt: skip
 
 
@@ -307,7 +307,7 @@ def set_active(sae: experiment.CustomSAE, x_BD: Tensor, active: float) -> None:
         counts_F *= active * n_tokens / counts_F.sum()
         counts_F.clamp_(1, n_tokens // 2)
     at_F = counts_F.round().long().to(x_BD.device)
-    high_BF = sae.preactivations(x_BD * sae.scale).sort(dim=0, descending=True).values
+    high_BF = sae.preactivations(x_BD * sae.norm_scaling_factor).sort(dim=0, descending=True).values
     least_F, next_F = (high_BF.gather(0, at[None])[0] for at in (at_F - 1, at_F))
     sae.b_enc -= (least_F + next_F) / 2
 
@@ -325,7 +325,7 @@ def state_of(settings: Settings, x_NBD: Tensor, name: str) -> tuple[Tensor, Row]
     progress, active = phase(settings, name)
     if name != "start":
         set_active(sae, x_NBD[0], active)
-    f_BF = torch.relu(sae.preactivations(x_NBD[1] * sae.scale))
+    f_BF = torch.relu(sae.preactivations(x_NBD[1] * sae.norm_scaling_factor))
     k = experiment.k_at(settings, progress)
     active_B, used_B = ((f > 0).sum(-1).float() for f in (f_BF, experiment.select(f_BF, k)[0]))
     means = {"active": float(active_B.mean()), "its sd": float(active_B.std())}
@@ -352,7 +352,7 @@ def our_step(
 def step_contenders(settings: Settings, x_NBD: Tensor, autocast: bool) -> list[Contender]:
     """All contenders of a shape and a precision."""
     contenders = []
-    memory = functools.partial(memory_for_steps, settings, x_NBD.shape[-1])
+    memory = functools.partial(retain_memory_for_steps, settings, x_NBD.shape[-1])
     for name in PHASES:
         b_enc, columns = state_of(settings, x_NBD, name)
         start = functools.partial(our_step, settings, x_NBD, autocast, name, b_enc)
@@ -599,7 +599,7 @@ def evaluation_rows(sizes: Sizes, device: torch.device) -> list[Row]:
     saes = {
         experiment.sae_name(layer, 0): experiment.new_sae(
             settings, layer, 0, mean_D, scale, {}, settings.k_min
-        ).folded()
+        ).fold_activation_norm_scaling()
         for layer, (mean_D, scale) in measured.items()
     }
     stock = functools.partial(peers.stock_evaluation, saes, model, settings, device)
@@ -843,7 +843,7 @@ def main(argv: list[str] | None = None) -> int:
                 for point, measure in SECTIONS[section](sizes, device):
                     if args.points not in point:
                         continue
-                    with quiet(Path(folder) / "log"):
+                    with redirect_output(Path(folder) / "log"):
                         rows += results.rows(section, point, measure)
             if not rows:
                 parser.error(f"no point of {section} has {args.points!r} in its name")

@@ -18,7 +18,7 @@ from sae_bench.custom_saes.base_sae import BaseSAE
 from torch import Tensor
 
 from experiment import CustomSAE, Settings
-from harness.evaluation.core import export
+from harness.evaluation.core import export_to_saelens
 
 
 class PeerTrainer:
@@ -57,7 +57,7 @@ class PeerTrainer:
         shape = dict(d_in=len(mean_D), d_sae=settings.d_sae, device=str(mean_D.device))
         self.sae = sae_class(config_class(**shape, **options))
         self.sae.b_dec.data.copy_(mean_D * scale)
-        self.sae.scale = scale  # as a CustomSAE has it
+        self.sae.norm_scaling_factor = scale  # as a CustomSAE has it
         n_steps = settings.training_tokens // settings.batch
         config = SAETrainerConfig(
             total_training_samples=n_steps * settings.batch,
@@ -71,7 +71,7 @@ class PeerTrainer:
 
     def step(self, x_BD: Tensor, progress: float, log: bool) -> tuple[Tensor, dict | None]:
         """One step on raw activations (B, D); the loss, and the step's record if `log`."""
-        x_BD = x_BD.float() * self.sae.scale
+        x_BD = x_BD.float() * self.sae.norm_scaling_factor
         out = self.trainer.step(x_BD)
         self.trainer.n_training_steps += 1
         if not log:
@@ -129,7 +129,7 @@ def exported(sae: Any, settings: Settings, layer: int) -> Exported:
 
     with tempfile.TemporaryDirectory() as folder:
         if isinstance(sae, CustomSAE):
-            export(sae, settings, Path(folder))
+            export_to_saelens(sae, settings, Path(folder))
             return Exported(SAE.load_from_disk(folder), settings, layer)
         copy.deepcopy(sae).save_inference_model(folder)
         stored = SAE.load_from_disk(folder)
@@ -138,5 +138,5 @@ def exported(sae: Any, settings: Settings, layer: int) -> Exported:
         stored.fold_W_dec_norm()
     for name in ("b_enc", "b_dec", "threshold", "b_gate", "b_mag"):
         if getattr(stored, name, None) is not None:
-            getattr(stored, name).data.div_(sae.scale)
+            getattr(stored, name).data.div_(sae.norm_scaling_factor)
     return Exported(stored, settings, layer)

@@ -25,8 +25,8 @@ from harness.errors import (
     first_line,
     is_full_disk,
     is_out_of_memory,
+    redact,
     shortened,
-    tidy,
 )
 from harness.start import HERE
 from harness.store import LEDGER, digest, new_log, place_for, take_lock, write_atomic
@@ -305,7 +305,7 @@ def last_words(error: BaseException, log: Path | None, attempt: Attempt | None) 
         cause = f"a disk is full ({first_line(error)})"
         remedy = f"free space where {attempt.out_dir if attempt else 'the run'} is, and {again}"
     else:
-        cause, remedy = f"{type(error).__name__}: {tidy(str(error))}", f"mend it, and {again}"
+        cause, remedy = f"{type(error).__name__}: {redact(str(error))}", f"mend it, and {again}"
         if place := place_of(error):
             lines.append(f"at: {place}")
     room = LAST_WORDS - len("\n".join(lines)) - len(remedy) - len(str(log)) - 200
@@ -326,7 +326,7 @@ def place_of(error: BaseException) -> str:
     if frames[-1] is not frame:
         deepest = frames[-1]
         place += f" -> {Path(deepest.filename).name}, line {deepest.lineno}, in {deepest.name}"
-    return tidy(place)[:300]
+    return redact(place)[:300]
 
 
 def lower(stage: str) -> str:

@@ -13,10 +13,10 @@ from typing import Any
 
 
 class _Console:
-    """Standard output, also while `quiet` sends it elsewhere: progress is shown all the time."""
+    """Standard output, also while `redirect_output` sends it elsewhere: progress is shown all the time."""
 
     encoding = "utf-8"
-    outer: Any = None  # standard output as it was before `quiet`
+    outer: Any = None  # standard output as it was before `redirect_output`
 
     def _stream(self) -> Any:
         return self.outer or sys.stdout
@@ -53,7 +53,7 @@ class _Tolerant(io.TextIOWrapper):
 
 
 @contextlib.contextmanager
-def quiet(log: Path) -> Iterator[None]:
+def redirect_output(log: Path) -> Iterator[None]:
     """Sends what libraries print, from Python or from C, to `log` instead of the terminal."""
     if CONSOLE.outer is not None:  # it is quiet already
         yield
@@ -87,7 +87,7 @@ def quiet(log: Path) -> Iterator[None]:
         os.close(target)
 
 
-def say(text: str) -> None:
+def print_line(text: str) -> None:
     """A line on standard output, also while libraries are quiet; in the log in a rehearsal."""
     print(text, file=sys.stdout if Progress.prefix else CONSOLE, flush=True)
 
@@ -172,4 +172,4 @@ class Progress:
     def _line(self, state: str) -> None:
         note = f", {self.note}" if self.note else ""
         if not Progress.prefix:
-            say(f"{self.stage}: {state}{note}")
+            print_line(f"{self.stage}: {state}{note}")

@@ -18,7 +18,7 @@ class ExperimentError(Exception):
 
 
 @contextlib.contextmanager
-def doing(what: str) -> Iterator[None]:
+def error_context(what: str) -> Iterator[None]:
     """Has an error that comes from within say where: a layer, a seed, a data set."""
     try:
         yield
@@ -63,9 +63,9 @@ def is_connection_error(error: BaseException) -> bool:
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, or its name; without anything that looks like a token."""
     text = str(error).strip()
-    return tidy(text.splitlines()[0] if text else type(error).__name__)[:300]
+    return redact(text.splitlines()[0] if text else type(error).__name__)[:300]
 
 
-def tidy(text: str) -> str:
+def redact(text: str) -> str:
     """The text on one line, without anything that looks like a token."""
     return re.sub(r"hf_\w{8,}|(?i:bearer)\s+\S+", "[token]", " ".join(text.split()))

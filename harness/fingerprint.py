@@ -68,7 +68,7 @@ def does_nothing(node: ast.stmt) -> bool:
 BY_MAIN = {"evaluate", "write_records", "PROFILES", "PLAN"}  # what MAIN may mention freely
 
 
-def code_parts(
+def hash_definitions(
     source: str, without: Sequence[str] = ()
 ) -> tuple[dict[str, str], set[str], dict[str, set[str]]]:
     """What experiment.py does, by function: hashes of its syntax, no comments or docstrings.
@@ -128,12 +128,12 @@ def code_parts(
     return parts, set().union(*mentions.values()), mentions
 
 
-def code_reached(source: str, roots: Iterable[str]) -> tuple[dict[str, str], set[str]]:
-    """As `code_parts`, of what functions or classes mention, directly or by way of others.
+def reachable_code(source: str, roots: Iterable[str]) -> tuple[dict[str, str], set[str]]:
+    """As `hash_definitions`, of what functions or classes mention, directly or by way of others.
 
     Statements that do something when the file is read are always among it.
     """
-    parts, names, mentions = code_parts(source)
+    parts, names, mentions = hash_definitions(source)
     defined = {part.split(".")[0] for part in mentions}
     reached: set[str] = {part for part in defined if part.startswith("the top level of")}
     waiting = [*roots, *reached]
@@ -162,7 +162,7 @@ def training_key(
     Args:
         source: of experiment.py. fixed: the constants among tau_sel, tau_pen and gamma.
     """
-    code, names, _ = code_parts(source, without=("EVALUATION", "RECORDS"))
+    code, names, _ = hash_definitions(source, without=("EVALUATION", "RECORDS"))
     chosen = {
         field: value
         for field, value in dataclasses.asdict(settings).items()
@@ -173,7 +173,7 @@ def training_key(
         "setting": chosen,
         "constants": [[list(key), values] for key, values in fixed.items()],
         "dtype": train_dtype,
-        **surroundings(settings, source, device),
+        **environment_fingerprint(settings, source, device),
     } | text_identity(settings.training_text)
 
 
@@ -186,13 +186,13 @@ def activations_key(
     )
     if n_bytes > ACTIVATIONS_GB * 1e9:
         return None
-    code, names = code_reached(source, ["ActivationBuffer"])
+    code, names = reachable_code(source, ["ActivationBuffer"])
     fields = {"layers", "context", "harvest_contexts", "lm_dtype", "device"} | names
     return {
         "code of": code,
         "setting": {f: v for f, v in dataclasses.asdict(settings).items() if f in fields},
         "dtype": train_dtype,
-        **surroundings(settings, source, lm.hf.device),
+        **environment_fingerprint(settings, source, lm.hf.device),
     } | text_identity(settings.training_text)
 
 
@@ -204,14 +204,14 @@ def evaluation_keys(
     Args:
         roots: the functions that this part of the evaluation begins with.
     """
-    code, names = code_reached(source, ("SAELike", *roots))
+    code, names = reachable_code(source, ("SAELike", *roots))
     chosen = {
         field: value
         for field, value in dataclasses.asdict(settings).items()
         if field in names or field.startswith(("core_", "probe_", "lm_dtype", "context", "device"))
     }
     device = next(iter(saes.values())).W_enc.device
-    common = {"code of": code, "setting": chosen, **surroundings(settings, source, device)}
+    common = {"code of": code, "setting": chosen, **environment_fingerprint(settings, source, device)}
     common |= text_identity(settings.core_text)
     return {
         name: {**common, "SAE": weights_digest(sae), "layer": sae.cfg.hook_name,
@@ -228,7 +228,7 @@ def weights_digest(module: nn.Module) -> str:
     return content.hexdigest()
 
 
-def surroundings(settings: SettingsLike, source: str, device: torch.device) -> dict[str, Any]:
+def environment_fingerprint(settings: SettingsLike, source: str, device: torch.device) -> dict[str, Any]:
     """What else results depend on, bit for bit: other files, model, versions, the machine."""
     on_gpu = torch.device(device).type == "cuda"
     return {
@@ -298,12 +298,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def passes_key(settings: SettingsLike, device: torch.device, **more: Any) -> dict[str, Any]:
+def forward_key(settings: SettingsLike, device: torch.device, **more: Any) -> dict[str, Any]:
     """What passes of the language model in an evaluation depend on beside their text, as JSON."""
     chosen = ("lm_dtype", "layers", "context", "core_prompts", "probe_llm_batch")
     return {
         "setting": {field: getattr(settings, field) for field in chosen},
-        **surroundings(settings, "import harness", device),
+        **environment_fingerprint(settings, "import harness", device),
         **more,
     }
 
@@ -333,7 +333,7 @@ def llm_probes_key(
         "layer": layer,
         "tokens": tokens_digest(split),
         "setting": {field: getattr(settings, field) for field in chosen},
-        **surroundings(settings, "import harness", device),
+        **environment_fingerprint(settings, "import harness", device),
     }
 
 

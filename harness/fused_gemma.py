@@ -22,7 +22,7 @@ class FusedLanguageModel:
     def __init__(self, plain: LanguageModel, contexts: int, context: int) -> None:
         """Args: contexts, context: the shape of the passes that are to be fast."""
         self.plain, self.hf, self.name = plain, plain.hf, plain.name
-        self.tokenizer, self.special_ids = plain.tokenizer, plain.special_ids
+        self.tokenizer, self.special_token_ids = plain.tokenizer, plain.special_token_ids
         self.blocks, dtype = [], plain.hf.dtype
 
         def laid_out(*weights: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from harness.errors import GET_ACCESS, ExperimentError, first_line
 from harness.start import HERE
-from harness.text import corpus_errors, special_ids
+from harness.text import corpus_errors, special_token_ids
 
 
 class _LastLayerReached(Exception):
@@ -28,7 +28,7 @@ class LanguageModel:
 
     def __init__(self, hf: nn.Module, tokenizer: Any, name: str) -> None:
         self.hf, self.tokenizer, self.name = hf, tokenizer, name
-        self.special_ids = special_ids(tokenizer)
+        self.special_token_ids = special_token_ids(tokenizer)
         self._pass = threading.local()  # passes run side by side, each with its own results
         for layer, block in enumerate(hf.model.layers):
             block.register_forward_hook(lambda _m, _i, out, at=layer: self._keep(at, out))

@@ -136,12 +136,12 @@ def memory_gb() -> float:
 
 
 @contextlib.contextmanager
-def memory_kept() -> Iterator[None]:
+def retain_freed_memory() -> Iterator[None]:
     """Has glibc's allocator keep what is freed, for the next tensor; elsewhere nothing.
 
     By itself it asks the system for every large tensor anew, and each page of it is then zeroed
     when it is first touched: a third of the time of an evaluation on two cores. Training with
-    small tensors gains little by it and would take twice the memory; see `memory_for_steps`.
+    small tensors gains little by it and would take twice the memory; see `retain_memory_for_steps`.
     """
     trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # as in malloc.h
     glibc = c_library()
@@ -158,13 +158,13 @@ def memory_kept() -> Iterator[None]:
         trim_memory()
 
 
-def memory_for_steps(settings: SettingsLike, d_in: int) -> contextlib.AbstractContextManager[None]:
-    """`memory_kept` for training steps whose tensors glibc would ask the system for every time.
+def retain_memory_for_steps(settings: SettingsLike, d_in: int) -> contextlib.AbstractContextManager[None]:
+    """`retain_freed_memory` for training steps whose tensors glibc would ask the system for every time.
 
     Those of 32 MiB and more: at 2304 -> 16384 a step takes a little over half of the time with it.
     """
     largest = 4 * settings.d_sae * max(settings.batch, d_in)
-    return memory_kept() if largest >= 2**25 else contextlib.nullcontext()
+    return retain_freed_memory() if largest >= 2**25 else contextlib.nullcontext()
 
 
 def trim_memory() -> None:
@@ -181,8 +181,8 @@ def c_library() -> ctypes.CDLL | None:
     return None
 
 
-def side_by_side(jobs: dict[Any, Callable[[], Any]]) -> dict[Any, Any]:
-    """Runs functions in turns, each until it returns or calls `give_way`: {name: its result}.
+def run_cooperatively(jobs: dict[Any, Callable[[], Any]]) -> dict[Any, Any]:
+    """Runs functions in turns, each until it returns or calls `yield_turn`: {name: its result}.
 
     One thread, one order: what they compute is reproducible. An exception of one ends all.
     """
@@ -203,8 +203,8 @@ def side_by_side(jobs: dict[Any, Callable[[], Any]]) -> dict[Any, Any]:
     return results
 
 
-def give_way() -> None:
-    """Lets the other functions of `side_by_side` catch up."""
+def yield_turn() -> None:
+    """Lets the other functions of `run_cooperatively` catch up."""
     from greenlet import getcurrent
 
     getcurrent().parent.switch()

@@ -20,7 +20,7 @@ from harness.interfaces import SAELike, SettingsLike
 from harness.machine import memory_gb, peak_memory_gb, processor_name
 from harness.start import HERE
 from harness.store import LEDGER, sha256_file, write_atomic, write_json
-from harness.verdict import mean, primary_metric, summarize, verdict
+from harness.verdict import PRIMARY, mean, primary_metric, summarize, verdict, with_current_names
 
 LOOSE = ("llm_top_1_test_accuracy", "llm_top_2_test_accuracy")  # probes of few dimensions vary
 
@@ -94,7 +94,7 @@ def read_reference(
     same_sets = config.get("settings", {}).get("probe_sets") == list(settings.probe_sets)
     if config.get("profile") != profile or not same_sets:
         return None
-    return info["verdict"]["final_info_dict"]
+    return with_current_names(info["verdict"]["final_info_dict"])
 
 
 def final_values(
@@ -122,7 +122,7 @@ def final_values(
             }
     except (OSError, ValueError, KeyError) as error:
         raise ExperimentError(
-            f"fix_at={run.name!r} needs the final values in {path}, which can't be read "
+            f"constants_from_run={run.name!r} needs the final values in {path}, which can't be read "
             f"({type(error).__name__}: {error}): run {run.name} first"
         ) from error
     return found
@@ -173,7 +173,7 @@ def check_info(info: dict[str, dict]) -> None:
     for entry, content in info.items():
         for metric, values in content["final_info_dict"].items():
             for value in values:
-                accuracy = metric.endswith("accuracy") or metric == "primary"
+                accuracy = metric.endswith("accuracy") or metric == PRIMARY
                 if not math.isfinite(value) or (accuracy and not 0 <= value <= 1):
                     raise ExperimentError(
                         f"{entry}: {metric} is {value}, which can't be right, so nothing is "
@@ -281,7 +281,7 @@ def write_records(
     """
     overall = {
         "seed": [float(seed) for seed in settings.seeds],
-        "primary": primary_metric(layers.values()),
+        PRIMARY: primary_metric(layers.values()),
         "l0": [mean(values) for values in zip(*(metrics["l0"] for metrics in layers.values()))],
     }
     reference = read_reference(settings, out_dir, profile)
@@ -327,5 +327,5 @@ def print_closing_block(
     for note in notes:
         print(note)
     print(f"results: {out_dir}")
-    print(f"primary: {info['verdict']['means']['primary']:.4f}")
+    print(f"{PRIMARY}: {info['verdict']['means'][PRIMARY]:.4f}")
     print(f"verdict: {sentence}")

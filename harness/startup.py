@@ -15,16 +15,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from harness.console import Progress, quiet, say
+from harness.console import Progress, print_line, redirect_output
 from harness.errors import GET_ACCESS, LOG_IN, TRY_TINYLM, ExperimentError
-from harness.evaluation.core import formatted, run_core
+from harness.evaluation.core import prepare_for_sae_bench, run_core
 from harness.evaluation.probing import pooled_features, probe, read_probe_texts
-from harness.fingerprint import code_parts, surroundings
+from harness.fingerprint import environment_fingerprint, hash_definitions
 from harness.fused_gemma import for_harvest
 from harness.interfaces import SAELike, SettingsLike
 from harness.language_model import LanguageModel, language_model_config, load_language_model
 from harness.machine import free_gb, make_reproducible
-from harness.store import kept
+from harness.store import cached
 from harness.verdict import PRIMARY_KS
 
 DATA_GB = 5.0  # set aside for the probing data sets, which datasets stores twice
@@ -66,8 +66,8 @@ def check_settings(name: str, s: SettingsLike) -> None:
         ExperimentError: the first field that breaks its rule, or whose value is of a wrong type.
     """
     counts = (
-        "k_min d_sae training_tokens batch buffer_tokens harvest_contexts log_every dead_after "
-        "core_prompts core_reconstruction_batches core_sparsity_batches probe_train "
+        "k_min d_sae training_tokens batch buffer_tokens harvest_contexts log_every "
+        "dead_feature_window core_prompts core_reconstruction_batches core_sparsity_batches probe_train "
         "probe_test probe_llm_batch probe_sae_batch"
     )
     rules: list[tuple[str, Callable[[Any], bool], str]] = [
@@ -77,18 +77,18 @@ def check_settings(name: str, s: SettingsLike) -> None:
             (field, lambda v: 0 <= v <= 1, "between 0 and 1")
             for field in ("curriculum_fraction", "lr_warmup", "lr_decay")
         ),
-        *((field, lambda v: v >= 0, "0 or above") for field in ("reg_lambda", "frequency_weight")),
+        *((field, lambda v: v >= 0, "0 or above") for field in ("reg_lambda", "density_penalty")),
         *(
             (field, lambda v: v is None or v > 0, "None or above 0")
             for field in ("tau_sel", "tau_pen", "budget_minutes")
         ),
         ("gamma", lambda v: v is None or v >= 0, "None, or 0 or above"),
         ("threshold_rate", lambda v: 0 < v <= 1, "above 0, and at most 1"),
-        ("selection", lambda v: v in ("token", "threshold"), "'token' or 'threshold'"),
+        ("activation", lambda v: v in ("topk", "jumprelu"), "'topk' or 'jumprelu'"),
         (
-            "selection",
-            lambda v: v == "token" or (s.curriculum and s.form == "contrastive"),
-            "'token' where nothing is selected (curriculum=False, or form='as_written')",
+            "activation",
+            lambda v: v == "topk" or (s.curriculum and s.loss_variant == "contrastive"),
+            "'topk' where nothing is selected (no curriculum, or loss_variant='as_written')",
         ),
         ("k_min", lambda v: v <= s.d_sae, f"at most d_sae = {s.d_sae}"),
         ("context", lambda v: v >= 2, "at least 2"),
@@ -96,7 +96,11 @@ def check_settings(name: str, s: SettingsLike) -> None:
         ("probe_test", lambda v: v >= 4, "at least 4: two texts of a class"),
         ("training_tokens", lambda v: v >= s.batch, f"at least one batch of {s.batch}"),
         ("buffer_tokens", lambda v: v >= s.batch, f"at least one batch of {s.batch}"),
-        ("form", lambda v: v in ("contrastive", "as_written"), "'contrastive' or 'as_written'"),
+        (
+            "loss_variant",
+            lambda v: v in ("contrastive", "as_written"),
+            "'contrastive' or 'as_written'",
+        ),
         ("resample", lambda v: isinstance(v, bool), "True or False"),
         ("curriculum", lambda v: isinstance(v, bool), "True or False"),
         ("device", lambda v: v in ("auto", "cpu", "cuda"), "'auto', 'cpu' or 'cuda'"),
@@ -322,7 +326,7 @@ def evaluation_seconds(
     what is downloaded meanwhile doesn't count.
     """
     ready = {
-        (key, twin): formatted(sae.folded(), settings)
+        (key, twin): prepare_for_sae_bench(sae.fold_activation_norm_scaling(), settings)
         for key, sae in saes.items()
         for twin in (False, True)
     }
@@ -379,13 +383,13 @@ def prepare(settings: SettingsLike, device: torch.device, train_dtype: str, log:
     Raises:
         ExperimentError: something isn't there, isn't accessible or doesn't fit.
     """
-    with quiet(log):
+    with redirect_output(log):
         needs = preflight(settings, device)
     print("\n".join(needs), end="\n" if needs else "")
     if needs:
         settings = fit_core_batches(settings, device)
     make_reproducible()
-    with quiet(log):
+    with redirect_output(log):
         lm = load_language_model(settings.model, settings.lm_dtype, device)
         check_layers(settings, lm)
         probe_texts = read_probe_texts(settings, lm.tokenizer, device)
@@ -417,7 +421,7 @@ def rehearse(
         training_tokens=2 * settings.batch,
         buffer_tokens=2 * settings.batch,
         budget_minutes=None,
-        dead_after=settings.batch,
+        dead_feature_window=settings.batch,
         log_every=1,
         core_prompts=2,
         core_reconstruction_batches=1,
@@ -427,22 +431,22 @@ def rehearse(
     few = 2 * [{label: {"input_ids": e["input_ids"][:8]} for label, e in split[0].items()}]
     device = next(iter(split[0].values()))["input_ids"].device
     key = {
-        "code of": code_parts(source)[0],
+        "code of": hash_definitions(source)[0],
         "setting": dataclasses.asdict(settings),
-        **surroundings(settings, source, device),
+        **environment_fingerprint(settings, source, device),
     }
 
     def in_miniature() -> float:
         began, stage = time.monotonic(), Progress.stage_now
         Progress.prefix = "rehearsal: "
         try:
-            with tempfile.TemporaryDirectory() as folder, quiet(log):
+            with tempfile.TemporaryDirectory() as folder, redirect_output(log):
                 experiment(small, {dataset: few}, Path(folder) / "run_rehearsal", None)
         finally:
             Progress.prefix = ""
         Progress.stage_now = stage
         seconds = time.monotonic() - began
-        say(f"rehearsal: the whole run in miniature passed in {seconds:.0f} s")
+        print_line(f"rehearsal: the whole run in miniature passed in {seconds:.0f} s")
         return seconds
 
-    kept("rehearsal", key, in_miniature)
+    cached("rehearsal", key, in_miniature)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.console import Progress, say
+from harness.console import Progress, print_line
 from harness.errors import ExperimentError, first_line
 
 STORE_GB = 20.0  # of paid-for work kept in the cache; the least recently used goes first
@@ -98,7 +98,7 @@ def digest(key: object) -> str:
 def set_aside(path: Path) -> None:
     """Takes a damaged file out of use, and says so."""
     aside = path.with_name(f"{path.name}.damaged")
-    say(f"{path} is damaged: set aside as {aside.name}, and made again")
+    print_line(f"{path} is damaged: set aside as {aside.name}, and made again")
     path.replace(aside)
 
 
@@ -127,7 +127,7 @@ class Ledger:
             self.reused.append(what)
             self.keeps(what)
             if not quietly:
-                say(f"{what}{part}: kept, as all that it depends on is unchanged; not repeated")
+                print_line(f"{what}{part}: kept, as all that it depends on is unchanged; not repeated")
 
     def changed(self, key: dict[str, Any]) -> str:
         """In what the key of this training differs from the attempt's before: at most six names."""
@@ -148,15 +148,15 @@ class Ledger:
 LEDGER = Ledger()
 
 
-def kept(kind: str, key: dict[str, Any] | None, compute: Callable[..., Any], *args: Any) -> Any:
+def cached(kind: str, key: dict[str, Any] | None, compute: Callable[..., Any], *args: Any) -> Any:
     """What `compute(*args)` returns, from the store where an earlier run has left it.
 
-    See `kept_each`.
+    See `cached_each`.
     """
-    return kept_each(kind, {"": key}, lambda _: {"": compute(*args)})[""]
+    return cached_each(kind, {"": key}, lambda _: {"": compute(*args)})[""]
 
 
-def kept_each(
+def cached_each(
     kind: str,
     keys: dict[str, dict[str, Any] | None],
     compute: Callable[[list[str]], dict[str, Any]],
@@ -210,7 +210,7 @@ def kept_each(
 
 def cannot_keep(what: str, error: Exception) -> None:
     """Says so: a store that can't be written costs time, not results."""
-    say(f"{what} can't be kept in {store_dir()} ({first_line(error)}): this run goes on without")
+    print_line(f"{what} can't be kept in {store_dir()} ({first_line(error)}): this run goes on without")
 
 
 def mark_used(path: Path) -> None:
@@ -262,7 +262,7 @@ def take_lock(path: Path) -> int | None:
     return descriptor
 
 
-class TensorFiles:
+class TensorCache:
     """Tensors that are kept for the next run, in a file for each name.
 
     A thread writes them, one file at a time, so that what comes next needn't wait.

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.console import say
+from harness.console import print_line
 from harness.errors import ExperimentError, first_line, is_connection_error
-from harness.store import PINS, cache_dir, kept, sha256_file
+from harness.store import PINS, cache_dir, cached, sha256_file
 
 STREAM_RETRIES = 6  # of a broken connection in a row: a minute in all
 POOL_FILES = 512  # files of tinylm's corpus from which passages are drawn at a time
@@ -110,7 +110,7 @@ def load_dataset(name: str, *arguments: Any, **options: Any) -> Any:
         if script.is_file():
             which = f"of SHA-256 {sha256_file(script)}"
         else:
-            options["revision"] = kept(PINS, {"dataset": name}, hub_revision, name)
+            options["revision"] = cached(PINS, {"dataset": name}, hub_revision, name)
             which = f"at revision {options['revision']}"
         print(f"the data set {name} runs its own loading script, {which}", flush=True)
         # Of our own: where the hub fails, `datasets` runs the latest script that it finds there.
@@ -319,7 +319,7 @@ class TokenStream:
                 raise ExperimentError("the training text holds no text: check training_text")
             self.epoch += 1
             self.n_texts = 0
-            say(f"training text: all of it used {self.epoch} times, starting again")
+            print_line(f"training text: all of it used {self.epoch} times, starting again")
         else:
             ids, n_texts = item
             self._pending += ids
@@ -348,6 +348,6 @@ class TokenStream:
             self._ready.put(error)
 
 
-def special_ids(tokenizer: Any) -> set[int]:
+def special_token_ids(tokenizer: Any) -> set[int]:
     """The ids of BOS, EOS and padding."""
     return {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}

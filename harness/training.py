@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.console import Progress, say
-from harness.errors import ExperimentError, doing, first_line
+from harness.console import Progress, print_line
+from harness.errors import ExperimentError, error_context, first_line
 from harness.interfaces import SAELike, SettingsLike
 from harness.language_model import LanguageModel
-from harness.machine import in_threads, memory_for_steps
+from harness.machine import in_threads, retain_memory_for_steps
 from harness.store import (
     LEDGER,
-    TensorFiles,
+    TensorCache,
     cannot_keep,
     digest,
     evict,
@@ -67,7 +67,7 @@ class Checkpoints:
             cannot_keep("training", error)
             return
         if self.lock is None:
-            say("training: another process is at the same one and saves it; this one doesn't save")
+            print_line("training: another process is at the same one and saves it; this one doesn't save")
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -96,14 +96,14 @@ class Checkpoints:
             set_generators(state["generators"])
             part = float(path.name.rsplit(".", 2)[0])
             if part == 1:
-                say(f"training: kept, as {same} are unchanged; not repeated")
+                print_line(f"training: kept, as {same} are unchanged; not repeated")
             else:
-                say(f"training: goes on at {100 * part:.0f}%, as {same} are unchanged")
+                print_line(f"training: goes on at {100 * part:.0f}%, as {same} are unchanged")
             LEDGER.reuses("training", quietly=True)
             LEDGER.keeps("training" if part == 1 else f"training up to {100 * part:.0f}%")
             return state["state"]
         if changed:
-            say(f"training: anew, as this differs from the last attempt: {changed}")
+            print_line(f"training: anew, as this differs from the last attempt: {changed}")
         return None
 
     def due(self) -> bool:
@@ -323,7 +323,7 @@ class ActivationStore:
         self.stream = stream
         self.number = 0  # of the next file
         self.after: dict[str, Any] | None = None  # where the text stands, if the stream doesn't
-        self.files = TensorFiles("activations", key)
+        self.files = TensorCache("activations", key)
         self.reading = self.files.on
 
     def passes(self, n: int, harvest: Callable[[int], list[Tensor]]) -> list[Tensor]:
@@ -457,7 +457,7 @@ def take_steps(
         records, losses = [], []
         for step in part:
             logging = step % settings.log_every == 0 or step == n_steps - 1
-            with doing(f"layer {key[0]}, seed {key[1]}"):
+            with error_context(f"layer {key[0]}, seed {key[1]}"):
                 loss, record = trainers[key].step(batch(key, step), step / n_steps, logging)
             losses.append(loss)
             if record:
@@ -470,7 +470,7 @@ def take_steps(
         if len(wrong):
             step, so_far = part[int(wrong[0])], losses[: int(wrong[0]) + 1]
             records = [last[key], *(r for r in records if r["step"] < step)]
-            with doing(f"layer {key[0]}, seed {key[1]}"):
+            with error_context(f"layer {key[0]}, seed {key[1]}"):
                 raise broken_loss(
                     [float(v) for v in so_far], step, settings, batch(key, step), records[-1], run
                 )
@@ -479,7 +479,7 @@ def take_steps(
 
     records: list[dict[str, Any]] = []
     parts = [range(i, min(i + 32, steps.stop)) for i in range(steps.start, steps.stop, 32)]
-    with memory_for_steps(settings, acts_LND.shape[-1]):
+    with retain_memory_for_steps(settings, acts_LND.shape[-1]):
         for _, part, found in in_threads(some_steps, list(trainers), parts, acts_LND.device):
             records += found
             note = "fvu " + "/".join(f"{r['fvu']:.2f}" for r in last.values() if r)
@@ -511,7 +511,7 @@ def fit_budget(
         f"{whole / 60:.0f} minutes, and evaluation about {evaluation / 60:.0f}, "
         f"of {budget / 60:.0f} (budget_minutes)"
     )
-    say(reason)
+    print_line(reason)
     return n_steps * twentieths // 20, reason
 
 

@@ -4,10 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
+PRIMARY = "mean_topk_probe_accuracy"  # the primary metric
 PRIMARY_KS = (1, 2, 5)  # the primary metric averages the SAE's probes of 1, 2 and 5 features
 MAX_L0_RATIO = 1.2  # runs whose L0 differ by more than 20% are not compared
 MIN_SEEDS = 3  # nor are runs that share fewer seeds
+OLD_NAMES = {  # in records of before 2026-11-27: what is called so now
+    "primary": PRIMARY,
+    "primary_reference": f"{PRIMARY}_reference",
+    "loss_frequency": "loss_density",
+    "frequency_weight": "density_penalty",
+    "fix_at": "constants_from_run",
+    "dead_after": "dead_feature_window",
+    "form": "loss_variant",
+    "selection": "activation",
+}
+
+
+def with_current_names(record: dict[str, Any]) -> dict[str, Any]:
+    """A record, or a part of one, whose old names are replaced by those of now."""
+    return {OLD_NAMES.get(name, name): value for name, value in record.items()}
 
 
 def mean(values: Sequence[float]) -> float:
@@ -75,20 +92,20 @@ def verdict(
     (Student's t). Not comparable where the mean L0 differ by over 20% or fewer than 3 seeds pair.
 
     Args:
-        run, reference: lists per seed under "seed", "primary" and "l0" (the mean over layers);
+        run, reference: lists per seed under "seed", `PRIMARY` and "l0" (the mean over layers);
             reference is None where there is no such run of the same profile and task set.
         compare_to: the reference's name, for the sentence.
     Returns:
         the sentence that follows "verdict: ", and its figures as numbers.
     """
-    numbers = {"primary": mean(run["primary"]), "l0": mean(run["l0"])}
+    numbers = {PRIMARY: mean(run[PRIMARY]), "l0": mean(run["l0"])}
     if reference is None:
         return f"not comparable (there is no complete {compare_to} of this profile)", numbers
     numbers |= {
-        "primary_reference": mean(reference["primary"]),
+        f"{PRIMARY}_reference": mean(reference[PRIMARY]),
         "l0_reference": mean(reference["l0"]),
     }
-    primaries = (dict(zip(lists["seed"], lists["primary"])) for lists in (run, reference))
+    primaries = (dict(zip(lists["seed"], lists[PRIMARY])) for lists in (run, reference))
     numbers |= paired(*primaries)
     l0s = f"L0 {numbers['l0']:.1f} against {numbers['l0_reference']:.1f}"
     if "p" not in numbers:

@@ -162,7 +162,7 @@ def set_to_toy_sizes(toy_model: Path, monkeypatch: pytest.MonkeyPatch):
         batch=128,
         buffer_tokens=1024,
         harvest_contexts=8,
-        dead_after=512,
+        dead_feature_window=512,
         log_every=4,
         core_text="toy",
         core_prompts=4,

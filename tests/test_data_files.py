@@ -22,7 +22,7 @@ from huggingface_hub import constants
 
 import experiment
 from harness import ExperimentError
-from harness.evaluation.core import core_store, core_text, formatted
+from harness.evaluation.core import core_store, core_text, prepare_for_sae_bench
 from harness.evaluation.probing import probe_tokens, read_probe_texts
 from harness.language_model import load_language_model
 from harness.store import sha256_file
@@ -199,7 +199,7 @@ def core(toy_lm, tmp_path: Path, monkeypatch):
         experiment.settings_of("run_1", "tinylm"), context=32, core_text="own", probe_sets=()
     )
     model = toy_lm.hooked()
-    sae = formatted(experiment.CustomSAE(32, 64, "toy", 0, k=4), settings)
+    sae = prepare_for_sae_bench(experiment.CustomSAE(32, 64, "toy", 0, k=4), settings)
     monkeypatch.chdir(tmp_path)
     return lambda: core_store(settings, model, sae), settings
 

@@ -12,7 +12,14 @@ from sae_lens import SAE
 
 from harness import ExperimentError
 from harness.console import Progress
-from harness.evaluation.core import core_config, core_store, core_text, export, formatted, run_core
+from harness.evaluation.core import (
+    core_config,
+    core_store,
+    core_text,
+    export_to_saelens,
+    prepare_for_sae_bench,
+    run_core,
+)
 from harness.evaluation.probing import (
     probe,
     probe_names,
@@ -134,7 +141,7 @@ def two_saes(toy, settings, model) -> dict:
     for layer in (0, 2):
         mean = torch.randn(32, generator=generator)
         sae = toy.new_sae(settings, layer, layer, mean, 1.0, {}, 4)
-        saes[f"layer_{layer}"] = formatted(sae, settings)
+        saes[f"layer_{layer}"] = prepare_for_sae_bench(sae, settings)
     return saes
 
 
@@ -196,7 +203,7 @@ def test_fvu_is_the_formula(toy, toy_lm) -> None:
     expected = float(error / (x - x.mean(0)).pow(2).sum())
     constant = toy.CustomSAE(32, settings.d_sae, settings.model, 2, k=1)
     constant.b_dec.data = x.mean(0).float()
-    both = {"sae": sae, "constant": formatted(constant, settings)}
+    both = {"sae": sae, "constant": prepare_for_sae_bench(constant, settings)}
     results = run_core(both, model, settings, lambda n: None)
     assert results["sae"][2] == pytest.approx(expected, rel=1e-6)
     assert results["constant"][2] == pytest.approx(1.0, rel=1e-5)
@@ -204,7 +211,7 @@ def test_fvu_is_the_formula(toy, toy_lm) -> None:
 
 @pytest.mark.parametrize(
     "changes, form",
-    [({}, "topk"), ({"curriculum": False}, "standard"), ({"selection": "threshold"}, "jumprelu")],
+    [({}, "topk"), ({"curriculum": False}, "standard"), ({"activation": "jumprelu"}, "jumprelu")],
 )
 def test_exported_sae_gives_the_same_output(toy, toy_lm, tmp_path: Path, changes, form) -> None:
     settings = dataclasses.replace(toy.settings_of("run_1", "tinylm"), layers=(2,), **changes)
@@ -213,12 +220,12 @@ def test_exported_sae_gives_the_same_output(toy, toy_lm, tmp_path: Path, changes
     sae = trainers[2, 0].sae
     if form == "jumprelu":
         sae.threshold.fill_(0.9)
-    export(sae, settings, tmp_path)
+    export_to_saelens(sae, settings, tmp_path)
     stored = SAE.load_from_disk(tmp_path)
     assert stored.cfg.architecture() == form
     x = 3 * torch.randn(50, 32, generator=torch.Generator().manual_seed(2))
-    assert torch.allclose(stored.encode(x), sae.folded().encode(x), atol=1e-6)
-    assert torch.allclose(stored(x), sae.folded()(x), atol=1e-5)
+    assert torch.allclose(stored.encode(x), sae.fold_activation_norm_scaling().encode(x), atol=1e-6)
+    assert torch.allclose(stored(x), sae.fold_activation_norm_scaling()(x), atol=1e-5)
     assert torch.allclose(stored(x), sae(0.7 * x) / 0.7, atol=1e-5)
     theta = json.loads((tmp_path / "theta.json").read_text())
     assert theta["theta_3"] is None and theta["gamma"] == pytest.approx(0.1)
@@ -230,7 +237,7 @@ def test_evaluation_leaves_the_sae_as_it_was(toy, toy_lm) -> None:
     """SAE-Bench casts and marks the SAE it is given: it gets a copy."""
     settings = dataclasses.replace(toy.settings_of("run_1", "tinylm"), lm_dtype="bfloat16")
     sae = toy.new_sae(settings, 2, 0, torch.zeros(32), 1.0, {}, 4)
-    ready = formatted(sae, settings)
+    ready = prepare_for_sae_bench(sae, settings)
     assert ready.W_enc.dtype == torch.bfloat16 and ready.dtype == torch.bfloat16
     assert ready.cfg.metadata.hook_name == "blocks.2.hook_resid_post"
     assert sae.W_enc.dtype == torch.float32 and not hasattr(sae.cfg, "metadata")
@@ -253,7 +260,7 @@ def test_core_does_not_replace_bos(toy, toy_lm) -> None:
     model = toy_lm.hooked()
     from sae_bench.evals.core import main as core
 
-    sae = formatted(toy.new_sae(settings, 2, 0, torch.zeros(32), 1.0, {}, 4), settings)
+    sae = prepare_for_sae_bench(toy.new_sae(settings, 2, 0, torch.zeros(32), 1.0, {}, 4), settings)
     bos = toy_lm.activations(torch.tensor([[2, 9]]), (2,))[0][0, 0]
     sae.encode = lambda x: x
     sae.decode = lambda x: torch.where((x - bos).abs().amax(-1, keepdim=True) < 1e-3, 100.0, x)
@@ -351,6 +358,6 @@ def test_tinylm_s_figures_are_stock_sae_bench_s(tmp_path: Path, monkeypatch) -> 
     for metric, value in first[f"{detail['dataset_name']}"].items():
         if metric.startswith("llm_"):
             assert detail[metric] == value, metric
-    ready = {"sae": formatted(sae, settings)}
+    ready = {"sae": prepare_for_sae_bench(sae, settings)}
     scalars = run_core(ready, model, settings, lambda n: None)["sae"][0]
-    assert scalars == stock_core(formatted(sae, settings), settings, model)[0]
+    assert scalars == stock_core(prepare_for_sae_bench(sae, settings), settings, model)[0]

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import experiment
 from bench import full_size
-from harness.evaluation.core import formatted, run_core
+from harness.evaluation.core import prepare_for_sae_bench, run_core
 from harness.language_model import LanguageModel
 from tests.test_language_model import GEMMA_2_2B
 
@@ -79,7 +79,7 @@ def test_random_activations_are_finite_and_differ(tiny) -> None:
     """Those of the last layer, too, lie in no common direction."""
     tokens_BL = full_size.RandomTokens(500, 64).contexts(4)
     assert (tokens_BL[:, 0] == tiny.tokenizer.bos_token_id).all()
-    assert not torch.isin(tokens_BL[:, 1:], torch.tensor(sorted(tiny.special_ids))).any()
+    assert not torch.isin(tokens_BL[:, 1:], torch.tensor(sorted(tiny.special_token_ids))).any()
     x_ND = tiny.activations(tokens_BL, (3,))[0][:, 1:].flatten(0, 1).float()
     assert torch.isfinite(x_ND).all()
     assert (x_ND - x_ND.mean(0)).pow(2).sum() > 0.5 * x_ND.pow(2).sum()
@@ -104,7 +104,7 @@ def test_flops_are_those_that_pytorch_counts(tiny, settings) -> None:
     counted = flops_of(lambda: trainers[0, 0].step(acts_LND[0, :64], 0.5, True))
     assert full_size.step_flops(settings, config.hidden_size) == counted
 
-    saes = {k: formatted(t.sae.folded(), settings) for k, t in trainers.items()}
+    saes = {k: prepare_for_sae_bench(t.sae.fold_activation_norm_scaling(), settings) for k, t in trainers.items()}
     model = tiny.hooked()
     counted = flops_of(lambda: run_core(saes, model, settings, lambda n: None))
     assert full_size.core_flops(config, settings) == pytest.approx(counted, rel=1e-3)

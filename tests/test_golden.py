@@ -21,6 +21,7 @@ import torch
 import experiment
 from harness.command import main
 from harness.machine import processor_name
+from harness.verdict import OLD_NAMES
 from tests import gemma_fixture
 
 RUNS = ("run_1", "run_5", "run_7", "run_10")
@@ -28,7 +29,7 @@ FILE = Path(__file__).with_name("golden.json")
 SIZES = dict(
     model="toy-gemma-2", layers=(0, 2), context=32, training_text="pile", core_text="pile",
     d_sae=64, k_min=4, training_tokens=10_240, batch=128, buffer_tokens=2048, harvest_contexts=8,
-    dead_after=1024, log_every=8, core_prompts=4, core_reconstruction_batches=2,
+    dead_feature_window=1024, log_every=8, core_prompts=4, core_reconstruction_batches=2,
     core_sparsity_batches=2, probe_sets=("fancyzhx/ag_news",), probe_ks=(1, 2, 5),
     probe_train=40, probe_test=20,
     probe_llm_batch=8, probe_sae_batch=15, train_dtype="float32",
@@ -47,17 +48,25 @@ def digest(content: Any) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
+def as_first_named(record: dict[str, Any]) -> dict[str, Any]:
+    """With the names that figures had when golden.json was written."""
+    first = {new: old for old, new in OLD_NAMES.items()}
+    return {first.get(name, name): value for name, value in record.items()}
+
+
 def record_of(run: Path) -> dict[str, Any]:
     """What a run left, but for times, versions and names of files."""
     info = json.loads((run / "final_info.json").read_text())
     figures = {
         key: {
-            part: {m: v for m, v in values.items() if not m.startswith("seconds")}
+            part: as_first_named({m: v for m, v in values.items() if not m.startswith("seconds")})
             for part, values in entry.items()
         }
         for key, entry in info.items()
     }
     log = [json.loads(line) for line in (run / "train_log.jsonl").read_text().splitlines()]
+    for record in log:
+        del record["tokens_per_second"]
     bench = {}
     for path in sorted((run / "eval_results").rglob("*.json")):
         result = json.loads(path.read_text())
@@ -71,7 +80,7 @@ def record_of(run: Path) -> dict[str, Any]:
     return {
         "weights": digest(weights),
         "figures": digest(figures),
-        "log": digest([{k: v for k, v in r.items() if k != "tokens_per_second"} for r in log]),
+        "log": digest([as_first_named(record) for record in log]),
         "SAE-Bench": digest(bench),
         "means": {key: entry["means"] for key, entry in figures.items()},
     }

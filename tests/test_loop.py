@@ -24,7 +24,7 @@ PLAN = "PLAN: dict[str, dict[str, Any]] = {\n"
 PILE, NEWS = "monology/pile-uncopyrighted", "fancyzhx/ag_news"
 SIZES = dict(
     layers=(0, 2), context=32, training_text=PILE, core_text=PILE, d_sae=64, k_min=4,
-    training_tokens=81_920, batch=128, buffer_tokens=4096, harvest_contexts=8, dead_after=1024,
+    training_tokens=81_920, batch=128, buffer_tokens=4096, harvest_contexts=8, dead_feature_window=1024,
     log_every=8, core_prompts=4, core_reconstruction_batches=2, core_sparsity_batches=4,
     probe_sets=(NEWS,), probe_train=40, probe_test=20, probe_llm_batch=8, probe_sae_batch=15,
 )  # fmt: skip

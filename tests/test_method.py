@@ -19,7 +19,7 @@ def make_sae(
     d_in=3, d_sae=5, k=2, fixed=None, dtype=torch.float64, scale=1.0, seed=0, threshold=None
 ):
     sae = CustomSAE(
-        d_in, d_sae, "toy", 0, dtype=dtype, k=k, fixed=fixed, scale=scale,
+        d_in, d_sae, "toy", 0, dtype=dtype, k=k, fixed=fixed, norm_scaling_factor=scale,
         by_threshold=threshold is not None,
     )  # fmt: skip
     if threshold is not None:
@@ -212,7 +212,7 @@ def test_fixed_parameters_have_no_theta_and_no_gradient() -> None:
     loss = contrastive_loss(sae, inputs(), 2, 0.01)
     loss.total.backward()
     assert sae.theta_2.grad is not None
-    record = sae.adaptive()
+    record = sae.learned_scalars()
     assert record["tau_sel"] == pytest.approx(0.3) and record["theta_1"] is None
     assert record["w"] == pytest.approx(0.15 * record["tau_pen"])
     everything_fixed = make_sae(fixed={"tau_sel": 0.3, "tau_pen": 0.1, "gamma": 0.15})
@@ -245,10 +245,10 @@ def test_encode_decode_are_the_formula_on_any_leading_shape() -> None:
 @pytest.mark.parametrize("k, threshold", [(2, None), (None, None), (None, 0.4)])
 def test_folding_gives_raw_units(k, threshold) -> None:
     sae = make_sae(k=k, scale=2.5, threshold=threshold)
-    raw, x = sae.folded(), inputs()
+    raw, x = sae.fold_activation_norm_scaling(), inputs()
     assert torch.allclose(raw.encode(x), sae.encode(2.5 * x) / 2.5)
     assert torch.allclose(raw(x), sae(2.5 * x) / 2.5)
-    assert torch.equal(raw.W_dec, sae.W_dec) and raw.scale == 1.0
+    assert torch.equal(raw.W_dec, sae.W_dec) and raw.norm_scaling_factor == 1.0
     assert not torch.equal(raw.b_dec, sae.b_dec)  # the original is left as it was
 
 
@@ -284,7 +284,7 @@ def unpenalised(settings: Settings) -> Trainer:
 
 
 def test_threshold_keeps_l0_at_k() -> None:
-    settings = small_settings(selection="threshold", gamma=0.0, training_tokens=64 * 200)
+    settings = small_settings(activation="jumprelu", gamma=0.0, training_tokens=64 * 200)
     trainer = unpenalised(settings)
     assert trainer.sae.k is None
     l0 = []
@@ -351,7 +351,7 @@ def test_where_frequency_costs_no_feature_fires_as_often() -> None:
     x, highest = often(2000, seed=1000), []
     for weight in (1e-9, 2.0):  # with 0 it isn't counted
         settings = small_settings(
-            selection="threshold", gamma=0.0, frequency_weight=weight, resample=False
+            activation="jumprelu", gamma=0.0, density_penalty=weight, resample=False
         )
         trainer = unpenalised(settings)
         for step in range(400):
@@ -406,7 +406,7 @@ def test_a_loss_that_needs_all_features_gets_them(monkeypatch, capsys) -> None:
 
 
 def small_settings(**changes) -> Settings:
-    small = dict(d_sae=32, k_min=4, batch=64, training_tokens=64 * 60, dead_after=64 * 5, lr=2e-3)
+    small = dict(d_sae=32, k_min=4, batch=64, training_tokens=64 * 60, dead_feature_window=64 * 5, lr=2e-3)
     return Settings(**small | changes)
 
 
@@ -477,7 +477,7 @@ def test_dead_features_are_counted_and_brought_back() -> None:
 
 @pytest.mark.parametrize("selection", ["token", "threshold"])
 def test_a_resampled_feature_of_a_threshold_has_the_bias_of_the_others(selection) -> None:
-    settings = small_settings(selection=selection)
+    settings = small_settings(activation=selection)
     sae = experiment.new_sae(
         settings, 0, 0, torch.zeros(8), 1.0, {}, 4, by_threshold=selection == "threshold"
     )

@@ -223,7 +223,7 @@ def test_what_can_not_be_compared_is_not(tmp_path, figures):
 def test_values_fixed_at_another_runs_end_are_marked(tmp_path, figures):
     make_run(tmp_path, "run_9", log=False)
     config = json.loads((tmp_path / "run_9" / "config.json").read_text())
-    config["settings"]["fix_at"] = "run_1"
+    config["settings"]["constants_from_run"] = "run_1"
     (tmp_path / "run_9" / "config.json").write_text(json.dumps(config))
     plot.main(tmp_path)
     row = ablation(tmp_path)["run_9"]

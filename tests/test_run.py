@@ -19,14 +19,14 @@ import pytest
 import torch
 
 from harness.command import LAST_WORDS, main
-from harness.console import Progress, quiet
+from harness.console import Progress, redirect_output
 from harness.language_model import load_language_model
 from harness.machine import choose_train_dtype, in_threads
 from harness.records import against_given_baseline, read_reference
 from harness.store import write_json
 from harness.text import TokenStream, documents
 from harness.training import fit_budget
-from harness.verdict import verdict
+from harness.verdict import PRIMARY, verdict
 from tests.conftest import ROOT, replace
 
 SCALARS = {
@@ -54,7 +54,7 @@ def test_final_info_is_flat_finite_and_has_a_value_per_seed(toy, toy_run: Path) 
             assert values[metric] == [mean] and info[layer]["stderrs"][metric] == 0
     top = [info[f"layer_{at}"]["means"][f"sae_top_{k}_test_accuracy"] for at in (0, 2)
            for k in (1, 2, 5)]  # fmt: skip
-    assert info["verdict"]["means"]["primary"] == pytest.approx(sum(top) / 6)
+    assert info["verdict"]["means"][PRIMARY] == pytest.approx(sum(top) / 6)
     assert json.loads((toy_run / "warnings.json").read_text()) is not None
 
 
@@ -153,7 +153,7 @@ def test_activations_are_scaled_to_d(toy) -> None:
     fixed = {(layer, 0): {} for layer in settings.layers}
     result = toy.train(settings, buffer(), fixed, Path(os.devnull))
     for layer, acts_ND in zip(settings.layers, acts_LND):
-        scale = result.saes[layer, 0].scale
+        scale = result.saes[layer, 0].norm_scaling_factor
         assert float((scale * acts_ND).pow(2).sum(1).mean()) == pytest.approx(32, rel=1e-4)
         assert torch.allclose(result.mean[layer], acts_ND.mean(0), atol=1e-4)
 
@@ -226,16 +226,16 @@ def words(error: str) -> dict[str, str]:
         ({"seeds": (1, 1)}, "seeds must be different"),
         ({"tau_sel": -0.3}, "tau_sel must be None or above 0"),
         ({"lr": 0.0}, "lr must be above 0"),
-        ({"form": "other"}, "form must be 'contrastive' or 'as_written'"),
+        ({"loss_variant": "other"}, "loss_variant must be 'contrastive' or 'as_written'"),
         ({"gamma": -0.1}, "gamma must be None, or 0 or above"),
-        ({"selection": "batch"}, "selection must be 'token' or 'threshold'"),
+        ({"activation": "batch"}, "activation must be 'topk' or 'jumprelu'"),
         (
-            {"selection": "threshold", "curriculum": False},
-            "selection must be 'token' where nothing is selected",
+            {"activation": "jumprelu", "curriculum": False},
+            "activation must be 'topk' where nothing is selected",
         ),
         ({"kmin": 3}, "PLAN.'run_3'. sets what Settings has no field for .*'kmin'"),
         ({"device": "cuda"}, "needs a CUDA GPU, and none is available"),
-        ({"fix_at": "run_77"}, "needs the final values in .*run 'run_77' first|run run_77 first"),
+        ({"constants_from_run": "run_77"}, "needs the final values in .*run 'run_77' first|run run_77 first"),
         ({"model": "no/such-model"}, "the language model 'no/such-model' can't be loaded"),
         ({"probe_sets": ("tinylm/C",)}, "probe_sets must be one or more data sets; of tinylm"),
         ({"probe_ks": (1, 2, 5, 100)}, "probe_ks must be between 1 and d_sae"),
@@ -377,7 +377,7 @@ def test_output_ends_with_the_block_of_figures(toy, tmp_path: Path, capfd) -> No
     assert before.startswith("profile: tinylm on cpu\nrun_try: not in PLAN, defaults\n")
     values = dict(line.split(": ", 1) for line in block.strip().splitlines())
     assert {"run", "profile", "layer_0_fvu", "layer_2_l0", "seconds_total", "peak_memory_gb",
-            "primary", "verdict"} <= set(values)  # fmt: skip
+            PRIMARY, "verdict"} <= set(values)  # fmt: skip
     assert block.strip().splitlines()[-1].startswith("verdict: not comparable (there is no")
 
 
@@ -431,7 +431,7 @@ def test_train_dtype_is_what_the_hardware_multiplies(toy, monkeypatch) -> None:
 def test_progress_is_shown_while_libraries_are_quiet(tmp_path: Path, capfd) -> None:
     log = tmp_path / "log"
     log.touch()
-    with quiet(log):
+    with redirect_output(log):
         progress = Progress("stage", 10, "batches", every=0.0)
         print("noise")
         progress.advance(4, "halfway")
@@ -443,7 +443,7 @@ def test_progress_is_shown_while_libraries_are_quiet(tmp_path: Path, capfd) -> N
 
 def test_quiet_catches_python_and_c_output(tmp_path: Path, capfd) -> None:
     log = tmp_path / "log"
-    with quiet(log):
+    with redirect_output(log):
         print("from python")
         os.write(2, b"from c\n")
         print("an error", file=sys.stderr)
@@ -467,7 +467,7 @@ def test_records_are_whole_or_absent(tmp_path: Path) -> None:
 
 def of(primary: list[float], l0: float = 16.0, first_seed: int = 0) -> dict[str, list[float]]:
     seeds = [float(first_seed + i) for i in range(len(primary))]
-    return {"seed": seeds, "primary": primary, "l0": [l0] * len(primary)}
+    return {"seed": seeds, PRIMARY: primary, "l0": [l0] * len(primary)}
 
 
 @pytest.mark.parametrize(
@@ -487,7 +487,7 @@ def test_verdict(run, reference, word) -> None:
     sentence, numbers = verdict(run, reference, "run_1")
     assert sentence.startswith(word)
     assert all(math.isfinite(value) for value in numbers.values())
-    assert numbers["primary"] == pytest.approx(sum(run["primary"]) / len(run["primary"]))
+    assert numbers[PRIMARY] == pytest.approx(sum(run[PRIMARY]) / len(run[PRIMARY]))
 
 
 def test_verdict_interval_worked_out_by_hand() -> None:
@@ -502,7 +502,7 @@ def test_verdict_interval_worked_out_by_hand() -> None:
 def test_verdict_reads_only_runs_of_the_same_profile_and_task_set(toy, toy_run: Path) -> None:
     settings = toy.settings_of("run_2", "tinylm")
     found = read_reference(settings, toy_run.parent / "run_2", "tinylm")
-    assert found["seed"] == [0.0] and len(found["primary"]) == 1
+    assert found["seed"] == [0.0] and len(found[PRIMARY]) == 1
     assert read_reference(settings, toy_run.parent / "run_2", "gemma-2-2b") is None
     assert read_reference(settings, toy_run, "tinylm") is None  # itself
     import dataclasses

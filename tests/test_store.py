@@ -21,19 +21,19 @@ import torch
 
 import experiment
 from harness.command import Attempt, main
-from harness.console import Progress, quiet
-from harness.errors import ExperimentError, doing
+from harness.console import Progress, redirect_output
+from harness.errors import ExperimentError, error_context
 from harness.evaluation.core import check_core, save_core
 from harness.fingerprint import (
     activations_key,
-    code_parts,
+    environment_fingerprint,
     evaluation_keys,
+    hash_definitions,
     own_modules,
-    surroundings,
     training_key,
 )
 from harness.start import ENVIRONMENT
-from harness.store import TensorFiles, evict, kept, read_state, store_dir, write_state
+from harness.store import TensorCache, cached, evict, read_state, store_dir, write_state
 from harness.text import TokenStream, documents
 from harness.training import SAVE_EVERY, SAVE_SHARE, Checkpoints
 from tests.conftest import ROOT, replace
@@ -97,20 +97,20 @@ def changed_in_one_place() -> list[tuple[str, str, str]]:
 
 def test_a_constant_in_any_function_changes_the_keys_that_hang_on_it() -> None:
     """Of training: all but those of evaluation and records. Of evaluation: all but records'."""
-    training = code_parts(SOURCE, NOT_TRAINING)[0]
-    evaluation = code_parts(SOURCE, NOT_TRAINING[1:])[0]
+    training = hash_definitions(SOURCE, NOT_TRAINING)[0]
+    evaluation = hash_definitions(SOURCE, NOT_TRAINING[1:])[0]
     cases = changed_in_one_place()
     assert len(cases) > 40
     seen = set()
     for section, name, text in cases:
         seen.add(section)
-        changed = code_parts(text, NOT_TRAINING)[0]
+        changed = hash_definitions(text, NOT_TRAINING)[0]
         if section in NOT_TRAINING:
             assert changed == training, name
         else:
             differing = {n for n in changed | training if changed.get(n) != training.get(n)}
             assert differing == {name}, (name, differing)
-        changed = code_parts(text, NOT_TRAINING[1:])[0]
+        changed = hash_definitions(text, NOT_TRAINING[1:])[0]
         assert (changed == evaluation) == (section == "RECORDS"), name
     assert {"THE", "TRAINING", "EVALUATION", "RECORDS", "MAIN"} <= seen
 
@@ -144,17 +144,17 @@ def test_what_else_trains_anew(old: str, new: str, anew: bool) -> None:
     else:
         assert SOURCE.count(old) == 1
         text = SOURCE.replace(old, new)
-    parts = code_parts(SOURCE, NOT_TRAINING)[0]
-    assert (code_parts(text, NOT_TRAINING)[0] != parts) == anew
+    parts = hash_definitions(SOURCE, NOT_TRAINING)[0]
+    assert (hash_definitions(text, NOT_TRAINING)[0] != parts) == anew
 
 
 def test_code_of_the_evaluation_that_training_calls_is_in_its_key() -> None:
     """Directly, or by way of another function of an excluded section."""
     text = SOURCE.replace("    return min(rise, fall)", "    return layer_metrics(rise, fall)")
-    parts = code_parts(text, NOT_TRAINING)[0]
+    parts = hash_definitions(text, NOT_TRAINING)[0]
     assert "layer_metrics" in parts and "sae_name" in parts
     again = text.replace('row["training_tokens"] = training.tokens', "pass")
-    assert again != text and code_parts(again, NOT_TRAINING)[0] != parts
+    assert again != text and hash_definitions(again, NOT_TRAINING)[0] != parts
 
 
 def test_settings_in_the_key() -> None:
@@ -172,8 +172,8 @@ def test_settings_in_the_key() -> None:
         assert key(**changes) == same
     for changes in ({"lr": 1e-3}, {"seeds": (1,)}, {"lm_dtype": "bfloat16"}, {"gamma": 0.1}):
         assert key(**changes) != same
-    uses = SOURCE.replace("x_BD = x_BD.to(sae.W_enc.dtype) * sae.scale",
-                          "x_BD = x_BD[: settings.core_prompts] * sae.scale")  # fmt: skip
+    uses = SOURCE.replace("x_BD = x_BD.to(sae.W_enc.dtype) * sae.norm_scaling_factor",
+                          "x_BD = x_BD[: settings.core_prompts] * sae.norm_scaling_factor")  # fmt: skip
     assert uses != SOURCE and key(uses) != key(uses, core_prompts=8)
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
@@ -200,16 +200,16 @@ def test_a_module_of_one_s_own_and_numeric_variables_are_in_the_key(tmp_path, mo
     monkeypatch.undo()
     own_modules.cache_clear()
     settings = experiment.settings_of("run_1", "tinylm")
-    before = surroundings(settings, SOURCE, torch.device("cpu"))
+    before = environment_fingerprint(settings, SOURCE, torch.device("cpu"))
     assert {"harness/store.py", "tinylm/corpus.py"} <= set(before["file"])
     monkeypatch.setitem(ENVIRONMENT, "OMP_SCHEDULE", "dynamic")
-    assert surroundings(settings, SOURCE, torch.device("cpu")) != before
+    assert environment_fingerprint(settings, SOURCE, torch.device("cpu")) != before
     monkeypatch.undo()
     reads = SOURCE + '\nX = float(os.environ.get("FACTOR", 1)) + len(os.environ["PLACE"])\n'
-    before = surroundings(settings, reads, torch.device("cpu"))
+    before = environment_fingerprint(settings, reads, torch.device("cpu"))
     for name in ("FACTOR", "PLACE", "OTHER"):
         monkeypatch.setitem(ENVIRONMENT, name, "3")
-        after = surroundings(settings, reads, torch.device("cpu"))
+        after = environment_fingerprint(settings, reads, torch.device("cpu"))
         assert (after == before) == (name == "OTHER"), name
         before = after
 
@@ -325,13 +325,13 @@ def test_what_is_kept_is_computed_once_and_the_oldest_goes_first(
         return [n, float("nan"), "x" * 1000]
 
     for n in (1, 2, 3, 1):
-        assert kept("squares", {"n": (n,)}, compute, n)[0] == n
+        assert cached("squares", {"n": (n,)}, compute, n)[0] == n
     assert calls == [1, 2, 3]
     files = sorted((own_cache / "store" / "squares").iterdir(), key=lambda f: f.stat().st_mtime)
     tomorrow = time.time() + 86400  # a clock that jumped back left this
     os.utime(files[0], (tomorrow, tomorrow))
     replace(monkeypatch, "STORE_GB", 2500e-9)
-    assert kept("squares", {"n": (4,)}, compute, 4)[0] == 4
+    assert cached("squares", {"n": (4,)}, compute, 4)[0] == 4
     left = set((own_cache / "store" / "squares").iterdir())
     assert len(left) == 2 and files[0] in left and files[1] not in left
     # What another process is at stays, however old.
@@ -345,7 +345,7 @@ def test_what_is_kept_is_computed_once_and_the_oldest_goes_first(
     busy.close()
     evict()
     assert not path.exists()
-    kept("squares", {"n": (5,)}, compute, 5)
+    cached("squares", {"n": (5,)}, compute, 5)
     done = subprocess.run(["make", "clean-cache"], cwd=ROOT, capture_output=True, text=True)
     assert f"{store_dir()} emptied: 0.0 MB; logs stay" in done.stdout, done.stderr
     assert not store_dir().exists()
@@ -400,8 +400,8 @@ def test_trained_halfway_by_threads_the_rest_comes_out_the_same(
         assert {k: v["fvu"] for k, v in pieces.last.items()} == {
             k: v["fvu"] for k, v in whole.last.items()
         }
-        kept = train(checkpoints, fillings=0)  # nothing left to do
-        assert torch.equal(kept.saes[2, 1].W_dec, whole.saes[2, 1].W_dec)
+        cached = train(checkpoints, fillings=0)  # nothing left to do
+        assert torch.equal(cached.saes[2, 1].W_dec, whole.saes[2, 1].W_dec)
         checkpoints.close()
 
 
@@ -483,13 +483,13 @@ def test_tensors_are_written_while_work_goes_on(own_cache: Path, monkeypatch, ca
         write(state, path)
 
     replace(monkeypatch, "write_state", slowly)
-    files = TensorFiles("things", {"of": 1})
+    files = TensorCache("things", {"of": 1})
     files.keep("a", {"x": torch.arange(4)})  # returns at once
     assert begun.wait(10) and files.find("a") is None
     go_on.set()
     files.keep("b", {"x": torch.arange(5)})
     files.flush()
-    again = TensorFiles("things", {"of": 1})
+    again = TensorCache("things", {"of": 1})
     assert [len(again.find(name)["x"]) for name in "ab"] == [4, 5]
 
     def full(state: object, path: Path) -> None:
@@ -689,10 +689,10 @@ def test_core_scalars_that_cannot_be(value: float) -> None:
 
 def test_last_words_fit_whatever_was_said_before(tmp_path: Path, own_cache, capfd) -> None:
     def noisy(out_dir: Path, log: Path) -> None:
-        with quiet(log):
+        with redirect_output(log):
             for n in range(1000):
                 os.write(2, b"\rLoading checkpoint shards: %d" % n)
-        with doing("layer 7"), doing("tinylm/B/subject"):
+        with error_context("layer 7"), error_context("tinylm/B/subject"):
             raise ValueError("beginning " + 5000 * "noise\n" + " the end; hf_abcdefghijk")
 
     assert main(noisy, [f"--out_dir={tmp_path / 'run_1'}"]) == 1

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.errors import ExperimentError, doing
-from harness.fingerprint import passes_key, text_identity
+from harness.errors import ExperimentError, error_context
+from harness.fingerprint import forward_key, text_identity
 from harness.interfaces import SAELike, SettingsLike
-from harness.machine import give_way, memory_kept, side_by_side
-from harness.store import ACTIVATIONS_GB, TensorFiles, write_json
-from harness.text import documents, load_dataset, special_ids, text_errors, text_rows
+from harness.machine import retain_freed_memory, run_cooperatively, yield_turn
+from harness.store import ACTIVATIONS_GB, TensorCache, write_json
+from harness.text import documents, load_dataset, special_token_ids, text_errors, text_rows
 
 
 def core_config(settings: SettingsLike) -> Any:
@@ -91,7 +91,7 @@ def heldout_passages() -> Any:
     return datasets.Dataset.from_dict({"text": list(documents("tinylm", "heldout")())})
 
 
-def formatted(sae: SAELike, settings: SettingsLike) -> SAELike:
+def prepare_for_sae_bench(sae: SAELike, settings: SettingsLike) -> SAELike:
     """A copy of a folded SAE, prepared for SAE-Bench, which casts and marks what it is given."""
     from sae_bench.sae_bench_utils import general_utils
 
@@ -122,10 +122,10 @@ class SharedPasses:
         store: Any,
         layers: Iterable[int],
         advance: Callable[[int], None],
-        kept: TensorFiles | None = None,
+        cached: TensorCache | None = None,
     ) -> None:
         self.model, self.store, self.advance = model, store, advance
-        self.kept = kept or TensorFiles("", None)
+        self.kept = cached or TensorCache("", None)
         self.layers = sorted(set(layers))
         self.hooks = {f"blocks.{layer}.hook_resid_post": layer for layer in self.layers}
         self.n_batches = self.n_resets = 0
@@ -170,7 +170,7 @@ class SharedPasses:
         return self.once("original", lambda: self.from_kept("original", compute))
 
     def from_kept(self, name: str, compute: Callable[[], Any]) -> Any:
-        """What `compute` returns for this batch; see `TensorFiles.get`."""
+        """What `compute` returns for this batch; see `TensorCache.get`."""
         device = self.tokens_BL.device
 
         def moved(value: Any) -> Any:
@@ -209,7 +209,7 @@ class SharedPasses:
     def keep(self) -> Tensor:
         """(B, L) bool: neither BOS nor EOS nor padding."""
         def compute() -> Tensor:
-            special = torch.tensor(sorted(special_ids(self.model.tokenizer)))
+            special = torch.tensor(sorted(special_token_ids(self.model.tokenizer)))
             return ~torch.isin(self.tokens_BL, special.to(self.tokens_BL.device))
 
         return self.once("keep", compute)
@@ -241,7 +241,7 @@ class SharedView:
         sae.decode = decode_and_count
 
     def get_batch_tokens(self, n_prompts: int) -> Tensor:
-        give_way()
+        yield_turn()
         self.n_batches += 1
         return self.shared.batch(self.n_batches, n_prompts)
 
@@ -283,7 +283,7 @@ class SharedView:
         return self.error / self.shared.spread(self.hook)
 
 
-def core_passes(settings: SettingsLike, model: Any, layers: list[int]) -> TensorFiles:
+def core_passes(settings: SettingsLike, model: Any, layers: list[int]) -> TensorCache:
     """Where core evaluation's passes of the language model are kept, if they are not too large."""
     tokens = settings.core_prompts * settings.context
     logits = settings.core_reconstruction_batches * (1 + len(layers)) * model.cfg.d_vocab
@@ -293,8 +293,8 @@ def core_passes(settings: SettingsLike, model: Any, layers: list[int]) -> Tensor
     if numbers * model.cfg.dtype.itemsize <= ACTIVATIONS_GB * 1e9:
         counts = [settings.core_reconstruction_batches, settings.core_sparsity_batches, layers]
         text = text_identity(settings.core_text)
-        key = passes_key(settings, model.cfg.device, counts=counts, **text)
-    return TensorFiles("core passes", key)
+        key = forward_key(settings, model.cfg.device, counts=counts, **text)
+    return TensorCache("core passes", key)
 
 
 def run_core(
@@ -304,7 +304,7 @@ def run_core(
     advance: Callable[[int], None],
     keep: bool = False,
 ) -> dict[Any, tuple[dict, dict, float]]:
-    """SAE-Bench's `run_evals` of SAEs that `formatted` has prepared, side by side.
+    """SAE-Bench's `run_evals` of SAEs that `prepare_for_sae_bench` has prepared, side by side.
 
     Args:
         keep: the language model's passes for the next run.
@@ -323,17 +323,17 @@ def run_core(
 
     def job(key: Any) -> Callable[[], tuple[dict, dict]]:
         def evaluated() -> tuple[dict, dict]:
-            with doing(str(key)):
+            with error_context(str(key)):
                 view = views[key]
-                ignored = special_ids(model.tokenizer)
+                ignored = special_token_ids(model.tokenizer)
                 return core.run_evals(saes[key], view, view, config, ignore_tokens=ignored)
 
         return evaluated
 
     # Around all of them: each run_evals restores, when it ends, the mode that it began in.
     try:
-        with torch.no_grad(), memory_kept():
-            results = side_by_side({key: job(key) for key in saes})
+        with torch.no_grad(), retain_freed_memory():
+            results = run_cooperatively({key: job(key) for key in saes})
     except StopIteration as error:
         raise ExperimentError(
             f"the text {settings.core_text!r} is too short for one batch of core_prompts = "
@@ -348,7 +348,7 @@ def mean_l0(
     saes: dict[Any, SAELike], model: Any, settings: SettingsLike, n_batches: int = 4
 ) -> dict[Any, float]:
     """Active features per token, on the first batches of the evaluation text, by any key."""
-    ready = {key: formatted(sae, settings) for key, sae in saes.items()}
+    ready = {key: prepare_for_sae_bench(sae, settings) for key, sae in saes.items()}
     store = core_store(settings, model, next(iter(ready.values())))
     layers = (sae.cfg.hook_layer for sae in ready.values())
     shared = SharedPasses(model, store, layers, advance=lambda n: None)
@@ -358,7 +358,7 @@ def mean_l0(
             shared.batch(number, settings.core_prompts)
             cache, keep_BL = shared.residuals(), shared.keep()
             for key, sae in ready.items():
-                with doing(f"layer {sae.cfg.hook_layer}"):
+                with error_context(f"layer {sae.cfg.hook_layer}"):
                     f_NF = sae.encode(cache[sae.cfg.hook_name][keep_BL])
                     active[key] += int((f_NF > 0).sum())
     return {key: count / shared.count for key, count in active.items()}
@@ -395,7 +395,7 @@ def save_core(
     )
 
 
-def export(sae: SAELike, settings: SettingsLike, folder: Path) -> None:
+def export_to_saelens(sae: SAELike, settings: SettingsLike, folder: Path) -> None:
     """Writes an SAE, folded, as SAELens stores it: TopK or JumpReLU if it selects, else standard.
 
     `sae_lens.SAE.load_from_disk(folder)` reads it. theta.json holds θ, what follows from it, and
@@ -421,7 +421,7 @@ def export(sae: SAELike, settings: SettingsLike, folder: Path) -> None:
         stored = StandardSAE(StandardSAEConfig(**shape))
     else:
         stored = TopKSAE(TopKSAEConfig(k=sae.k, **shape))
-    raw = sae.folded()
+    raw = sae.fold_activation_norm_scaling()
     if sae.threshold is not None:
         stored.threshold.data.fill_(raw.threshold)
     for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
@@ -435,7 +435,7 @@ def export(sae: SAELike, settings: SettingsLike, folder: Path) -> None:
             f"the SAE in {folder} is not read back by SAELens as it was written: look at the disk, "
             "and at the versions in constraints.txt"
         )
-    write_json(folder / "theta.json", {**sae.adaptive(), "scale": sae.scale})
+    write_json(folder / "theta.json", {**sae.learned_scalars(), "scale": sae.norm_scaling_factor})
 
 
 def check_core(name: str, metrics: dict[str, float]) -> None:

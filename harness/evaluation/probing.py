@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 
 from harness.console import Progress
-from harness.errors import ExperimentError, doing, first_line
+from harness.errors import ExperimentError, error_context, first_line
 from harness.fingerprint import (
+    environment_fingerprint,
+    forward_key,
     llm_probes_key,
-    passes_key,
-    surroundings,
     text_identity,
     tokens_digest,
 )
 from harness.interfaces import SAELike, SettingsLike
-from harness.machine import in_order, memory_kept
-from harness.store import ACTIVATIONS_GB, TensorFiles, kept, kept_each
+from harness.machine import in_order, retain_freed_memory
+from harness.store import ACTIVATIONS_GB, TensorCache, cached, cached_each
 from harness.text import corpus_errors, documents, load_dataset
 
 
@@ -180,21 +180,21 @@ def read_probe_texts(
     return texts
 
 
-def probing_texts(dataset: str, settings: SettingsLike, device: torch.device) -> TensorFiles:
+def probing_texts(dataset: str, settings: SettingsLike, device: torch.device) -> TensorCache:
     """Where the token ids of one of tinylm's tasks are kept; a hub's data sets may change."""
     if not dataset.startswith("tinylm/"):
-        return TensorFiles("probing texts", None)
+        return TensorCache("probing texts", None)
     chosen = ("probe_train", "probe_test", "probe_seed")
     key = {
         "data set": dataset,
         "setting": {field: getattr(settings, field) for field in chosen},
-        **surroundings(settings, "import harness", device),
+        **environment_fingerprint(settings, "import harness", device),
         **text_identity("tinylm"),
     }
-    return TensorFiles("probing texts", key)
+    return TensorCache("probing texts", key)
 
 
-def probing_passes(settings: SettingsLike, model: Any, texts: list[dict[str, Any]]) -> TensorFiles:
+def probing_passes(settings: SettingsLike, model: Any, texts: list[dict[str, Any]]) -> TensorCache:
     """Where a data set's passes of the language model are kept, if they are not too large.
 
     Args:
@@ -204,8 +204,8 @@ def probing_passes(settings: SettingsLike, model: Any, texts: list[dict[str, Any
     numbers *= len(settings.layers) * model.cfg.d_model
     key = None
     if numbers * model.cfg.dtype.itemsize <= ACTIVATIONS_GB * 1e9:
-        key = passes_key(settings, model.cfg.device, texts=tokens_digest(texts))
-    return TensorFiles("probing passes", key)
+        key = forward_key(settings, model.cfg.device, texts=tokens_digest(texts))
+    return TensorCache("probing passes", key)
 
 
 def pooled_features(
@@ -213,7 +213,7 @@ def pooled_features(
     model: Any,
     saes: dict[str, SAELike],
     settings: SettingsLike,
-    kept_passes: TensorFiles | None = None,
+    kept_passes: TensorCache | None = None,
 ) -> list[tuple[dict[int, dict], dict[str, dict]]]:
     """Mean activations of each text, of the language model and of each SAE, in one forward pass.
 
@@ -232,7 +232,7 @@ def pooled_features(
     from sae_bench.sae_bench_utils import activation_collection as collection
 
     hooks = {layer: f"blocks.{layer}.hook_resid_post" for layer in settings.layers}
-    kept_passes = kept_passes or TensorFiles("", None)
+    kept_passes = kept_passes or TensorCache("", None)
 
     def one_pass(tokens_BL: Tensor) -> list[Tensor]:
         _, cache = model.run_with_cache(
@@ -308,7 +308,7 @@ def probe(train: dict, test: dict, prefix: str, ks: tuple[int, ...]) -> dict[str
     return results
 
 
-def probe_states(saes: Iterable[str], settings: SettingsLike) -> dict[str, str]:
+def probe_rng_states(saes: Iterable[str], settings: SettingsLike) -> dict[str, str]:
     """By SAE, the state of the generator that its probes draw from at the start, in hexadecimal."""
     torch.manual_seed(settings.probe_seed)
     return dict.fromkeys(saes, torch.get_rng_state().numpy().tobytes().hex())
@@ -329,11 +329,11 @@ def probe_data_set(
     run: no SAE changes them.
 
     Args:
-        saes: prepared by `formatted`. states: see `probe_states`; left as the next set needs them.
+        saes: prepared by `prepare_for_sae_bench`. states: see `probe_rng_states`; left as the next set needs them.
         keys: by SAE, all that its figures depend on beside texts and states: they are kept under
             it, and the language model's passes are; None: nothing is.
     """
-    @memory_kept()
+    @retain_freed_memory()
     def some_saes(names: list[str]) -> dict[str, tuple[dict, str]]:
         some = {name: saes[name] for name in names}
         passes = probing_passes(settings, model, split) if keys else None
@@ -345,7 +345,7 @@ def probe_data_set(
             torch.manual_seed(settings.probe_seed)
             key = llm_probes_key(dataset, layer, split, settings)
             acts = llm_train[layer], llm_test[layer], "llm", settings.probe_ks
-            llm[layer] = kept("language model probes", key, probe, *acts)
+            llm[layer] = cached("language model probes", key, probe, *acts)
         for name, sae in some.items():
             torch.set_rng_state(torch.tensor(list(bytes.fromhex(states[name])), dtype=torch.uint8))
             found = probe(sae_train[name], sae_test[name], "sae", settings.probe_ks)
@@ -357,8 +357,8 @@ def probe_data_set(
 
     before = {"dataset": dataset, "texts": tokens_digest(split)}
     own = {n: keys and keys[n] | before | {"state": states[n]} for n in saes}
-    with doing(dataset):
-        found = kept_each("sparse probing", own, some_saes)
+    with error_context(dataset):
+        found = cached_each("sparse probing", own, some_saes)
     states |= {name: state for name, (_, state) in found.items()}
     return {name: results for name, (results, _) in found.items()}
 
