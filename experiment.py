@@ -9,23 +9,30 @@ B is tokens or batch, L sequence, D model dimension, F features, K selected feat
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NamedTuple
 
-from harness.start import SOURCES_AT_START, STARTED  # isort: skip (first: it reads what runs)
+import harness.start  # isort: skip (first: it reads the code that runs) # noqa: F401
 
 import torch
+from pydantic import (
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+from pydantic.dataclasses import dataclass as checked_dataclass
 from sae_bench.custom_saes.base_sae import BaseSAE
 from torch import Tensor, nn
 
-from harness.command import check_out_dir, main, prepare_out_dir
 from harness.console import Progress, redirect_output
 from harness.evaluation.core import (
     check_core,
@@ -36,90 +43,109 @@ from harness.evaluation.core import (
     save_core,
 )
 from harness.evaluation.probing import probe_data_set, probe_rng_states, save_probing
-from harness.fingerprint import activations_key, evaluation_keys, training_key
-from harness.machine import choose_device, choose_train_dtype, in_order, trim_memory
-from harness.records import (
-    check_complete,
-    check_results,
-    check_trained,
-    final_values,
-    write_config,
-)
-from harness.records import (
-    write_records as write_all_records,
-)
-from harness.startup import checked_settings, choose_profile, prepare, rehearse
+from harness.machine import in_order, retain_memory_for_steps, trim_memory
+from harness.records import check_results, check_trained, final_values, write_records
+from harness.startup import Run, launch
 from harness.store import cached_each
 from harness.text import TokenStream, documents
-from harness.training import Buffered, Checkpoints, Course, Resumable, take_steps
+from harness.training import ActivationCache, Resumable, TrainingLog, run_side_by_side
 from sparse_ops import active_values, by_index_if_same, few_active, sum_of_rows
-
-SOURCE = SOURCES_AT_START[Path(__file__).resolve()]
 
 # =============================================================================================
 # SETTINGS AND PLAN: edit these directly
 # =============================================================================================
 
+Part = Annotated[float, Field(ge=0, le=1)]  # of training
 
-@dataclass(frozen=True)
+
+@checked_dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))
 class Settings:
-    """Everything a run depends on. `PROFILES` and `PLAN` below override these defaults."""
+    """Everything a run depends on, each with what it can be. `PROFILES` and `PLAN` override it."""
 
     description: str = "defaults"  # what the run tests, for tables and figures
 
     # The language model and its text.
     model: str = "tinylm"  # a Hugging Face name or folder; "tinylm": the built-in model
-    lm_dtype: str = "float32"  # the precision of the language model in evaluation
-    train_dtype: str = "auto"  # of training's matrix products; "auto": what the hardware has
-    layers: tuple[int, ...] = (1, 2, 4)  # SAEs read blocks.L.hook_resid_post
-    context: int = 128  # tokens per context, BOS first
+    lm_dtype: Literal["float32", "bfloat16"] = "float32"  # of the language model in evaluation
+    train_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of training's matrix products
+    layers: tuple[NonNegativeInt, ...] = (1, 2, 4)  # SAEs read blocks.L.hook_resid_post
+    context: Annotated[int, Field(ge=2)] = 128  # tokens per context, BOS first
     training_text: str = "tinylm"  # a data set with a "text" column; "tinylm": its corpus
-    device: str = "auto"  # "auto", "cpu" or "cuda"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
 
-    # The SAE and its loss (DESIGN: the method).
-    d_sae: int = 1024  # F, the number of features
-    loss_variant: str = "contrastive"  # or "as_written": the loss as it was first written down
-    tau_sel: float | None = None  # selection temperature; None: learned in (0.1, 0.5)
-    tau_pen: float | None = None  # penalty temperature; None: learned in (0.05, 0.25)
-    gamma: float | None = None  # loss weight; None: learned in (0, 0.3)
+    # The SAE and its loss (docs/method.md).
+    d_sae: PositiveInt = 1024  # F, the number of features
+    loss_variant: Literal["contrastive", "as_written"] = "contrastive"  # or as first written down
+    tau_sel: PositiveFloat | None = None  # selection temperature; None: learned in (0.1, 0.5)
+    tau_pen: PositiveFloat | None = None  # penalty temperature; None: learned in (0.05, 0.25)
+    gamma: NonNegativeFloat | None = None  # loss weight; None: learned in (0, 0.3)
     constants_from_run: str | None = None  # fix all three at this run's final values, by layer
-    reg_lambda: float = 0.01  # λ of L_reg, on the learned θ
-    activation: str = "topk"  # of each token; "jumprelu": what is above a threshold, k in the mean
-    threshold_rate: float = 0.05  # by which the threshold follows k, per step
-    density_penalty: float = 0.0  # φ: what selected features cost, by how often each is selected
+    reg_lambda: NonNegativeFloat = 0.01  # λ of L_reg, on the learned θ
+    activation: Literal["topk", "jumprelu"] = "topk"  # of each token; above a threshold, k in mean
+    threshold_rate: Annotated[float, Field(gt=0, le=1)] = 0.05  # by which it follows k, per step
+    density_penalty: NonNegativeFloat = 0.0  # φ: selected features cost as often as they fire
     curriculum: bool = True  # False: no selection, all active features reconstruct (k_min = 1)
-    k_min: int = 16  # features selected per token at the end of the curriculum
-    k_start_factor: float = 2.0  # the curriculum starts at k_start = k_start_factor · k_min
-    curriculum_fraction: float = 0.1  # part of training after which k_t = k_min
+    k_min: PositiveInt = 16  # features selected per token at the end of the curriculum
+    k_start_factor: PositiveFloat = 2.0  # the curriculum starts at k_start = k_start_factor · k_min
+    curriculum_fraction: Part = 0.1  # part of training after which k_t = k_min
 
     # Training.
-    seeds: tuple[int, ...] = (0,)  # each sets initialization and the order of the tokens
-    training_tokens: int = 1_200_000
-    budget_minutes: float | None = None  # training is shortened once if the command would take more
-    batch: int = 512  # tokens per step
-    lr: float = 1.5e-3  # Adam's learning rate for weights and biases
-    lr_warmup: float = 0.2  # part of training over which it rises from 0, while θ settles
-    lr_decay: float = 0.2  # part of training, at the end, over which it falls to 0
-    theta_lr: float = 1e-2  # Adam's learning rate for θ: no warm-up, no decay
-    dead_feature_window: int = 10_000  # tokens without firing after which a feature counts as dead
+    seeds: tuple[NonNegativeInt, ...] = (0,)  # each sets initialization and the order of the tokens
+    training_tokens: PositiveInt = 1_200_000
+    budget_minutes: PositiveFloat | None = None  # training is shortened once to what fits into it
+    batch: PositiveInt = 512  # tokens per step
+    lr: PositiveFloat = 1.5e-3  # Adam's learning rate for weights and biases
+    lr_warmup: Part = 0.2  # part of training over which it rises from 0, while θ settles
+    lr_decay: Part = 0.2  # part of training, at the end, over which it falls to 0
+    theta_lr: PositiveFloat = 1e-2  # Adam's learning rate for θ: no warm-up, no decay
+    dead_feature_window: PositiveInt = 10_000  # tokens without firing that make a feature dead
     resample: bool = True  # bring dead features back, until the learning rate decays
-    buffer_tokens: int = 262_144  # activations per layer held, and shuffled, at once
-    harvest_contexts: int = 16  # contexts per forward pass of the language model
-    log_every: int = 20  # steps between lines of train_log.jsonl
+    buffer_tokens: PositiveInt = 262_144  # activations per layer held, and shuffled, at once
+    harvest_contexts: PositiveInt = 16  # contexts per forward pass of the language model
+    log_every: PositiveInt = 20  # steps between lines of train_log.jsonl
 
     # Evaluation, by SAE-Bench.
     core_text: str = "tinylm"  # a data set with a "text" column; "tinylm": its held-out text
-    core_prompts: int = 16  # contexts per batch
-    core_reconstruction_batches: int = 10
-    core_sparsity_batches: int = 40
+    core_prompts: PositiveInt = 16  # contexts per batch
+    core_reconstruction_batches: PositiveInt = 10
+    core_sparsity_batches: PositiveInt = 40
     probe_sets: tuple[str, ...] = ("tinylm/B",)  # data sets; "tinylm/A": for choosing, B: to report
-    probe_train: int = 300  # SAE-Bench's probe_train_set_size: half of it per class
-    probe_test: int = 200
-    probe_ks: tuple[int, ...] = (1, 2, 5, 10, 20, 50)
-    probe_llm_batch: int = 32
-    probe_sae_batch: int = 125
-    probe_seed: int = 42
+    probe_train: Annotated[int, Field(ge=4)] = 300  # SAE-Bench's probe_train_set_size
+    probe_test: Annotated[int, Field(ge=4)] = 200  # half of it, as of probe_train, per class
+    probe_ks: tuple[PositiveInt, ...] = (1, 2, 5, 10, 20, 50)
+    probe_llm_batch: PositiveInt = 32
+    probe_sae_batch: PositiveInt = 125
+    probe_seed: NonNegativeInt = 42
     compare_to: str = "run_1"  # the run that the verdict compares this one to
+
+    @model_validator(mode="after")
+    def fields_fit_each_other(self) -> Settings:
+        """What a field's own type can't say."""
+        selects = self.curriculum and self.loss_variant == "contrastive"
+        tasks = [name for name in self.probe_sets if name.startswith("tinylm/")]
+        rules = {
+            "layers": (0 < len(self.layers) == len(set(self.layers)), "one or more, all different"),
+            "seeds": (0 < len(self.seeds) == len(set(self.seeds)), "one or more, all different"),
+            "k_min": (self.k_min <= self.d_sae, f"at most d_sae = {self.d_sae}"),
+            "training_tokens": (self.training_tokens >= self.batch, "at least one batch"),
+            "buffer_tokens": (self.buffer_tokens >= self.batch, "at least one batch"),
+            "activation": (
+                selects or self.activation == "topk",
+                "'topk' where nothing is selected (no curriculum, or loss_variant 'as_written')",
+            ),
+            "probe_sets": (
+                self.probe_sets and {*tasks} <= {"tinylm/A", "tinylm/B"},
+                "one or more data sets; of tinylm, 'tinylm/A' or 'tinylm/B'",
+            ),
+            "probe_ks": (
+                {1, 2, 5} <= {*self.probe_ks} and max(self.probe_ks) <= self.d_sae,
+                "at most d_sae, with 1, 2 and 5 among them",
+            ),
+        }
+        for field, (holds, allowed) in rules.items():
+            if not holds:
+                raise ValueError(f"{field} must be {allowed}, but is {getattr(self, field)!r}")
+        return self
 
 
 PROFILES: dict[str, dict[str, Any]] = {
@@ -491,15 +517,23 @@ def lr_factor(progress: float, warmup: float, decay: float) -> float:
 
 
 # =============================================================================================
-# THE LANGUAGE MODEL AND ITS ACTIVATIONS
+# THE ACTIVATION BUFFER
 # =============================================================================================
 
 
-class ActivationBuffer(Buffered):
-    """Activations of several layers in corpus order, BOS, EOS and padding left out.
+class ActivationBuffer:
+    """Activations of the run's layers in the order of the text, BOS, EOS and padding left out.
 
-    `Buffered` says what it is made of, and hands the activations out.
+    Args:
+        run: its language model, layers, and contexts per forward pass.
+        stream: the text, in contexts of token ids.
     """
+
+    def __init__(self, run: Run, stream: TokenStream) -> None:
+        self.lm, self.stream = run.language_model, stream
+        self.layers, self.contexts = run.settings.layers, run.settings.harvest_contexts
+        self.cache = ActivationCache(stream, run.activations_key(type(self)))
+        self.leftover_LND: Tensor | None = None  # harvested, not yet handed out
 
     def harvest(self, n_passes: int) -> list[Tensor]:
         """The activations of the next forward passes, (layers, N, D) of each."""
@@ -512,6 +546,38 @@ class ActivationBuffer(Buffered):
             return torch.stack([acts_BLD[keep_BL.to(acts_BLD.device)] for acts_BLD in acts])
 
         return in_order(one_pass, passes, self.lm.hf.device)
+
+    def next_tokens(self, n: int, advance: Callable[[int], None] = lambda n: None) -> Tensor:
+        """The activations of the next n tokens: (layers, n, D), on the model's device.
+
+        Args:
+            advance: called with the number of tokens of each few forward passes.
+        """
+        hf, have = self.lm.hf, 0
+        shape = (len(self.layers), n, hf.config.hidden_size)
+        taken_LND = torch.empty(shape, device=hf.device, dtype=hf.dtype)
+        parts = [] if self.leftover_LND is None else [self.leftover_LND]
+        while have < n:
+            if not parts:
+                n_passes = max(1, (n - have) // (self.contexts * (self.stream.context - 1)))
+                parts = self.cache.passes(n_passes, self.harvest)
+                advance(sum(part.shape[1] for part in parts))
+            part = parts.pop(0).to(hf.device)
+            taken_LND[:, have : have + part.shape[1]] = part[:, : n - have]
+            rest = part[:, n - have :]
+            have += part.shape[1]
+        self.leftover_LND = torch.cat([rest, *(part.to(hf.device) for part in parts)], dim=1)
+        return taken_LND
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the text stands, and what is harvested and not handed out."""
+        return {"cache": self.cache.state_dict(), "leftover": self.leftover_LND}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where another buffer on the same text stood."""
+        self.cache.load_state_dict(state["cache"])
+        leftover = state["leftover"]
+        self.leftover_LND = None if leftover is None else leftover.to(self.lm.hf.device)
 
 
 # =============================================================================================
@@ -669,28 +735,79 @@ def sae_name(layer: int, seed: int) -> str:
     return f"layer_{layer}_seed_{seed}"
 
 
+class ActivationStats(NamedTuple):
+    """What the SAEs of a layer are centred and scaled by."""
+
+    mean_D: Tensor  # of the first activations, in raw units
+    norm_scaling_factor: float  # s with E‖s x‖² = D
+
+
+def activation_stats(settings: Settings, acts_LND: Tensor) -> dict[int, ActivationStats]:
+    """By layer, the mean and the scale of activations."""
+    stats = {}
+    for layer, acts_ND in zip(settings.layers, acts_LND):
+        total_D, squares = torch.zeros_like(acts_ND[0], dtype=torch.float64), 0.0
+        for part_ND in acts_ND.split(8192):  # float64 in parts: all of it would take gigabytes
+            total_D += part_ND.double().sum(0)
+            squares += float(part_ND.double().pow(2).sum())
+        factor = math.sqrt(acts_ND.numel() / squares)
+        stats[layer] = ActivationStats((total_D / len(acts_ND)).float(), factor)
+    return stats
+
+
 def new_sae(
     settings: Settings,
     layer: int,
     seed: int,
-    mean_D: Tensor,
-    scale: float,
+    stats: ActivationStats,
     fixed: dict[str, float],
     k: int | None,
     by_threshold: bool = False,
 ) -> CustomSAE:
-    """An initialized SAE for activations whose raw mean is `mean_D`, on its device.
+    """An initialized SAE for a layer's activations, on their device.
 
     Args:
+        fixed: the constants among tau_sel, tau_pen and gamma.
         by_threshold: it selects by a threshold, whatever k.
     """
+    mean_D, factor = stats
     shape = (len(mean_D), settings.d_sae, settings.model, layer, mean_D.device)
-    k = None if by_threshold else k
-    sae = CustomSAE(*shape, k=k, fixed=fixed, norm_scaling_factor=scale, by_threshold=by_threshold)
-    sae.initialize(seed, mean_D * scale)
+    options = dict(fixed=fixed, norm_scaling_factor=factor, by_threshold=by_threshold)
+    sae = CustomSAE(*shape, k=None if by_threshold else k, **options)
+    sae.initialize(seed, mean_D * factor)
     sae.cfg.context_size = settings.context
     sae.cfg.dataset_path = settings.training_text
     return sae
+
+
+def new_trainers(
+    run: Run, stats: dict[int, ActivationStats], fixed: dict[tuple[int, int], dict[str, float]]
+) -> dict[tuple[int, int], Trainer]:
+    """A trainer per layer and seed. See `activation_stats`, `constants` and `Trainer`."""
+    settings = run.settings
+    k = k_at(settings, progress=1.0)
+    by_threshold = k is not None and settings.activation == "jumprelu"
+    autocast = run.train_dtype == "bfloat16"
+    trainers = {}
+    for layer in settings.layers:
+        for seed in settings.seeds:
+            given = settings, layer, seed, stats[layer], fixed[layer, seed]
+            sae = new_sae(*given, k, by_threshold)
+            trainers[layer, seed] = Trainer(sae, settings, seed, autocast)
+    return trainers
+
+
+def constants(run: Run) -> dict[tuple[int, int], dict[str, float]]:
+    """By layer and seed: which of tau_sel, tau_pen and gamma are constants, and their values.
+
+    With `constants_from_run`, all of them: that run's final values for the layer and seed.
+    """
+    settings = run.settings
+    given = {n: getattr(settings, n) for n in BOUNDED if getattr(settings, n) is not None}
+    keys = [(layer, seed) for layer in settings.layers for seed in settings.seeds]
+    if settings.constants_from_run is None:
+        return dict.fromkeys(keys, given)
+    return final_values(run.runs / settings.constants_from_run, keys, tuple(BOUNDED))
 
 
 @dataclass
@@ -698,52 +815,17 @@ class Training:
     """What training leaves. Keys are (layer, seed), or the layer alone."""
 
     saes: dict[tuple[int, int], CustomSAE]
-    mean: dict[int, Tensor]  # the raw mean of the first activations, (D,)
+    stats: dict[int, ActivationStats]
     last: dict[tuple[int, int], dict[str, Any]]  # the last line of the log
     tokens: int
     seconds: dict[str, float]
     shortened: str | None  # why it took fewer tokens than the settings say
 
 
-def measure(settings: Settings, acts_LND: Tensor) -> dict[int, tuple[Tensor, float]]:
-    """By layer, what SAEs are centred and scaled by: the mean (D,), and s with E‖s x‖² = D."""
-    measured = {}
-    for layer, acts_ND in zip(settings.layers, acts_LND):
-        total_D, squares = torch.zeros_like(acts_ND[0], dtype=torch.float64), 0.0
-        for part_ND in acts_ND.split(8192):  # float64 in parts: all of it would take gigabytes
-            total_D += part_ND.double().sum(0)
-            squares += float(part_ND.double().pow(2).sum())
-        scale = math.sqrt(acts_ND.numel() / squares)
-        measured[layer] = (total_D / len(acts_ND)).float(), scale
-    return measured
-
-
-def start_trainers(
-    settings: Settings,
-    measured: dict[int, tuple[Tensor, float]],
-    fixed: dict[tuple[int, int], dict[str, float]],
-    autocast: bool,
-) -> dict[tuple[int, int], Trainer]:
-    """A trainer per layer and seed. See `measure`, `train` and `Trainer`."""
-    k = k_at(settings, progress=1.0)
-    by_threshold = k is not None and settings.activation == "jumprelu"
-    trainers = {}
-    for layer, (mean_D, scale) in measured.items():
-        for seed in settings.seeds:
-            shape = settings, layer, seed, mean_D, scale
-            sae = new_sae(*shape, fixed[layer, seed], k, by_threshold)
-            trainers[layer, seed] = Trainer(sae, settings, seed, autocast)
-    return trainers
-
-
 def train(
-    settings: Settings,
+    run: Run,
     buffer: ActivationBuffer,
-    fixed: dict[tuple[int, int], dict],
-    log: Path,
-    evaluation_seconds: Callable[[dict[tuple[int, int], CustomSAE]], float] = lambda saes: 0.0,
-    checkpoints: Checkpoints | None = None,
-    start: Callable[..., dict[tuple[int, int], Any]] = start_trainers,
+    start: Callable[..., dict[tuple[int, int], Any]] = new_trainers,
 ) -> Training:
     """Trains an SAE per layer and seed, all on the same text and the same forward passes.
 
@@ -752,46 +834,85 @@ def train(
     earlier attempt has saved: the weights come out as without the interruption.
 
     Args:
-        fixed: by layer and seed, the constants among tau_sel, tau_pen and gamma.
-        log: train_log.jsonl.
-        evaluation_seconds: estimates how long the evaluation of these SAEs will take.
-        checkpoints: where training saves itself, whenever a filling of the buffer is used up.
         start: makes the trainers; bench/quality.py has other projects' trained on the same tokens.
     """
-    device, autocast = buffer.lm.hf.device, buffer.lm.hf.dtype == torch.bfloat16
+    s, device = run.settings, buffer.lm.hf.device
     torch.manual_seed(0)  # for what an edit may draw without a generator of its own
-    shuffles = {seed: torch.Generator().manual_seed(seed) for seed in settings.seeds}
+    shuffles = {seed: torch.Generator().manual_seed(seed) for seed in s.seeds}
+    stats: dict[int, ActivationStats] = {}
     trainers: dict[tuple[int, int], Trainer] = {}
-    with Course(settings, log, checkpoints or Checkpoints(None)) as course:
-        if measured := course.measured(device):
-            trainers = start(settings, measured, fixed, autocast)
-            course.restore(trainers, shuffles, buffer)
-        while steps := course.next_steps():
-            with course.timing("seconds_harvest"):
-                acts_LND = None  # not two fillings at once
-                trim_memory()
-                acts_LND = buffer.take(len(steps) * settings.batch, course.progress.advance)
-            with course.timing("seconds_training"):
-                if not trainers:
-                    measured = measure(settings, acts_LND)
-                    trainers = start(settings, measured, fixed, autocast)
-                orders = {
-                    seed: torch.randperm(acts_LND.shape[1], generator=generator)
-                    for seed, generator in shuffles.items()
-                }
-                records = take_steps(
-                    settings, trainers, acts_LND, orders, steps, course.n_steps, course.progress
-                )
-                course.add(records)
-            course.finish(steps, measured, trainers, shuffles, buffer, evaluation_seconds)
+    fixed = constants(run)
+    with run.checkpoints(train, start, type(buffer), constants=fixed) as checkpoints:
+        saved = checkpoints.load()
+        with TrainingLog(s, run.out_dir / "train_log.jsonl", saved and saved["log"]) as log:
+            if saved:
+                stats = {n: ActivationStats(m.to(device), f) for n, (m, f) in saved["stats"].items()}
+                trainers = start(run, stats, fixed)
+                for key, trainer in trainers.items():
+                    trainer.load_state_dict(saved["trainers"][key])
+                for seed, generator in shuffles.items():
+                    generator.set_state(saved["shuffles"][seed])
+                buffer.load_state_dict(saved["buffer"])
+            while steps := log.next_steps():
+                with log.timing("seconds_harvest"):
+                    acts_LND = None  # not two fillings at once
+                    trim_memory()
+                    acts_LND = buffer.next_tokens(len(steps) * s.batch, log.progress.advance)
+                with log.timing("seconds_training"):
+                    if not trainers:
+                        stats = activation_stats(s, acts_LND)
+                        trainers = start(run, stats, fixed)
+                    take_steps(s, trainers, acts_LND, shuffles, steps, log)
+                save = checkpoints.due() or log.part == 1
+                if log.is_budget_due():
+                    saes = {key: trainer.sae for key, trainer in trainers.items()}
+                    log.fit_budget(evaluation_seconds(run, saes))
+                    save = True
+                if save:
+                    state = {
+                        "log": log.state(),
+                        "stats": {layer: tuple(values) for layer, values in stats.items()},
+                        "trainers": {key: t.state_dict() for key, t in trainers.items()},
+                        "shuffles": {seed: g.get_state() for seed, g in shuffles.items()},
+                        "buffer": buffer.state_dict(),
+                    }
+                    checkpoints.save(state, log.part)
     return Training(
         saes={key: trainer.sae for key, trainer in trainers.items()},
-        mean={layer: mean_D for layer, (mean_D, _) in measured.items()},
-        last={(record["layer"], record["seed"]): record for record in course.records},
-        tokens=course.n_steps * settings.batch,
-        seconds=course.seconds,
-        shortened=course.shortened,
+        stats=stats,
+        last=log.last(),
+        tokens=log.n_steps * s.batch,
+        seconds=log.seconds,
+        shortened=log.shortened,
     )
+
+
+def take_steps(
+    settings: Settings,
+    trainers: dict[tuple[int, int], Trainer],
+    acts_LND: Tensor,
+    shuffles: dict[int, torch.Generator],
+    steps: range,
+    log: TrainingLog,
+) -> None:
+    """Every trainer's steps on one filling of the buffer, each seed in an order of its own."""
+    n = acts_LND.shape[1]
+    orders = {seed: torch.randperm(n, generator=shuffle) for seed, shuffle in shuffles.items()}
+
+    def batch(key: tuple[int, int], step: int) -> Tensor:
+        layer, seed = key
+        start = (step - steps.start) * settings.batch
+        rows = orders[seed][start : start + settings.batch]
+        return acts_LND[settings.layers.index(layer)][rows.to(acts_LND.device)]
+
+    def training(key: tuple[int, int]) -> Iterator[tuple[Tensor, dict[str, Any] | None]]:
+        for step in steps:
+            x_BD = batch(key, step)
+            yield trainers[key].step(x_BD, step / log.n_steps, log.is_due(step))
+
+    with retain_memory_for_steps(settings, acts_LND.shape[-1]):
+        trainings = {key: training(key) for key in trainers}
+        log.add(steps, run_side_by_side(trainings, batch, steps, log, acts_LND.device))
 
 
 # =============================================================================================
@@ -872,36 +993,31 @@ def sparse_probing(
 
 
 def evaluate(
-    settings: Settings,
-    training: Training,
-    texts: dict[str, list[dict]],
-    model: Any,
-    out_dir: Path,
-    log: Path,
+    run: Run, training: Training
 ) -> tuple[dict[str, dict[str, dict]], dict[str, float]]:
     """Scores every SAE and its untrained twin: {kind: {name: results}}, and each kind's seconds.
 
     The twin has the same initialization, width and L0 (it keeps as many features per token as
     the trained SAE has active), and was never trained. Its name ends in "_untrained".
     """
+    settings, model, texts, out_dir = run.settings, run.sae_bench_model, run.probe_texts, run.out_dir
     n_batches = settings.core_reconstruction_batches + settings.core_sparsity_batches
     trained = {key: sae.fold_activation_norm_scaling() for key, sae in training.saes.items()}
     saes: dict[str, CustomSAE] = {}
-    with Progress("core evaluation", n_batches, "batches") as timed, redirect_output(log):
+    with Progress("core evaluation", n_batches, "batches") as timed, redirect_output(run.log):
         l0 = mean_l0(trained, model, settings)
         for (layer, seed), sae in trained.items():
             k = min(max(round(l0[layer, seed]), 1), settings.d_sae)
-            scale = training.saes[layer, seed].norm_scaling_factor
-            twin = new_sae(settings, layer, seed, training.mean[layer], scale, {}, k)
+            twin = new_sae(settings, layer, seed, training.stats[layer], {}, k)
             name = sae_name(layer, seed)
             check_trained(training.saes[layer, seed], twin, name)
             saes |= {name: sae, f"{name}_untrained": twin.fold_activation_norm_scaling()}
-        keys = evaluation_keys(saes, settings, SOURCE, ["core_evaluation"])
+        keys = run.evaluation_keys(saes, core_evaluation)
         core = core_evaluation(saes, model, settings, out_dir, timed.advance, keys)
     seconds = {"seconds_core": timed.seconds()}
     n_probed = len(texts) * len(saes)
-    with Progress("sparse probing", n_probed, "SAEs x sets") as timed, redirect_output(log):
-        keys = evaluation_keys(saes, settings, SOURCE, ["sparse_probing"])
+    with Progress("sparse probing", n_probed, "SAEs x sets") as timed, redirect_output(run.log):
+        keys = run.evaluation_keys(saes, sparse_probing)
         probing = sparse_probing(saes, texts, model, settings, out_dir, timed, keys)
     seconds["seconds_sparse_probing"] = timed.seconds()
     evaluation = {"core": core, "probing": probing}
@@ -915,11 +1031,11 @@ def evaluate(
 
 
 def layer_metrics(
-    settings: Settings, layer: int, training: Training, evaluation: dict[str, dict]
+    run: Run, layer: int, training: Training, evaluation: dict[str, dict]
 ) -> dict[str, list[float]]:
     """{metric: a value per seed} of one layer, for final_info.json."""
     per_seed: dict[str, list[float]] = {}
-    for seed in settings.seeds:
+    for seed in run.settings.seeds:
         name, twin = sae_name(layer, seed), f"{sae_name(layer, seed)}_untrained"
         last = training.last[layer, seed]
         row = evaluation["core"][name] | evaluation["probing"][name]
@@ -931,7 +1047,7 @@ def layer_metrics(
         row |= {m: last[m] for m in (*BOUNDED, "w", "dead_fraction")}
         row |= {m: value for m, value in last.items() if m.startswith("loss")}
         row["training_tokens"] = training.tokens
-        row["n_seeds"] = len(settings.seeds)
+        row["n_seeds"] = len(run.settings.seeds)
         for metric, value in row.items():
             per_seed.setdefault(metric, []).append(float(value))
     return per_seed
@@ -944,93 +1060,30 @@ SHOWN = (
 )  # fmt: skip
 
 
-def write_records(
-    settings: Settings,
-    profile: str,
-    training: Training,
-    evaluation: dict[str, dict],
-    seconds: dict[str, float],
-    out_dir: Path,
-) -> None:
-    """Writes warnings.json and, last, final_info.json; prints the closing block."""
-    layers = {
-        f"layer_{layer}": layer_metrics(settings, layer, training, evaluation)
-        | {stage: [value] * len(settings.seeds) for stage, value in seconds.items()}
-        for layer in settings.layers
-    }
-    shortened = [training.shortened] if training.shortened else []
-    write_all_records(settings, profile, layers, SHOWN, seconds, shortened, out_dir)
-
-
 # =============================================================================================
 # MAIN
 # =============================================================================================
 
 
-def settings_of(name: str, profile: str) -> Settings:
-    """The settings of the run called `name`, checked: an ExperimentError says what can't be."""
-    return checked_settings(name, Settings, PROFILES[profile] | PLAN.get(name, {}))
+def export(run: Run, training: Training) -> None:
+    """Writes each SAE as SAELens stores it, folded: sae/layer_L/seed_S/."""
+    Progress.stage("export")
+    for (layer, seed), sae in training.saes.items():
+        folder = run.out_dir / "sae" / f"layer_{layer}" / f"seed_{seed}"
+        export_to_saelens(sae, run.settings, folder)
 
 
-def constants(settings: Settings, out_dir: Path) -> dict[tuple[int, int], dict[str, float]]:
-    """By layer and seed: which of tau_sel, tau_pen and gamma are constants, and their values.
-
-    With `constants_from_run`, all of them: that run's final values for the layer and seed.
-    """
-    given = {n: getattr(settings, n) for n in BOUNDED if getattr(settings, n) is not None}
-    keys = [(layer, seed) for layer in settings.layers for seed in settings.seeds]
-    if settings.constants_from_run is None:
-        return dict.fromkeys(keys, given)
-    return final_values(out_dir.parent / settings.constants_from_run, keys, tuple(BOUNDED))
-
-
-def run(out_dir: Path, log: Path) -> None:
-    """One experiment, from its settings to its records, after a rehearsal of all of it."""
-    check_out_dir(out_dir)
-    profile = choose_profile(PROFILES)
-    settings = settings_of(out_dir.name, profile)
-    device = choose_device(settings, profile)
-    train_dtype = choose_train_dtype(settings, device)
-    print(f"profile: {profile} on {device}")
-    if out_dir.name not in PLAN:
-        print(f"{out_dir.name}: not in PLAN, defaults")
-    fixed = constants(settings, out_dir)
-    ready = prepare(settings, device, train_dtype, log)
-    settings, model = ready.settings, ready.model
-
-    def train_score_record(
-        settings: Settings, probe_texts: dict, out_dir: Path, key: dict | None
-    ) -> None:
-        write_config(settings, profile, device, train_dtype, SOURCE, out_dir)
-        Progress.stage("train")
-        texts = documents(settings.training_text, "train")
-        stream = TokenStream(texts, ready.lm.tokenizer, settings.context)
-        acts_key = key and activations_key(settings, SOURCE, train_dtype, ready.lm)
-        passes = settings.layers, settings.harvest_contexts
-        buffer = ActivationBuffer(ready.training_lm, stream, *passes, acts_key)
-
-        def evaluation_seconds(saes: dict) -> float:
-            with redirect_output(log):
-                return evaluation_seconds(saes, model, probe_texts, settings)
-
-        with Checkpoints(key) as checkpoints, contextlib.closing(stream):
-            train_log = out_dir / "train_log.jsonl"
-            training = train(settings, buffer, fixed, train_log, evaluation_seconds, checkpoints)
-        Progress.stage("export")
-        for (layer, seed), sae in training.saes.items():
-            export_to_saelens(sae, settings, out_dir / "sae" / f"layer_{layer}" / f"seed_{seed}")
-        evaluation, seconds = evaluate(settings, training, probe_texts, model, out_dir, log)
-        Progress.stage("records")
-        seconds = training.seconds | seconds | {"seconds_total": time.monotonic() - STARTED}
-        write_records(settings, profile, training, evaluation, seconds, out_dir)
-        check_complete(out_dir)
-
-    rehearse(train_score_record, settings, ready.probe_texts, SOURCE, log)
-    if moved := prepare_out_dir(out_dir):
-        print(moved)
-    key = training_key(settings, SOURCE, fixed, train_dtype, device)
-    train_score_record(settings, ready.probe_texts, out_dir, key)
+def main(run: Run) -> None:
+    """Trains the SAEs on the language model's activations, scores them, records what came out."""
+    texts = documents(run.settings.training_text, "train")
+    with TokenStream(texts, run.language_model.tokenizer, run.settings.context) as stream:
+        training = train(run, ActivationBuffer(run, stream))
+    export(run, training)
+    evaluation, seconds = evaluate(run, training)
+    layers = {f"layer_{n}": layer_metrics(run, n, training, evaluation) for n in run.settings.layers}
+    warnings = [training.shortened] if training.shortened else []
+    write_records(run, layers, SHOWN, training.seconds | seconds, warnings)
 
 
 if __name__ == "__main__":
-    sys.exit(main(run))
+    sys.exit(launch(main, Settings, PROFILES, PLAN))

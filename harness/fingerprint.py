@@ -279,6 +279,14 @@ def own_modules(source: str) -> dict[str, str]:
     return found
 
 
+def own_files(source: str) -> dict[str, str]:
+    """The texts of the files that `own_modules` hashes, by their names."""
+    return {
+        file: SOURCES_AT_START.get(HERE / file) or (HERE / file).read_text(encoding="utf-8")
+        for file in own_modules(source)
+    }
+
+
 def text_identity(name: str) -> dict[str, Any]:
     """What tells a text from another: its name; of tinylm's corpus and of a folder, the files."""
     if name == "tinylm":

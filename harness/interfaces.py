@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -38,6 +39,19 @@ class SettingsLike(Protocol):
     probe_sae_batch: int
     probe_seed: int
     compare_to: str
+    constants_from_run: str | None
+
+
+class RunLike(Protocol):
+    """What the records of a run need of it; see `harness.startup.Run`."""
+
+    settings: Any
+    profile: str
+    device: torch.device
+    train_dtype: str
+    out_dir: Path
+    runs: Path
+    source: str
 
 
 class SAELike(Protocol):

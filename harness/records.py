@@ -3,53 +3,54 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
 import platform
+import subprocess
+import time
+import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from harness.console import Progress
 from harness.errors import ExperimentError
 from harness.evaluation.probing import probing_config
-from harness.fingerprint import versions
-from harness.interfaces import SAELike, SettingsLike
+from harness.fingerprint import own_files, versions
+from harness.interfaces import RunLike, SAELike, SettingsLike
 from harness.machine import memory_gb, peak_memory_gb, processor_name
-from harness.start import HERE
+from harness.start import HERE, STARTED
 from harness.store import LEDGER, sha256_file, write_atomic, write_json
 from harness.verdict import PRIMARY, mean, primary_metric, summarize, verdict, with_current_names
 
 LOOSE = ("llm_top_1_test_accuracy", "llm_top_2_test_accuracy")  # probes of few dimensions vary
 
 
-def write_config(
-    settings: SettingsLike,
-    profile: str,
-    device: torch.device,
-    train_dtype: str,
-    source: str,
-    out_dir: Path,
-) -> None:
-    """Writes what ran and where: config.json, and the code itself beside it.
+def write_config(run: RunLike) -> None:
+    """Writes what ran and where: config.json, and experiment.py beside it.
 
-    Args:
-        source: of experiment.py, as it was when it was started.
+    Where the project's own code is not that of a commit, code.zip holds it.
     """
-    hashes = {}
-    for file, text in (("experiment.py", source),):
-        write_atomic(out_dir / file, text)
-        hashes[file] = sha256_file(out_dir / file)
+    settings, texts = run.settings, {"experiment.py": run.source, **own_files(run.source)}
+    write_atomic(run.out_dir / "experiment.py", run.source)
+    hashes = {file: hashlib.sha256(text.encode()).hexdigest() for file, text in texts.items()}
     if settings.model == "tinylm":
         for file in ("manifest.tsv", "model.safetensors", "tokenizer.json"):
             hashes[f"tinylm/{file}"] = sha256_file(HERE / "tinylm" / file)
+    git = git_state(texts)
+    if git["dirty"]:
+        write_code(texts, run.out_dir / "code.zip")
     record = {
-        "run": out_dir.name,
-        "profile": profile,
+        "run": run.out_dir.name,
+        "profile": run.profile,
         "settings": dataclasses.asdict(settings),
         "model": settings.model,
+        "git": git,
         "sha256": hashes,
         "versions": versions(),
         "threads": torch.get_num_threads(),
@@ -57,18 +58,52 @@ def write_config(
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cudnn_benchmark": torch.backends.cudnn.benchmark,
         "dtype": settings.lm_dtype,
-        "train_dtype": train_dtype,
-        "device": str(device),
+        "train_dtype": run.train_dtype,
+        "device": str(run.device),
         "hardware": {
             "machine": platform.machine(),
             "processor": processor_name(),
             "cores": len(os.sched_getaffinity(0)),
             "memory_gb": round(memory_gb(), 1),
-            "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+            "gpu": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else None,
         },
         "reused": [],  # see write_reused
     }
-    write_json(out_dir / "config.json", record)
+    write_json(run.out_dir / "config.json", record)
+
+
+def git_state(texts: dict[str, str]) -> dict[str, Any]:
+    """The commit that the project's folder is at, and whether these files differ from it.
+
+    Args:
+        texts: the project's own code, by its file's name below the project's folder.
+    Returns:
+        {"commit": its hash, or None where there is no git, "dirty": bool}
+    """
+    try:
+        asked = ["git", "-C", str(HERE), "ls-tree", "-r", "HEAD"]
+        commit, listed = (
+            subprocess.run(call, capture_output=True, text=True, check=True, timeout=30).stdout
+            for call in (["git", "-C", str(HERE), "rev-parse", "HEAD"], asked)
+        )
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": None, "dirty": True}
+    committed = {line.split("\t", 1)[1]: line.split()[2] for line in listed.splitlines()}
+
+    def blob(text: str) -> str:
+        content = text.encode()
+        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+    dirty = any(committed.get(file) != blob(text) for file, text in texts.items())
+    return {"commit": commit.strip(), "dirty": dirty}
+
+
+def write_code(texts: dict[str, str], path: Path) -> None:
+    """Files and their texts as a zip archive, the same bytes for the same texts."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file, text in sorted(texts.items()):
+            archive.writestr(zipfile.ZipInfo(file), text, zipfile.ZIP_DEFLATED)
 
 
 def write_reused(out_dir: Path) -> None:
@@ -79,22 +114,32 @@ def write_reused(out_dir: Path) -> None:
     write_json(path, record)
 
 
-def read_reference(
-    settings: SettingsLike, out_dir: Path, profile: str
-) -> dict[str, list[float]] | None:
+def read_reference(run: RunLike) -> dict[str, list[float]] | None:
     """The lists per seed of the run to compare with; None if it isn't there or not comparable."""
-    folder = out_dir.parent / settings.compare_to
-    if folder.resolve() == out_dir.resolve():
+    folder = run.runs / run.settings.compare_to
+    if folder.resolve() == run.out_dir.resolve():
         return None
     try:
         info = json.loads((folder / "final_info.json").read_text())
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError):
         return None
-    same_sets = config.get("settings", {}).get("probe_sets") == list(settings.probe_sets)
-    if config.get("profile") != profile or not same_sets:
+    same_sets = config.get("settings", {}).get("probe_sets") == list(run.settings.probe_sets)
+    if config.get("profile") != run.profile or not same_sets:
         return None
     return with_current_names(info["verdict"]["final_info_dict"])
+
+
+def read_final_info(run: Path) -> dict[str, Any]:
+    """A run's final_info.json; an ExperimentError where it isn't complete."""
+    path = run / "final_info.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ExperimentError(
+            f"constants_from_run={run.name!r} needs the final values in {path}, which can't be "
+            f"read ({type(error).__name__}: {error}): run {run.name} first"
+        ) from error
 
 
 def final_values(
@@ -107,10 +152,9 @@ def final_values(
     Raises:
         ExperimentError: the run isn't complete, or lacks a layer or a metric.
     """
-    path = run / "final_info.json"
+    info = read_final_info(run)
     found = {}
     try:
-        info = json.loads(path.read_text())
         seeds = info["verdict"]["final_info_dict"]["seed"]
         for layer, seed in keys:
             entry = info[f"layer_{layer}"]
@@ -120,10 +164,10 @@ def final_values(
                 else entry["means"][metric]
                 for metric in metrics
             }
-    except (OSError, ValueError, KeyError) as error:
+    except KeyError as error:
         raise ExperimentError(
-            f"constants_from_run={run.name!r} needs the final values in {path}, which can't be read "
-            f"({type(error).__name__}: {error}): run {run.name} first"
+            f"constants_from_run={run.name!r} needs {error} in {run / 'final_info.json'}, which "
+            f"has none: run {run.name} with the same layers"
         ) from error
     return found
 
@@ -265,13 +309,11 @@ def odd_results(layers: dict[str, dict[str, list[float]]], d_sae: int) -> list[s
 
 
 def write_records(
-    settings: SettingsLike,
-    profile: str,
+    run: RunLike,
     layers: dict[str, dict[str, list[float]]],
     shown: Iterable[str],
     seconds: dict[str, float],
     warnings: list[str],
-    out_dir: Path,
 ) -> None:
     """Writes warnings.json and, last, final_info.json; prints the closing block.
 
@@ -279,13 +321,17 @@ def write_records(
         layers: {metric: a value per seed} of each layer.
         shown: the metrics to print. seconds: by stage. warnings: found so far.
     """
+    Progress.stage("records")
+    settings = run.settings
+    seconds = seconds | {"seconds_total": time.monotonic() - STARTED}
+    for metrics in layers.values():
+        metrics |= {stage: [value] * len(settings.seeds) for stage, value in seconds.items()}
     overall = {
         "seed": [float(seed) for seed in settings.seeds],
         PRIMARY: primary_metric(layers.values()),
         "l0": [mean(values) for values in zip(*(metrics["l0"] for metrics in layers.values()))],
     }
-    reference = read_reference(settings, out_dir, profile)
-    sentence, numbers = verdict(overall, reference, settings.compare_to)
+    sentence, numbers = verdict(overall, read_reference(run), settings.compare_to)
     info = {name: summarize(metrics) for name, metrics in layers.items()}
     info["verdict"] = summarize(overall)
     info["verdict"]["means"] |= numbers
@@ -293,10 +339,12 @@ def write_records(
     warnings = [*warnings, *odd_results(layers, settings.d_sae), *differing]
     notes = [baseline] if baseline else []
     check_info(info)
-    write_reused(out_dir)
-    write_json(out_dir / "warnings.json", warnings)
-    write_json(out_dir / "final_info.json", info)
-    print_closing_block(out_dir, profile, info, shown, seconds, warnings, notes, sentence)
+    write_reused(run.out_dir)
+    write_json(run.out_dir / "warnings.json", warnings)
+    write_json(run.out_dir / "final_info.json", info)
+    print_closing_block(
+        run.out_dir, run.profile, info, shown, seconds, warnings, notes, sentence
+    )
 
 
 def print_closing_block(

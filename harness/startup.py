@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import os
 import shutil
 import tempfile
@@ -11,23 +12,250 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from pydantic import ValidationError
 
+from harness import command
+from harness.command import check_out_dir, prepare_out_dir
 from harness.console import Progress, print_line, redirect_output
 from harness.errors import GET_ACCESS, LOG_IN, TRY_TINYLM, ExperimentError
-from harness.evaluation.core import prepare_for_sae_bench, run_core
-from harness.evaluation.probing import pooled_features, probe, read_probe_texts
-from harness.fingerprint import environment_fingerprint, hash_definitions
-from harness.fused_gemma import for_harvest
+from harness.evaluation.probing import read_probe_texts
+from harness.fingerprint import (
+    activations_key,
+    environment_fingerprint,
+    evaluation_keys,
+    hash_definitions,
+    training_key,
+)
+from harness.fused_gemma import FusedLanguageModel, for_harvest
 from harness.interfaces import SAELike, SettingsLike
 from harness.language_model import LanguageModel, language_model_config, load_language_model
-from harness.machine import free_gb, make_reproducible
+from harness.machine import choose_device, choose_train_dtype, free_gb, make_reproducible
+from harness.records import check_complete, read_final_info, write_config
+from harness.start import SOURCES_AT_START
 from harness.store import cached
-from harness.verdict import PRIMARY_KS
+from harness.training import Checkpoints
 
 DATA_GB = 5.0  # set aside for the probing data sets, which datasets stores twice
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run that is ready: its settings, and all that was loaded for it.
+
+    Attributes:
+        settings: with core's batches as they fit the memory.
+        device: of the language model and the SAEs. train_dtype: of training's matrix products.
+        language_model: in the form and precision for harvesting.
+        sae_bench_model: the same in TransformerLens' form.
+        probe_texts: by data set, the token ids of its train and its test split.
+        out_dir: the folder that it leaves; runs: the folder where others stand beside it.
+        log: what libraries print. source: of experiment.py, as it runs.
+        keeps: whether results are kept for the next run; in a rehearsal they are not.
+    """
+
+    settings: SettingsLike
+    language_model: LanguageModel | FusedLanguageModel
+    sae_bench_model: Any = None
+    probe_texts: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
+    profile: str = "tinylm"
+    device: torch.device = torch.device("cpu")
+    train_dtype: str = "float32"
+    out_dir: Path = Path("run")
+    runs: Path = Path()
+    log: Path = Path(os.devnull)
+    source: str = ""
+    keeps: bool = False
+
+    def activations_key(self, buffer: type) -> dict[str, Any] | None:
+        """All that the activations of a class of buffers depend on; None: they are not kept."""
+        if not self.keeps:
+            return None
+        given = self.settings, self.source, self.train_dtype, self.language_model
+        return activations_key(*given)
+
+    def checkpoints(self, *roots: object, constants: dict) -> Checkpoints:
+        """Where a training saves itself.
+
+        Args:
+            roots: the functions and classes that train. constants: by layer and seed, of the loss.
+        """
+        if not self.keeps:
+            return Checkpoints(None)
+        given = self.settings, self.source, constants, self.train_dtype, self.device
+        return Checkpoints(training_key(*given))
+
+    def evaluation_keys(self, saes: dict[str, SAELike], *roots: object) -> dict[str, dict] | None:
+        """By SAE, all that a part of its evaluation depends on; None: it is not kept.
+
+        Args:
+            roots: the functions that this part begins with.
+        """
+        if not self.keeps:
+            return None
+        return evaluation_keys(saes, self.settings, self.source, [r.__name__ for r in roots])
+
+    def in_miniature(self, folder: Path) -> Run:
+        """The same run at a size that takes seconds, into another folder; nothing of it is kept.
+
+        Two steps of training, two contexts of each core batch, one probing set of 8 texts per
+        class, all layers, at most two seeds.
+        """
+        settings = self.settings
+        dataset, split = next(iter(self.probe_texts.items()))
+        small = dataclasses.replace(
+            settings,
+            probe_sets=(dataset,),
+            seeds=settings.seeds[:2],
+            training_tokens=2 * settings.batch,
+            buffer_tokens=2 * settings.batch,
+            budget_minutes=None,
+            dead_feature_window=settings.batch,
+            log_every=1,
+            core_prompts=2,
+            core_reconstruction_batches=1,
+            core_sparsity_batches=1,
+        )
+        # Trained and tested on the same: SAE-Bench's probes fail where no text is told right.
+        few = 2 * [{label: {"input_ids": e["input_ids"][:8]} for label, e in split[0].items()}]
+        changes = dict(settings=small, probe_texts={dataset: few}, out_dir=folder, keeps=False)
+        return dataclasses.replace(self, **changes)
+
+
+def launch(
+    main: Callable[[Run], None],
+    settings: type[SettingsLike],
+    profiles: dict[str, dict[str, Any]],
+    plan: dict[str, dict[str, Any]],
+    argv: list[str] | None = None,
+) -> int:
+    """The command: one run, from its settings to its records, after a rehearsal of all of it.
+
+    Args:
+        main: the experiment. settings: the class; profiles and plan set its fields.
+    Returns:
+        the exit status. On failure the end of standard error says why, in words.
+    """
+    file = Path(inspect.getfile(main)).resolve()
+    source = SOURCES_AT_START.get(file) or file.read_text(encoding="utf-8")
+
+    def attempt(out_dir: Path, log: Path) -> None:
+        check_out_dir(out_dir)
+        profile = choose_profile(profiles)
+        chosen = profiles[profile] | plan.get(out_dir.name, {})
+        run = set_up(checked_settings(out_dir.name, settings, chosen), profile, out_dir, log,
+                     source, out_dir.name in plan)  # fmt: skip
+        rehearse(main, run)
+        if moved := prepare_out_dir(out_dir):
+            print(moved)
+        perform(main, run)
+
+    return command.main(attempt, argv)
+
+
+def perform(main: Callable[[Run], None], run: Run) -> None:
+    """The experiment, and what surrounds it in every run."""
+    write_config(run)
+    main(run)
+    check_complete(run.out_dir)
+
+
+def checked_settings(name: str, make: type[SettingsLike], chosen: dict[str, Any]) -> SettingsLike:
+    """The settings of the run called `name`.
+
+    Raises:
+        ExperimentError: a field that doesn't exist, or a value that can't be, in one sentence.
+    """
+    try:
+        return make(**chosen)
+    except ValidationError as invalid:
+        error = invalid.errors()[0]
+    field = str(error["loc"][0]) if error["loc"] else ""
+    if error["type"] == "unexpected_keyword_argument":
+        raise ExperimentError(
+            f"PLAN[{name!r}] sets what Settings has no field for ({field!r}): "
+            "see the list at the top of experiment.py"
+        )
+    allowed = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if field:
+        plainly = {"int_type": "a whole number", "float_type": "a number", "bool_type":
+                   "True or False", "string_type": "a string", "tuple_type": "a tuple"}  # fmt: skip
+        allowed = plainly.get(error["type"], allowed)
+        or_none = "None or " if getattr(make, field, "") is None else ""
+        of = f" (of {chosen[field]!r})" if len(error["loc"]) > 1 else ""
+        allowed = f"{field} must be {or_none}{allowed}, but is {error['input']!r}{of}"
+    raise ExperimentError(f"{name}: {allowed}: change it at the top of experiment.py")
+
+
+def set_up(
+    settings: SettingsLike, profile: str, out_dir: Path, log: Path, source: str, planned: bool
+) -> Run:
+    """Everything that a run loads, after a look at what it needs, which is printed.
+
+    Raises:
+        ExperimentError: something isn't there, isn't accessible or doesn't fit.
+    """
+    device = choose_device(settings, profile)
+    train_dtype = choose_train_dtype(settings, device)
+    print(f"profile: {profile} on {device}")
+    if not planned:
+        print(f"{out_dir.name}: not in PLAN, defaults")
+    if settings.constants_from_run is not None:
+        read_final_info(out_dir.parent / settings.constants_from_run)
+    with redirect_output(log):
+        needs = preflight(settings, device)
+    print("\n".join(needs), end="\n" if needs else "")
+    if needs:
+        settings = fit_core_batches(settings, device)
+    make_reproducible()
+    with redirect_output(log):
+        lm = load_language_model(settings.model, settings.lm_dtype, device)
+        check_layers(settings, lm)
+        return Run(
+            settings=settings,
+            probe_texts=read_probe_texts(settings, lm.tokenizer, device),
+            sae_bench_model=lm.hooked(),
+            language_model=for_harvest(
+                lm, train_dtype, settings.harvest_contexts, settings.context
+            ),
+            profile=profile,
+            device=device,
+            train_dtype=train_dtype,
+            out_dir=out_dir,
+            runs=out_dir.parent,
+            log=log,
+            source=source,
+            keeps=True,
+        )
+
+
+def rehearse(main: Callable[[Run], None], run: Run) -> None:
+    """The whole run in miniature, before anything is paid for: what an edit breaks shows here.
+
+    Nothing of it is shown or kept, but for that it passed.
+    """
+    key = {
+        "code of": hash_definitions(run.source)[0],
+        "setting": dataclasses.asdict(run.settings),
+        **environment_fingerprint(run.settings, run.source, run.device),
+    }
+
+    def in_miniature() -> float:
+        began, stage = time.monotonic(), Progress.stage_now
+        Progress.prefix = "rehearsal: "
+        try:
+            with tempfile.TemporaryDirectory() as folder, redirect_output(run.log):
+                perform(main, run.in_miniature(Path(folder) / "run_rehearsal"))
+        finally:
+            Progress.prefix = ""
+        Progress.stage_now = stage
+        seconds = time.monotonic() - began
+        print_line(f"rehearsal: the whole run in miniature passed in {seconds:.0f} s")
+        return seconds
+
+    cached("rehearsal", key, in_miniature)
 
 
 def choose_profile(profiles: Iterable[str]) -> str:
@@ -40,100 +268,6 @@ def choose_profile(profiles: Iterable[str]) -> str:
             f"SAE_PROFILE must be {' or '.join(profiles)}, but is {profile!r}: change or unset it"
         )
     return profile
-
-
-def checked_settings(name: str, make: Callable[..., SettingsLike], chosen: dict) -> SettingsLike:
-    """The settings of the run called `name`: `make` is the class, `chosen` sets its fields.
-
-    Raises:
-        ExperimentError: a field that doesn't exist, or a value that can't be.
-    """
-    try:
-        settings = make(**chosen)
-    except TypeError as error:
-        raise ExperimentError(
-            f"PLAN[{name!r}] sets what SettingsLike has no field for ({error}): "
-            "see the list at the top of experiment.py"
-        ) from error
-    check_settings(name, settings)
-    return settings
-
-
-def check_settings(name: str, s: SettingsLike) -> None:
-    """Holds the settings of the run called `name` against what can be.
-
-    Raises:
-        ExperimentError: the first field that breaks its rule, or whose value is of a wrong type.
-    """
-    counts = (
-        "k_min d_sae training_tokens batch buffer_tokens harvest_contexts log_every "
-        "dead_feature_window core_prompts core_reconstruction_batches core_sparsity_batches probe_train "
-        "probe_test probe_llm_batch probe_sae_batch"
-    )
-    rules: list[tuple[str, Callable[[Any], bool], str]] = [
-        *((field, lambda v: v >= 1 and v == int(v), "a count above 0") for field in counts.split()),
-        *((field, lambda v: v > 0, "above 0") for field in ("lr", "theta_lr", "k_start_factor")),
-        *(
-            (field, lambda v: 0 <= v <= 1, "between 0 and 1")
-            for field in ("curriculum_fraction", "lr_warmup", "lr_decay")
-        ),
-        *((field, lambda v: v >= 0, "0 or above") for field in ("reg_lambda", "density_penalty")),
-        *(
-            (field, lambda v: v is None or v > 0, "None or above 0")
-            for field in ("tau_sel", "tau_pen", "budget_minutes")
-        ),
-        ("gamma", lambda v: v is None or v >= 0, "None, or 0 or above"),
-        ("threshold_rate", lambda v: 0 < v <= 1, "above 0, and at most 1"),
-        ("activation", lambda v: v in ("topk", "jumprelu"), "'topk' or 'jumprelu'"),
-        (
-            "activation",
-            lambda v: v == "topk" or (s.curriculum and s.loss_variant == "contrastive"),
-            "'topk' where nothing is selected (no curriculum, or loss_variant='as_written')",
-        ),
-        ("k_min", lambda v: v <= s.d_sae, f"at most d_sae = {s.d_sae}"),
-        ("context", lambda v: v >= 2, "at least 2"),
-        ("probe_train", lambda v: v >= 4, "at least 4: two texts of a class"),
-        ("probe_test", lambda v: v >= 4, "at least 4: two texts of a class"),
-        ("training_tokens", lambda v: v >= s.batch, f"at least one batch of {s.batch}"),
-        ("buffer_tokens", lambda v: v >= s.batch, f"at least one batch of {s.batch}"),
-        (
-            "loss_variant",
-            lambda v: v in ("contrastive", "as_written"),
-            "'contrastive' or 'as_written'",
-        ),
-        ("resample", lambda v: isinstance(v, bool), "True or False"),
-        ("curriculum", lambda v: isinstance(v, bool), "True or False"),
-        ("device", lambda v: v in ("auto", "cpu", "cuda"), "'auto', 'cpu' or 'cuda'"),
-        ("lm_dtype", lambda v: v in ("float32", "bfloat16"), "'float32' or 'bfloat16'"),
-        (
-            "train_dtype",
-            lambda v: v in ("auto", "float32", "bfloat16"),
-            "'auto', 'float32' or 'bfloat16'",
-        ),
-        ("seeds", lambda v: v and len(set(v)) == len(v) and min(v) >= 0, "different, 0 or above"),
-        ("layers", lambda v: v and len(set(v)) == len(v) and min(v) >= 0, "different, 0 or above"),
-        (
-            "probe_sets",
-            lambda v: v and all(n in ("tinylm/A", "tinylm/B") or n[:7] != "tinylm/" for n in v),
-            "one or more data sets; of tinylm, 'tinylm/A' or 'tinylm/B'",
-        ),
-        (
-            "probe_ks",
-            lambda v: set(PRIMARY_KS) <= set(v) and 1 <= min(v) <= max(v) <= s.d_sae,
-            "between 1 and d_sae, with 1, 2 and 5 among them",
-        ),
-    ]
-    for field, holds, expected in rules:
-        value = getattr(s, field)
-        try:
-            passed = holds(value)
-        except (TypeError, ValueError):
-            passed = False
-        if not passed:
-            raise ExperimentError(
-                f"{name}: {field} must be {expected}, but is {value!r}: "
-                "change it at the top of experiment.py"
-            )
 
 
 def check_layers(settings: SettingsLike, lm: LanguageModel) -> None:
@@ -315,138 +449,3 @@ def check_disk(settings: SettingsLike) -> str:
     if needed > free:
         raise ExperimentError(f"{line}: free some, or set HF_HOME to a folder on a larger disk")
     return line
-
-
-def evaluation_seconds(
-    saes: dict[Any, SAELike], model: Any, texts: dict[str, list], settings: SettingsLike
-) -> float:
-    """How long the evaluation of SAEs and of their untrained twins will take, from a sample.
-
-    Times a few batches of core, and the first `probe_sae_batch` texts of a class of one data set;
-    what is downloaded meanwhile doesn't count.
-    """
-    ready = {
-        (key, twin): prepare_for_sae_bench(sae.fold_activation_norm_scaling(), settings)
-        for key, sae in saes.items()
-        for twin in (False, True)
-    }
-    batches = settings.core_reconstruction_batches, settings.core_sparsity_batches
-
-    def core_seconds(reconstruction: int, sparsity: int) -> float:
-        sample = dataclasses.replace(
-            settings,
-            core_reconstruction_batches=min(reconstruction, batches[0]),
-            core_sparsity_batches=min(sparsity, batches[1]),
-        )
-        began = time.monotonic()
-        run_core(ready, model, sample, lambda n: None)
-        return time.monotonic() - began
-
-    core_seconds(1, 1)  # reads the text's beginning, and warms up
-    one, more_sparsity, more_reconstruction = (
-        core_seconds(1, 1), core_seconds(1, 4), core_seconds(3, 1)
-    )  # fmt: skip
-    total = batches[0] * max(more_reconstruction - one, 0.0) / 2
-    total += batches[1] * max(more_sparsity - one, 0.0) / 3
-
-    def size(split: dict[str, Any]) -> int:
-        return sum(len(encoded["input_ids"]) for encoded in split.values())
-
-    _, test = next(iter(texts.values()))
-    some = slice(settings.probe_sae_batch)
-    sample = {label: {"input_ids": encoded["input_ids"][some]} for label, encoded in test.items()}
-    began = time.monotonic()
-    ((_, features),) = pooled_features([sample], model, ready, settings)
-    n_texts = sum(size(train) + size(test) for train, test in texts.values())
-    total += (time.monotonic() - began) * n_texts / size(sample)
-    state = torch.get_rng_state()
-    began = time.monotonic()
-    probe(next(iter(features.values())), next(iter(features.values())), "sae", settings.probe_ks)
-    torch.set_rng_state(state)
-    n_trained = sum(size(train) for train, _ in texts.values())
-    return total + (time.monotonic() - began) * len(ready) * n_trained / size(sample)
-
-
-class Ready(NamedTuple):
-    """What a run works with: see `prepare`."""
-
-    settings: SettingsLike  # core's batches as they fit into the GPU's memory
-    lm: LanguageModel
-    training_lm: LanguageModel  # in the form and precision for harvesting
-    model: Any  # in TransformerLens' form, for SAE-Bench
-    probe_texts: dict[str, list[dict]]  # by data set: token ids of the train and the test split
-
-
-def prepare(settings: SettingsLike, device: torch.device, train_dtype: str, log: Path) -> Ready:
-    """Everything that a run loads, after a look at what it needs, which is printed.
-
-    Raises:
-        ExperimentError: something isn't there, isn't accessible or doesn't fit.
-    """
-    with redirect_output(log):
-        needs = preflight(settings, device)
-    print("\n".join(needs), end="\n" if needs else "")
-    if needs:
-        settings = fit_core_batches(settings, device)
-    make_reproducible()
-    with redirect_output(log):
-        lm = load_language_model(settings.model, settings.lm_dtype, device)
-        check_layers(settings, lm)
-        probe_texts = read_probe_texts(settings, lm.tokenizer, device)
-        model = lm.hooked()
-        training_lm = for_harvest(lm, train_dtype, settings.harvest_contexts, settings.context)
-    return Ready(settings, lm, training_lm, model, probe_texts)
-
-
-def rehearse(
-    experiment: Callable[[SettingsLike, dict, Path, None], None],
-    settings: SettingsLike,
-    texts: dict[str, list[dict]],
-    source: str,
-    log: Path,
-) -> None:
-    """The whole run in miniature, before anything is paid for: what an edit breaks shows here.
-
-    Two steps of training, two contexts of each core batch, one probing set of 8 texts per class,
-    all layers, at most two seeds. Nothing of it is shown or kept, but for that it passed.
-
-    Args:
-        experiment: runs settings on probing texts, into a folder; its key is None: keep nothing.
-    """
-    dataset, split = next(iter(texts.items()))
-    small = dataclasses.replace(
-        settings,
-        probe_sets=(dataset,),
-        seeds=settings.seeds[:2],
-        training_tokens=2 * settings.batch,
-        buffer_tokens=2 * settings.batch,
-        budget_minutes=None,
-        dead_feature_window=settings.batch,
-        log_every=1,
-        core_prompts=2,
-        core_reconstruction_batches=1,
-        core_sparsity_batches=1,
-    )
-    # Trained and tested on the same: SAE-Bench's probes fail where no text is told right.
-    few = 2 * [{label: {"input_ids": e["input_ids"][:8]} for label, e in split[0].items()}]
-    device = next(iter(split[0].values()))["input_ids"].device
-    key = {
-        "code of": hash_definitions(source)[0],
-        "setting": dataclasses.asdict(settings),
-        **environment_fingerprint(settings, source, device),
-    }
-
-    def in_miniature() -> float:
-        began, stage = time.monotonic(), Progress.stage_now
-        Progress.prefix = "rehearsal: "
-        try:
-            with tempfile.TemporaryDirectory() as folder, redirect_output(log):
-                experiment(small, {dataset: few}, Path(folder) / "run_rehearsal", None)
-        finally:
-            Progress.prefix = ""
-        Progress.stage_now = stage
-        seconds = time.monotonic() - began
-        print_line(f"rehearsal: the whole run in miniature passed in {seconds:.0f} s")
-        return seconds
-
-    cached("rehearsal", key, in_miniature)

@@ -279,6 +279,12 @@ class TokenStream:
         self.epoch, self.n_texts = state["epoch"], state["n_texts"]
         self._pending = list(state["pending"])
 
+    def __enter__(self) -> TokenStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Ends the thread that reads ahead."""
         self._over.set()

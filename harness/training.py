@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import abc
 import contextlib
 import json
 import math
@@ -19,8 +18,7 @@ from torch import Tensor
 from harness.console import Progress, print_line
 from harness.errors import ExperimentError, error_context, first_line
 from harness.interfaces import SAELike, SettingsLike
-from harness.language_model import LanguageModel
-from harness.machine import in_threads, retain_memory_for_steps
+from harness.machine import in_threads
 from harness.store import (
     LEDGER,
     TensorCache,
@@ -111,11 +109,11 @@ class Checkpoints:
         passed = time.monotonic() - self.saved
         return passed >= max(SAVE_EVERY, self.cost / SAVE_SHARE)
 
-    def save(self, state: Callable[[], dict[str, Any]], part: float) -> None:
+    def save(self, state: dict[str, Any], part: float) -> None:
         """Puts a state in the place of the one before.
 
         Args:
-            state: returns it: tensors, numbers, strings, None; in dicts, lists and tuples.
+            state: tensors, numbers, strings, None; in dicts, lists and tuples.
             part: of the training that is done; 1: all of it.
         """
         if self.lock is None:
@@ -124,7 +122,7 @@ class Checkpoints:
         partial = self.folder / f"partial-{os.getpid()}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_state({"state": state(), "generators": generators()}, partial)
+            write_state({"state": state, "generators": generators()}, partial)
             with partial.open("rb") as file:  # down to the disk before it replaces the last one
                 os.fsync(file.fileno())
             path = self.folder / f"{part:.6f}.{sha256_file(partial)[:32]}.safetensors"
@@ -200,37 +198,39 @@ def set_generators(states: dict[str, Any]) -> None:
     random.setstate(states["python"])
 
 
-class Course:
-    """The course of a training: steps done and in all, its records and seconds, and its saving.
+class TrainingLog:
+    """train_log.jsonl, and how far a training is: steps done and in all, its records and seconds.
 
-    Goes on from what an earlier attempt has saved. `with` opens train_log.jsonl and closes it.
+    `with` opens the file and closes it.
 
     Args:
-        log: train_log.jsonl.
-        checkpoints: where it is saved, whenever a filling of the buffer is used up.
+        settings: the run's.
+        path: train_log.jsonl.
+        saved: what `state` of an earlier attempt has returned: this one goes on from there.
     """
 
-    OWN = ("done", "n_steps", "timed", "shortened", "records", "seconds")  # attributes to save
+    SAVED = ("done", "n_steps", "timed", "shortened", "records", "seconds")
 
-    def __init__(self, settings: SettingsLike, log: Path, checkpoints: Checkpoints) -> None:
-        self.settings, self.log, self.checkpoints = settings, log, checkpoints
+    def __init__(
+        self, settings: SettingsLike, path: Path, saved: dict[str, Any] | None = None
+    ) -> None:
+        self.settings, self.path = settings, path
         self.done, self.n_steps = 0, settings.training_tokens // settings.batch
         self.timed = settings.budget_minutes is None
         self.shortened: str | None = None  # why it takes fewer steps than the settings say
         self.records: list[dict[str, Any]] = []
         self.seconds = {"seconds_harvest": 0.0, "seconds_training": 0.0}
-        self.saved = checkpoints.load()
-        for name in self.OWN if self.saved else ():
-            setattr(self, name, self.saved[name])
+        for name, value in (saved or {}).items():
+            setattr(self, name, value)
         # A token counts when it is read, and when an SAE learns from it.
         self.per_step = (1 + len(settings.layers) * len(settings.seeds)) * settings.batch
         total = self.n_steps * self.per_step
         self.progress = Progress("train", total, "tokens read or learned")
         self.progress.resume(self.done * self.per_step, sum(self.seconds.values()))
 
-    def __enter__(self) -> Course:
-        self.file = self.log.open("w", encoding="utf-8")
-        self.file.writelines(json.dumps(record) + "\n" for record in self.records)
+    def __enter__(self) -> TrainingLog:
+        self.file = self.path.open("w", encoding="utf-8")
+        self._write(self.records)
         return self
 
     def __exit__(self, failed: type | None, *_: object) -> None:
@@ -238,26 +238,23 @@ class Course:
         if not failed:
             self.progress.close()
 
-    def measured(self, device: torch.device) -> dict[int, tuple[Tensor, float]]:
-        """What SAEs are centred and scaled by, as it was saved; nothing where nothing was."""
-        saved = self.saved["measured"] if self.saved else {}
-        return {layer: (mean_D.to(device), scale) for layer, (mean_D, scale) in saved.items()}
+    def state(self) -> dict[str, Any]:
+        """What the next attempt goes on from."""
+        return {name: getattr(self, name) for name in self.SAVED}
 
-    def restore(
-        self, trainers: dict[Any, Any], shuffles: dict[int, torch.Generator], buffer: Any
-    ) -> None:
-        """Puts trainers, shuffles and the buffer where they stood when they were saved."""
-        for key, trainer in trainers.items():
-            trainer.load_state_dict(self.saved["trainers"][key])
-        for seed, generator in shuffles.items():
-            generator.set_state(self.saved["shuffles"][seed])
-        buffer.load_state_dict(self.saved["buffer"])
-        self.saved = None
+    @property
+    def part(self) -> float:
+        """The part of the training that is done."""
+        return self.done / self.n_steps
 
     def next_steps(self) -> range:
         """The steps on the next filling of the buffer; empty at the end."""
         portion = max(self.settings.buffer_tokens // self.settings.batch, 1)
         return range(self.done, min(self.done + portion, self.n_steps))
+
+    def is_due(self, step: int) -> bool:
+        """Whether this step is to have a record."""
+        return step % self.settings.log_every == 0 or step == self.n_steps - 1
 
     @contextlib.contextmanager
     def timing(self, stage: str) -> Iterator[None]:
@@ -266,50 +263,88 @@ class Course:
         yield
         self.seconds[stage] += time.monotonic() - started
 
-    def add(self, records: list[dict[str, Any]]) -> None:
-        """Writes records into the log."""
+    def add(self, steps: range, records: list[dict[str, Any]]) -> None:
+        """Counts steps as done and writes their records."""
+        self.done = steps.stop
         self.records += records
+        self._write(records)
+
+    def _write(self, records: list[dict[str, Any]]) -> None:
         self.file.writelines(json.dumps(record) + "\n" for record in records)
         self.file.flush()
 
-    def finish(
-        self,
-        steps: range,
-        measured: dict[int, tuple[Tensor, float]],
-        trainers: dict[Any, Any],
-        shuffles: dict[int, torch.Generator],
-        buffer: Any,
-        evaluation_seconds: Callable[[dict], float],
-    ) -> None:
-        """After these steps: fits what is left into the budget, once, and saves all when it's due.
+    def last(self) -> dict[tuple[int, int], dict[str, Any]]:
+        """By layer and seed, the last record."""
+        return {(record["layer"], record["seed"]): record for record in self.records}
 
-        Args:
-            evaluation_seconds: estimates how long the evaluation of these SAEs will take.
-        """
-        self.done = steps.stop
-        save = self.checkpoints.due() or self.done == self.n_steps
-        if not self.timed and self.done >= 0.05 * self.n_steps:
-            evaluation = evaluation_seconds({key: t.sae for key, t in trainers.items()})
-            self.timed = save = True
-            self.n_steps, self.shortened = fit_budget(
-                self.n_steps, self.done, sum(self.seconds.values()), evaluation,
-                self.settings.budget_minutes * 60,
-            )  # fmt: skip
-            self.progress.total = self.n_steps * self.per_step
+    def is_budget_due(self) -> bool:
+        """Whether the length is to be decided now: once, after 5% of it."""
+        return not self.timed and self.done >= 0.05 * self.n_steps
 
-        def state() -> dict[str, Any]:
-            return {name: getattr(self, name) for name in self.OWN} | {
-                "measured": measured,
-                "trainers": {key: trainer.state_dict() for key, trainer in trainers.items()},
-                "shuffles": {seed: shuffle.get_state() for seed, shuffle in shuffles.items()},
-                "buffer": buffer.state_dict(),
-            }
-
-        if save:
-            self.checkpoints.save(state, self.done / self.n_steps)
+    def fit_budget(self, evaluation: float) -> None:
+        """Takes fewer steps where training and `evaluation` seconds would not fit the budget."""
+        self.timed = True
+        spent, budget = sum(self.seconds.values()), self.settings.budget_minutes * 60
+        self.n_steps, self.shortened = steps_in_budget(
+            self.n_steps, self.done, spent, evaluation, budget
+        )
+        self.progress.total = self.n_steps * self.per_step
 
 
-class ActivationStore:
+def run_side_by_side(
+    trainings: dict[tuple[int, int], Iterator[tuple[Tensor, dict[str, Any] | None]]],
+    batch_of: Callable[[tuple[int, int], int], Tensor],
+    steps: range,
+    log: TrainingLog,
+    device: torch.device,
+) -> list[dict[str, Any]]:
+    """Takes the steps of several trainings; their records, in order of steps.
+
+    On a CPU they advance side by side, each on its own cores: a step's operations are too small
+    to be worth sharing. What a training computes does not depend on when the others run.
+
+    Args:
+        trainings: by layer and seed, what yields the loss of each step, and its record or None.
+        batch_of: the activations (B, D) of a layer and seed at a step, for what goes wrong.
+        steps: the numbers of the steps that they yield. log: of what came before.
+    Raises:
+        ExperimentError: a loss is not finite.
+    """
+    batch = log.settings.batch
+    last: dict[tuple[int, int], dict[str, Any]] = {key: {} for key in trainings}
+
+    def some_steps(key: tuple[int, int], part: range) -> list[dict[str, Any]]:
+        layer, seed = key
+        records, losses = [], []
+        with error_context(f"layer {layer}, seed {seed}"):
+            for step, (loss, record) in zip(part, trainings[key]):
+                losses.append(loss)
+                if record:
+                    tokens = step * batch
+                    where = {"step": step, "tokens": tokens, "layer": layer, "seed": seed}
+                    speed = {"tokens_per_second": tokens / log.progress.seconds()}
+                    records.append(where | record | speed)
+            # Looked at once in a while: a GPU would have to wait for each step otherwise.
+            wrong = (~torch.stack(losses).isfinite()).nonzero()
+            if len(wrong):
+                step, so_far = part[int(wrong[0])], losses[: int(wrong[0]) + 1]
+                records = [last[key], *(r for r in records if r["step"] < step)]
+                x_BD, values = batch_of(key, step), [float(loss) for loss in so_far]
+                raise broken_loss(values, step, x_BD, records[-1], log.path.parent.name)
+        last[key] = records[-1] if records else last[key]
+        return records
+
+    records: list[dict[str, Any]] = []
+    parts = [range(i, min(i + 32, steps.stop)) for i in range(steps.start, steps.stop, 32)]
+    for _, part, found in in_threads(some_steps, list(trainings), parts, device):
+        records += found
+        note = "fvu " + "/".join(f"{r['fvu']:.2f}" for r in last.values() if r)
+        log.progress.advance(len(part) * batch, note)
+    place = {key: index for index, key in enumerate(trainings)}
+    return sorted(records, key=lambda r: (r["step"], place[r["layer"], r["seed"]]))
+
+
+class ActivationCache:
     """Harvested activations, kept for the next run on the same text and language model.
 
     A file holds those of `PASSES` forward passes, and where the text stands after them.
@@ -327,13 +362,13 @@ class ActivationStore:
         self.reading = self.files.on
 
     def passes(self, n: int, harvest: Callable[[int], list[Tensor]]) -> list[Tensor]:
-        """The activations of the next forward passes: n, or `PASSES` where they are kept.
+        """The activations of the next forward passes: n, at most `PASSES`, or those where they are kept.
 
         Args:
             harvest: makes that many passes on the stream: a tensor (layers, N, D) of each.
         """
         if not self.files.on:
-            return harvest(n)
+            return harvest(min(n, PASSES))
         name = f"{self.number:06d}"
         stored = self.files.find(name) if self.reading else None
         self.number += 1
@@ -363,132 +398,7 @@ class ActivationStore:
             self.after = state["stream"]
 
 
-class Buffered(abc.ABC):
-    """Activations by the number of tokens, from what a subclass's `harvest` makes of the text.
-
-    Args:
-        lm, stream: the language model and its text.
-        layers: whose residual streams.
-        contexts: per forward pass.
-        key: all that activations depend on: they are kept under it, for the next run.
-    """
-
-    def __init__(
-        self,
-        lm: LanguageModel,
-        stream: TokenStream,
-        layers: tuple[int, ...],
-        contexts: int,
-        key: dict[str, Any] | None = None,
-    ) -> None:
-        self.lm, self.stream, self.layers, self.contexts = lm, stream, layers, contexts
-        self.store = ActivationStore(stream, key)
-        self._rest: Tensor | None = None  # harvested, not yet handed out
-
-    @abc.abstractmethod
-    def harvest(self, n_passes: int) -> list[Tensor]:
-        """The activations of the next passes: a tensor (layers, N, D) of each."""
-
-    def take(self, n: int, advance: Callable[[int], None] = lambda n: None) -> Tensor:
-        """The activations of the next n tokens: (layers, n, D), on the model's device.
-
-        Args:
-            advance: called with the number of tokens of each few forward passes.
-        """
-        hf, have = self.lm.hf, 0
-        shape = (len(self.layers), n, hf.config.hidden_size)
-        taken = torch.empty(shape, device=hf.device, dtype=hf.dtype)
-        parts = [] if self._rest is None else [self._rest]
-        while have < n:
-            if not parts:
-                n_passes = max(1, (n - have) // (self.contexts * (self.stream.context - 1)))
-                parts = self.store.passes(min(n_passes, PASSES), self.harvest)
-                advance(sum(part.shape[1] for part in parts))
-            part = parts.pop(0).to(hf.device)
-            missing = n - have
-            taken[:, have : have + part.shape[1]] = part[:, :missing]
-            have, rest = have + part.shape[1], part[:, missing:]
-        self._rest = torch.cat([rest, *(part.to(hf.device) for part in parts)], dim=1)
-        return taken
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the text stands, and what is harvested and not handed out."""
-        return {"store": self.store.state_dict(), "rest": self._rest}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where another buffer on the same text stood."""
-        self.store.load_state_dict(state["store"])
-        rest = state["rest"]
-        self._rest = None if rest is None else rest.to(self.lm.hf.device)
-
-
-def take_steps(
-    settings: SettingsLike,
-    trainers: dict[tuple[int, int], Any],
-    acts_LND: Tensor,
-    orders: dict[int, Tensor],
-    steps: range,
-    n_steps: int,
-    progress: Progress,
-    run: str = "run",
-) -> list[dict[str, Any]]:
-    """Every trainer's steps on one filling of the buffer; their records, in order of steps.
-
-    `trainer.step(x_BD, progress, logging)` returns the loss and, if `logging`, a record.
-
-    On a CPU trainers run side by side, each on its own cores: a step's operations are too small
-    to be worth sharing. What a trainer computes does not depend on when the others run.
-
-    Args:
-        orders: by seed, the order in which the tokens of the buffer are drawn.
-        steps: the steps to take, of n_steps in all.
-    Raises:
-        ExperimentError: a loss is not finite.
-    """
-    last: dict[tuple[int, int], dict[str, Any]] = {key: {} for key in trainers}
-
-    def batch(key: tuple[int, int], step: int) -> Tensor:
-        layer, seed = key
-        start = (step - steps.start) * settings.batch
-        acts_ND = acts_LND[settings.layers.index(layer)]
-        return acts_ND[orders[seed][start : start + settings.batch].to(acts_ND.device)]
-
-    def some_steps(key: tuple[int, int], part: range) -> list[dict[str, Any]]:
-        records, losses = [], []
-        for step in part:
-            logging = step % settings.log_every == 0 or step == n_steps - 1
-            with error_context(f"layer {key[0]}, seed {key[1]}"):
-                loss, record = trainers[key].step(batch(key, step), step / n_steps, logging)
-            losses.append(loss)
-            if record:
-                tokens = step * settings.batch
-                where = {"step": step, "tokens": tokens, "layer": key[0], "seed": key[1]}
-                speed = {"tokens_per_second": tokens / progress.seconds()}
-                records.append(where | record | speed)
-        # Looked at once in a while: a GPU would have to wait for each step otherwise.
-        wrong = (~torch.stack(losses).isfinite()).nonzero()
-        if len(wrong):
-            step, so_far = part[int(wrong[0])], losses[: int(wrong[0]) + 1]
-            records = [last[key], *(r for r in records if r["step"] < step)]
-            with error_context(f"layer {key[0]}, seed {key[1]}"):
-                raise broken_loss(
-                    [float(v) for v in so_far], step, settings, batch(key, step), records[-1], run
-                )
-        last[key] = records[-1] if records else last[key]
-        return records
-
-    records: list[dict[str, Any]] = []
-    parts = [range(i, min(i + 32, steps.stop)) for i in range(steps.start, steps.stop, 32)]
-    with retain_memory_for_steps(settings, acts_LND.shape[-1]):
-        for _, part, found in in_threads(some_steps, list(trainers), parts, acts_LND.device):
-            records += found
-            note = "fvu " + "/".join(f"{r['fvu']:.2f}" for r in last.values() if r)
-            progress.advance(len(part) * settings.batch, note)
-    place = {key: index for index, key in enumerate(trainers)}
-    return sorted(records, key=lambda r: (r["step"], place[r["layer"], r["seed"]]))
-
-
-def fit_budget(
+def steps_in_budget(
     n_steps: int, done: int, spent: float, evaluation: float, budget: float
 ) -> tuple[int, str | None]:
     """The steps that fit into a budget: a multiple of 5% of `n_steps`; why they are fewer, or None.
@@ -516,14 +426,13 @@ def fit_budget(
 
 
 def broken_loss(
-    losses: Sequence[float], step: int, settings: SettingsLike, x_BD: Tensor, last: dict[str, Any],
-    run: str,
+    losses: Sequence[float], step: int, x_BD: Tensor, last: dict[str, Any], run: str
 ) -> ExperimentError:
     """What to raise where a loss is not finite; saves the batch that it came from.
 
     Args:
         losses: of consecutive steps, the last of them not finite. step: that one's number.
-        x_BD: its activations. last: the last record before it.
+        x_BD: its activations. last: the last record before it. run: the run's name.
     """
     from safetensors.torch import save_file
 
@@ -533,11 +442,15 @@ def broken_loss(
         saved = f"its batch is in {path} (x_BD)"
     except Exception as error:
         saved = f"its batch could not be saved ({first_line(error)})"
-    known = {k: last[k] for k in ("step", "loss", "fvu", "l0", "tau_sel", "gamma") if k in last}
-    values = ", ".join(f"{k} {v:.4g}" for k, v in known.items() if v is not None)
+    left_out = ("tokens", "layer", "seed", "tokens_per_second")
+    values = ", ".join(
+        f"{name} {value:.4g}"
+        for name, value in last.items()
+        if isinstance(value, (int, float)) and name not in left_out
+    )
     before = f"; the loss of the step before: {losses[-2]:.4g}" if len(losses) > 1 else ""
     return ExperimentError(
-        f"the loss is {losses[-1]} at step {step} ({step * settings.batch} tokens){before}"
+        f"the loss is {losses[-1]} at step {step} ({step * len(x_BD)} tokens){before}"
         + (f"; the last record: {values}" if values else "")
         + f"; {saved}: look at the loss for a division by 0 or the root of one, or lower lr"
     )

@@ -107,10 +107,16 @@ def toy(toy_model: Path):
 def toy_run(toy, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a complete toy run_1."""
     out_dir = tmp_path_factory.mktemp("runs") / "run_1"
-    from harness.command import main
-
-    assert main(toy.run, [f"--out_dir={out_dir}"]) == 0
+    assert run_command(toy, out_dir) == 0
     return out_dir
+
+
+def run_command(experiment, out_dir: Path | str) -> int:
+    """The command, in this process: its exit status."""
+    from harness.startup import launch
+
+    plan = experiment.main, experiment.Settings, experiment.PROFILES, experiment.PLAN
+    return launch(*plan, [f"--out_dir={out_dir}"])
 
 
 def copy_project(folder: Path) -> None:

@@ -19,10 +19,10 @@ import pytest
 import torch
 
 import experiment
-from harness.command import main
 from harness.machine import processor_name
 from harness.verdict import OLD_NAMES
 from tests import gemma_fixture
+from tests.conftest import run_command
 
 RUNS = ("run_1", "run_5", "run_7", "run_10")
 FILE = Path(__file__).with_name("golden.json")
@@ -100,7 +100,7 @@ def records(toy_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         for name in RUNS:
             changes = experiment.PLAN[name] | {"seeds": (0, 1)}
             monkeypatch.setitem(experiment.PLAN, name, changes)
-            assert main(experiment.run, [f"--out_dir={name}"]) == 0, name
+            assert run_command(experiment, name) == 0, name
     found = {name: record_of(folder / name) for name in RUNS}
     if os.environ.get("GOLDEN") == "write":
         known = json.loads(FILE.read_text()) if FILE.exists() else {}
