@@ -242,11 +242,49 @@ def corpus_errors() -> Iterator[None]:
         raise ExperimentError(str(error)) from error
 
 
+class ReadAhead:
+    """The items of an iterator, made in a thread before they are asked for.
+
+    Args:
+        items: runs in the thread; what it raises is raised where the next item is asked for.
+        ahead: items that are made ahead at most.
+    """
+
+    def __init__(self, items: Iterator[Any], ahead: int) -> None:
+        self._ready: queue.Queue = queue.Queue(maxsize=ahead)
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._make, args=(items,), name="text", daemon=True)
+        self._thread.start()
+
+    def _make(self, items: Iterator[Any]) -> None:
+        try:
+            for item in items:
+                self._ready.put((item, None))
+                if self._over.is_set():
+                    return
+        except BaseException as error:
+            self._ready.put((None, error))
+
+    def __next__(self) -> Any:
+        item, error = self._ready.get()
+        if error is not None:
+            raise error
+        return item
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._over.set()
+        while self._thread.is_alive():
+            with contextlib.suppress(queue.Empty):
+                self._ready.get(timeout=0.05)
+            self._thread.join(0.05)
+
+
 class TokenStream:
     """Packs texts into contexts of token ids: BOS, then text; BOS also stands between two texts.
 
-    It holds no padding. A corpus that runs out starts again, with a line that says so. A thread
-    reads and tokenizes ahead, so that the language model needn't wait for text.
+    It holds no padding. A corpus that runs out starts again, with a line that says so. Texts are
+    read and tokenized ahead, so that the language model needn't wait for them.
 
     Args:
         texts: starts an iterator over the corpus.
@@ -262,13 +300,11 @@ class TokenStream:
         context: int,
         ahead: int = 64,
     ) -> None:
-        self.texts, self.tokenizer, self.context = texts, tokenizer, context
+        self.texts, self.tokenizer, self.context, self.ahead = texts, tokenizer, context, ahead
         self.epoch = 0
         self.n_texts = 0  # of this epoch, in what was handed out or is pending
         self._pending: list[int] = []
-        self._ready: queue.Queue = queue.Queue(maxsize=ahead)
-        self._reader: threading.Thread | None = None
-        self._over = threading.Event()
+        self._reader: ReadAhead | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands, for `load_state_dict` of a new one on the same texts."""
@@ -287,11 +323,8 @@ class TokenStream:
 
     def close(self) -> None:
         """Ends the thread that reads ahead."""
-        self._over.set()
-        while self._reader is not None and self._reader.is_alive():
-            with contextlib.suppress(queue.Empty):
-                self._ready.get(timeout=0.05)
-            self._reader.join(0.05)
+        if self._reader is not None:
+            self._reader.close()
 
     def contexts(self, n: int) -> Tensor:
         """The next n contexts, (n, L) int64, the corpus in its own order."""
@@ -302,56 +335,43 @@ class TokenStream:
             while len(self._pending) - start < width + 1:
                 del self._pending[:start]
                 start = 0
-                self._take()
+                self._take_texts()
             start += self._pending[start] == bos  # the context's own BOS separates already
             rows[row, 1:] = torch.tensor(self._pending[start : start + width])
             start += width
         del self._pending[:start]
         return rows
 
-    def _take(self) -> None:
+    def _take_texts(self) -> None:
         """Adds the next texts to the end of what is pending."""
         if self._reader is None:
-            self._reader = threading.Thread(
-                target=self._read, args=(self.n_texts,), name="text", daemon=True
-            )
-            self._reader.start()
-        item = self._ready.get()
-        if isinstance(item, BaseException):
-            self._reader = None
-            raise item
-        if item is None:
-            if not self._pending and self.epoch == 0:
-                raise ExperimentError("the training text holds no text: check training_text")
+            self._reader = ReadAhead(self._tokenized(skip=self.n_texts), self.ahead)
+        try:
+            ids, n_texts = next(self._reader)
+        except BaseException:
+            self._reader = None  # another try reads anew from here
+            raise
+        self._pending += ids
+        self.n_texts += n_texts
+        if not n_texts:
             self.epoch += 1
             self.n_texts = 0
             print_line(f"training text: all of it used {self.epoch} times, starting again")
-        else:
-            ids, n_texts = item
-            self._pending += ids
-            self.n_texts += n_texts
 
-    def _read(self, skip: int, n_texts: int = 32) -> None:
-        """The thread: ids and number of texts; None at each end of the corpus; an exception."""
+    def _tokenized(self, skip: int, n_texts: int = 32) -> Iterator[tuple[list[int], int]]:
+        """Token ids of the next texts and their number, from `skip` on; ([], 0) at each end."""
         bos = self.tokenizer.bos_token_id
-        try:
-            while not self._over.is_set():
-                texts, some = iter(self.texts()), skip > 0
-                for _ in itertools.islice(texts, skip):
-                    pass
-                skip = 0
-                while batch := list(itertools.islice(texts, n_texts)):
-                    ids = self.tokenizer(batch, add_special_tokens=False)["input_ids"]
-                    ids = [token for text in ids for token in (bos, *text)]
-                    self._ready.put((ids, len(batch)))
-                    some = True
-                    if self._over.is_set():
-                        return
-                self._ready.put(None)
-                if not some:
-                    return
-        except BaseException as error:
-            self._ready.put(error)
+        while True:
+            texts = iter(self.texts())
+            some = sum(1 for _ in itertools.islice(texts, skip))
+            skip = 0
+            while batch := list(itertools.islice(texts, n_texts)):
+                ids = self.tokenizer(batch, add_special_tokens=False)["input_ids"]
+                yield [token for text in ids for token in (bos, *text)], len(batch)
+                some += len(batch)
+            if not some:
+                raise ExperimentError("the training text holds no text: check training_text")
+            yield [], 0
 
 
 def special_token_ids(tokenizer: Any) -> set[int]:
