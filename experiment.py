@@ -816,10 +816,7 @@ class Training:
 
     saes: dict[tuple[int, int], CustomSAE]
     stats: dict[int, ActivationStats]
-    last: dict[tuple[int, int], dict[str, Any]]  # the last line of the log
-    tokens: int
-    seconds: dict[str, float]
-    shortened: str | None  # why it took fewer tokens than the settings say
+    log: TrainingLog
 
 
 def train(
@@ -846,7 +843,10 @@ def train(
         saved = checkpoints.load()
         with TrainingLog(s, run.out_dir / "train_log.jsonl", saved and saved["log"]) as log:
             if saved:
-                stats = {n: ActivationStats(m.to(device), f) for n, (m, f) in saved["stats"].items()}
+                stats = {
+                    layer: ActivationStats(mean_D.to(device), factor)
+                    for layer, (mean_D, factor) in saved["stats"].items()
+                }
                 trainers = start(run, stats, fixed)
                 for key, trainer in trainers.items():
                     trainer.load_state_dict(saved["trainers"][key])
@@ -877,14 +877,7 @@ def train(
                         "buffer": buffer.state_dict(),
                     }
                     checkpoints.save(state, log.part)
-    return Training(
-        saes={key: trainer.sae for key, trainer in trainers.items()},
-        stats=stats,
-        last=log.last(),
-        tokens=log.n_steps * s.batch,
-        seconds=log.seconds,
-        shortened=log.shortened,
-    )
+    return Training({key: trainer.sae for key, trainer in trainers.items()}, stats, log)
 
 
 def take_steps(
@@ -1037,7 +1030,7 @@ def layer_metrics(
     per_seed: dict[str, list[float]] = {}
     for seed in run.settings.seeds:
         name, twin = sae_name(layer, seed), f"{sae_name(layer, seed)}_untrained"
-        last = training.last[layer, seed]
+        last = training.log.last[layer, seed]
         row = evaluation["core"][name] | evaluation["probing"][name]
         for metric, value in evaluation["probing"][twin].items():
             if metric.startswith("sae_"):
@@ -1046,7 +1039,7 @@ def layer_metrics(
             row[f"untrained_{metric}"] = evaluation["core"][twin][metric]
         row |= {m: last[m] for m in (*BOUNDED, "w", "dead_fraction")}
         row |= {m: value for m, value in last.items() if m.startswith("loss")}
-        row["training_tokens"] = training.tokens
+        row["training_tokens"] = training.log.n_steps * run.settings.batch
         row["n_seeds"] = len(run.settings.seeds)
         for metric, value in row.items():
             per_seed.setdefault(metric, []).append(float(value))
@@ -1079,10 +1072,9 @@ def main(run: Run) -> None:
     with TokenStream(texts, run.language_model.tokenizer, run.settings.context) as stream:
         training = train(run, ActivationBuffer(run, stream))
     export(run, training)
-    evaluation, seconds = evaluate(run, training)
-    layers = {f"layer_{n}": layer_metrics(run, n, training, evaluation) for n in run.settings.layers}
-    warnings = [training.shortened] if training.shortened else []
-    write_records(run, layers, SHOWN, training.seconds | seconds, warnings)
+    scores, seconds = evaluate(run, training)
+    layers = {f"layer_{at}": layer_metrics(run, at, training, scores) for at in run.settings.layers}
+    write_records(run, layers, SHOWN, training.log, seconds)
 
 
 if __name__ == "__main__":

@@ -16,4 +16,10 @@
     errors           failures whose message is the whole story
     interfaces       what the harness asks of settings, SAE and trainer
     start            what has to be read before anything else is imported
+
+`PUBLIC` is the harness's face: the names that experiment.py uses, by room.
 """
+
+PUBLIC = {
+    "startup": ("Run", "launch"),
+}

@@ -26,6 +26,7 @@ from harness.interfaces import RunLike, SAELike, SettingsLike
 from harness.machine import memory_gb, peak_memory_gb, processor_name
 from harness.start import HERE, STARTED
 from harness.store import LEDGER, sha256_file, write_atomic, write_json
+from harness.training import TrainingLog
 from harness.verdict import PRIMARY, mean, primary_metric, summarize, verdict, with_current_names
 
 LOOSE = ("llm_top_1_test_accuracy", "llm_top_2_test_accuracy")  # probes of few dimensions vary
@@ -312,18 +313,18 @@ def write_records(
     run: RunLike,
     layers: dict[str, dict[str, list[float]]],
     shown: Iterable[str],
+    log: TrainingLog,
     seconds: dict[str, float],
-    warnings: list[str],
 ) -> None:
     """Writes warnings.json and, last, final_info.json; prints the closing block.
 
     Args:
         layers: {metric: a value per seed} of each layer.
-        shown: the metrics to print. seconds: by stage. warnings: found so far.
+        shown: the metrics to print. log: of the training. seconds: of the evaluation's stages.
     """
     Progress.stage("records")
     settings = run.settings
-    seconds = seconds | {"seconds_total": time.monotonic() - STARTED}
+    seconds = log.seconds | seconds | {"seconds_total": time.monotonic() - STARTED}
     for metrics in layers.values():
         metrics |= {stage: [value] * len(settings.seeds) for stage, value in seconds.items()}
     overall = {
@@ -336,7 +337,8 @@ def write_records(
     info["verdict"] = summarize(overall)
     info["verdict"]["means"] |= numbers
     baseline, differing = against_given_baseline(settings, layers)
-    warnings = [*warnings, *odd_results(layers, settings.d_sae), *differing]
+    shortened = [log.shortened] if log.shortened else []
+    warnings = [*shortened, *odd_results(layers, settings.d_sae), *differing]
     notes = [baseline] if baseline else []
     check_info(info)
     write_reused(run.out_dir)

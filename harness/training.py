@@ -273,6 +273,7 @@ class TrainingLog:
         self.file.writelines(json.dumps(record) + "\n" for record in records)
         self.file.flush()
 
+    @property
     def last(self) -> dict[tuple[int, int], dict[str, Any]]:
         """By layer and seed, the last record."""
         return {(record["layer"], record["seed"]): record for record in self.records}
