@@ -73,7 +73,7 @@ class Settings:
     training_text: str = "tinylm"  # a data set with a "text" column; "tinylm": its corpus
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
-    # The SAE and its loss (docs/method.md).
+    # The SAE and its loss (docs/method.md, The loss).
     d_sae: PositiveInt = 1024  # F, the number of features
     loss_variant: Literal["contrastive", "as_written"] = "contrastive"  # or as first written down
     tau_sel: PositiveFloat | None = None  # selection temperature; None: learned in (0.1, 0.5)
@@ -451,7 +451,7 @@ def contrastive_loss(
     by_index: bool = False,
     cost_F: Tensor | None = None,
 ) -> Loss:
-    """The loss on a batch of scaled activations (DESIGN, the method).
+    """The loss on a batch of scaled activations (docs/method.md, The loss).
 
         L_pen = τ_pen · mean over tokens of Σ_{i ∉ S} tanh(f_i / τ_sel)
         L_reg = λ Σ over the learned θ of θ²

@@ -1,4 +1,7 @@
-"""The evaluation against stock SAE-Bench, and the traps that DESIGN 8 lists."""
+"""The evaluation against stock SAE-Bench, and its traps.
+
+The traps are listed in docs/operations.md, Traps of other software.
+"""
 
 from __future__ import annotations
 

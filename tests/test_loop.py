@@ -74,7 +74,10 @@ class Driver:
             os.sched_setaffinity(0, cores)
 
     def finish(self, process: subprocess.Popen, run: str) -> tuple[int, str, str]:
-        """As in DESIGN section 5: exit status, output, and what the driver would show."""
+        """Exit status, output, and what a driver shows of standard error.
+
+        See docs/operations.md, A program that drives the experiment.
+        """
         try:
             out, error = process.communicate(timeout=LIMIT)
         except subprocess.TimeoutExpired:

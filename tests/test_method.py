@@ -43,7 +43,7 @@ def sigmoid(theta: float) -> float:
 
 
 def by_hand(sae: CustomSAE, x: torch.Tensor, k: int | None, lam: float, form: str) -> dict:
-    """DESIGN's formulas, token by token, in plain Python and numpy."""
+    """The formulas, token by token, in plain Python and numpy (docs/method.md, The loss)."""
     W_enc, W_dec, b_enc, b_dec = (p.detach().numpy() for p in sae.weights())
     theta = {
         name: None if name in sae.fixed else getattr(sae, t).item()

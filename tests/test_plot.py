@@ -89,7 +89,7 @@ def make_run(root, name, *, profile="tinylm", layers=(1, 2, 4), seeds=(0,), test
 
 
 def ten_runs(root, seeds=(0,), **options):
-    """The plan's ten runs (DESIGN section 4), for looking at the figures."""
+    """The plan's ten runs (docs/results.md, The runs of the plan), for looking at the figures."""
     temperatures, everything = {"tau_sel": 0.3, "tau_pen": 0.1}, {"gamma": 0.15}
     plan = [("full method", {}, True), ("fixed temperatures", temperatures, True),
             ("fixed loss weight", everything, True), ("stronger regularization", {}, True),
