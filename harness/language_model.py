@@ -213,7 +213,7 @@ def load_language_model(
     if config.model_type != "gemma2":
         raise ExperimentError(
             f"model {name!r} must be of the Gemma-2 architecture, but its config.json says "
-            f"{config.model_type!r}: set SettingsLike.model to a Gemma-2 model"
+            f"{config.model_type!r}: set Settings.model to a Gemma-2 model"
         )
     # Or transformers takes what a bot has made of the pickle in a pull request.
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
