@@ -31,13 +31,14 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import experiment  # noqa: E402
+from bench.common import run_on, settings_of
 from experiment import Settings  # noqa: E402
 from harness.console import Progress, redirect_output
 from harness.evaluation.core import prepare_for_sae_bench, run_core
 from harness.fingerprint import versions
 from harness.language_model import LanguageModel
 from harness.machine import peak_memory_gb, processor_name
-from harness.training import take_steps
+from harness.training import TrainingLog
 
 PAD, EOS, BOS = 0, 1, 2
 GEMMA_2_2B = dict(
@@ -236,14 +237,15 @@ def measure(
     stages.add("build the model", now(device) - started)
 
     stream = RandomTokens(config.vocab_size, settings.context)
-    buffer = experiment.ActivationBuffer(lm, stream, settings.layers, settings.harvest_contexts)
+    run = run_on(lm, settings)
+    buffer = experiment.ActivationBuffer(run, stream)
     lm.activations(stream.contexts(1), settings.layers)  # sets up what a first pass needs
     stream.n_read = 0
     progress = Progress("harvest", tokens, "tokens")
     started = now(device)
     for _ in range(tokens // settings.buffer_tokens):
         acts_LND = None  # freed before the next filling, as in a run
-        acts_LND = buffer.take(settings.buffer_tokens, progress.advance)
+        acts_LND = buffer.next_tokens(settings.buffer_tokens, progress.advance)
     seconds = now(device) - started
     progress.close()
     flops = pass_flops(config, settings.context, max(settings.layers) + 1, False)
@@ -252,20 +254,19 @@ def measure(
         raise SystemExit("the random model's activations are not finite")
 
     keys = [(layer, seed) for layer in settings.layers for seed in settings.seeds]
-    measured = experiment.measure(settings, acts_LND)
-    autocast = acts_LND.dtype == torch.bfloat16
-    trainers = experiment.start_trainers(settings, measured, dict.fromkeys(keys, {}), autocast)
-    orders = {seed: torch.randperm(settings.buffer_tokens) for seed in settings.seeds}
+    stats = experiment.activation_stats(settings, acts_LND)
+    trainers = experiment.new_trainers(run, stats, dict.fromkeys(keys, {}))
+    shuffles = {seed: torch.Generator().manual_seed(seed) for seed in settings.seeds}
     portion = settings.buffer_tokens // settings.batch
     parts = [range(i, min(i + portion, n_steps)) for i in range(0, n_steps, portion)]
     n_learned = len(keys) * n_steps * settings.batch
-    progress = Progress("SAE steps", n_learned, "tokens")
-    for steps in (range(1), *parts):  # the first step is taken twice: it sets up
-        if steps is parts[0]:
-            started = now(device)
-        take_steps(settings, trainers, acts_LND, orders, steps, n_steps, progress)
-    seconds = now(device) - started
-    progress.close()
+    counted = dataclasses.replace(settings, training_tokens=n_steps * settings.batch)
+    with TrainingLog(counted, Path(os.devnull)) as log:
+        for steps in (range(1), *parts):  # the first step is taken twice: it sets up
+            if steps is parts[0]:
+                started = now(device)
+            experiment.take_steps(settings, trainers, acts_LND, shuffles, steps, log)
+        seconds = now(device) - started
     flops = len(keys) * n_steps * step_flops(settings, config.hidden_size)
     stages.add("SAE steps", seconds, n_learned, flops)
     saes = {key: trainer.sae.fold_activation_norm_scaling() for key, trainer in trainers.items()}
@@ -326,7 +327,7 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device(found if args.device == "auto" else args.device)
     large = device.type == "cuda" and not args.tiny
 
-    settings = experiment.settings_of("full_size", "gemma-2-2b")
+    settings = settings_of("full_size", "gemma-2-2b")
     tokens = args.tokens or (2**20 if large else 512)
     if tokens < settings.context:
         parser.error(f"--tokens must be at least {settings.context}, one context")

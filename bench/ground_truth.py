@@ -36,6 +36,7 @@ from torch import Tensor
 import experiment
 import plot
 from bench import quality
+from bench.common import run_on
 from bench.quality import OURS, UNTRAINED, Cell
 from bench.trainers import exported
 from experiment import Settings
@@ -113,7 +114,7 @@ class SyntheticBuffer:
         where = types.SimpleNamespace(device=acts_ND.device, dtype=acts_ND.dtype)
         self.lm = types.SimpleNamespace(hf=where)
 
-    def take(self, n: int, advance: Callable[[int], None] = lambda n: None) -> Tensor:
+    def next_tokens(self, n: int, advance: Callable[[int], None] = lambda n: None) -> Tensor:
         """The next n activations: (1, n, D)."""
         self.taken += n
         advance(n)
@@ -150,10 +151,8 @@ def run_cell(cell: Cell, base: Settings, folder: Path) -> list[dict[str, Any]]:
     settings = quality.settings_for(cell, METHODS[cell.method], base)
     model = synthetic_model(cell.seed)
     buffer: Any = SyntheticBuffer(activations(cell.seed, settings.training_tokens))
-    training = experiment.train(
-        settings, buffer, experiment.constants(settings, folder), folder / "train_log.jsonl",
-        start=quality.starter(cell, METHODS[cell.method]),
-    )  # fmt: skip
+    run = run_on(buffer.lm, settings, out_dir=folder, runs=folder)
+    training = experiment.train(run, buffer, quality.starter(cell, METHODS[cell.method]))
     kinds = {cell.method: exported(training.saes[0, cell.seed], settings, 0)}
     if cell.stage == "seeds" and cell.method == OURS:
         (kinds[UNTRAINED],) = quality.untrained(training, settings).values()

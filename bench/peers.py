@@ -7,7 +7,6 @@ the other peers lie in bench/.peers (bench/peers.txt says how), or their import 
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
 import sys
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 import experiment
+from bench.common import run_on
 from experiment import Settings
 from harness.evaluation.core import core_config, core_store, prepare_for_sae_bench
 from harness.evaluation.probing import probing_config
@@ -340,11 +340,10 @@ def dictionary_learning_training(
     device = str(lm.hf.device)
 
     def harvested() -> Tensor:
-        stream = TokenStream(lambda: iter(texts), lm.tokenizer, settings.context)
-        per_pass = settings.harvest_contexts
-        with contextlib.closing(stream):
-            buffer = experiment.ActivationBuffer(lm, stream, settings.layers, per_pass)
-            return buffer.take(n_steps * batch)
+        with TokenStream(lambda: iter(texts), lm.tokenizer, settings.context) as stream:
+            return experiment.ActivationBuffer(run_on(lm, settings), stream).next_tokens(
+                n_steps * batch
+            )
 
     def shuffled(acts_ND: Tensor) -> Iterator[Tensor]:
         parts = torch.randperm(len(acts_ND)).split(batch)

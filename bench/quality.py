@@ -27,7 +27,6 @@ held-out text, sparse probing on `tinylm/B`. L0 and everything else are of that 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import datetime
 import functools
@@ -51,10 +50,11 @@ from bench.trainers import PeerTrainer, exported
 from experiment import Settings
 from harness.console import Progress, redirect_output
 from harness.evaluation.probing import read_probe_texts
-from harness.fingerprint import activations_key
 from harness.fused_gemma import for_harvest
 from harness.language_model import load_language_model
 from harness.machine import choose_device, choose_train_dtype, make_reproducible, processor_name
+from harness.start import SOURCES_AT_START
+from harness.startup import Run
 from harness.store import new_log
 from harness.text import TokenStream, documents
 
@@ -194,28 +194,33 @@ class Bench:
     def __post_init__(self) -> None:
         s = self.settings
         device = choose_device(s, "tinylm")
-        self.train_dtype = choose_train_dtype(s, device)
+        train_dtype = choose_train_dtype(s, device)
         make_reproducible()
         with redirect_output(self.log):
             lm = load_language_model(s.model, s.lm_dtype, device)
-            self.texts = read_probe_texts(s, lm.tokenizer, device)
-            self.model = lm.hooked()
-            self.training_lm = for_harvest(
-                lm, self.train_dtype, s.harvest_contexts, s.context
+            self.run = Run(
+                settings=s,
+                probe_texts=read_probe_texts(s, lm.tokenizer, device),
+                sae_bench_model=lm.hooked(),
+                language_model=for_harvest(lm, train_dtype, s.harvest_contexts, s.context),
+                device=device,
+                train_dtype=train_dtype,
+                out_dir=self.out_dir,
+                runs=self.out_dir,
+                log=self.log,
+                source=SOURCES_AT_START[Path(experiment.__file__).resolve()],
             )
-        self.acts_key = activations_key(s, experiment.SOURCE, self.train_dtype, lm)
 
     def train(self, settings: Settings, start: Callable) -> experiment.Training:
-        """`experiment.train` on the run's own text and batches, with the trainers of `start`."""
+        """`experiment.train` on the run's own text and batches, with the trainers of `start`.
+
+        Activations are kept from cell to cell, SAEs are not.
+        """
+        run = dataclasses.replace(self.run, settings=settings)
         texts = documents(settings.training_text, "train")
-        stream = TokenStream(texts, self.training_lm.tokenizer, settings.context)
-        with contextlib.closing(stream):
-            buffer = experiment.ActivationBuffer(
-                self.training_lm, stream, settings.layers, settings.harvest_contexts, self.acts_key
-            )
-            fixed = experiment.constants(settings, self.out_dir)
-            log = self.out_dir / "train_log.jsonl"
-            return experiment.train(settings, buffer, fixed, log, start=start)
+        with TokenStream(texts, run.language_model.tokenizer, settings.context) as stream:
+            buffer = experiment.ActivationBuffer(dataclasses.replace(run, keeps=True), stream)
+            return experiment.train(run, buffer, start)
 
     def score(self, saes: dict[str, Any], settings: Settings, probing: bool) -> dict[str, dict]:
         """SAE-Bench's figures of exported SAEs, by name."""
@@ -246,12 +251,14 @@ def settings_for(cell: Cell, method: Method, base: Settings) -> Settings:
 def starter(cell: Cell, method: Method) -> Callable:
     """What `experiment.train` makes a cell's trainers with."""
 
-    def start(settings: Settings, measured: dict, fixed: dict, autocast: bool) -> dict:
-        trainers = {}
-        measured = {layer: measured[layer] for layer in cell.layers}
+    def start(run: Run, stats: dict, fixed: dict) -> dict:
+        trainers, settings = {}, run.settings
         if method.kind is None:
-            return experiment.start_trainers(settings, measured, fixed, autocast)
-        for sparsity, (layer, (mean_D, scale)) in zip(cell.sparsity, measured.items()):
+            all_trainers = experiment.new_trainers(run, stats, fixed)
+            return {key: t for key, t in all_trainers.items() if key[0] in cell.layers}
+        autocast = run.train_dtype == "bfloat16"
+        for sparsity, layer in zip(cell.sparsity, cell.layers):
+            mean_D, scale = stats[layer]
             value = int(sparsity) if method.sparsity == "k" else sparsity
             options = method.options | {method.sparsity: value}
             if method.kind == "matryoshka_batchtopk":
@@ -271,9 +278,8 @@ def starter(cell: Cell, method: Method) -> Callable:
 def untrained(training: experiment.Training, settings: Settings) -> dict[str, Any]:
     """An SAE per layer as this project's start, that keeps k_min features and learned nothing."""
     saes = {}
-    for (layer, seed), trained in training.saes.items():
-        shape = settings, layer, seed, training.mean[layer], trained.norm_scaling_factor
-        sae = experiment.new_sae(*shape, {}, settings.k_min)
+    for layer, seed in training.saes:
+        sae = experiment.new_sae(settings, layer, seed, training.stats[layer], {}, settings.k_min)
         saes[experiment.sae_name(layer, seed)] = exported(sae, settings, layer)
     return saes
 

@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import experiment
+from bench.common import settings_of
 from harness import training
 from harness.fused_gemma import for_harvest
 from harness.language_model import LanguageModel, load_language_model
@@ -63,7 +64,7 @@ def main() -> None:
     options = parser.parse_args()
     make_reproducible()
     training.SAVE_EVERY, training.SAVE_SHARE = 0.0, 1e9
-    settings = experiment.settings_of("run_saving", "tinylm")
+    settings = settings_of("run_saving", "tinylm")
     settings = dataclasses.replace(settings, training_tokens=options.tokens)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = folder

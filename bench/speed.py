@@ -76,6 +76,7 @@ from torch import Tensor
 
 import experiment
 from bench import loop, peers
+from bench.common import run_on, settings_of
 from bench.full_size import arithmetic_peak, now, step_flops
 from bench.peers import Call
 from experiment import Settings
@@ -93,6 +94,7 @@ from harness.machine import (
     retain_memory_for_steps,
 )
 from harness.start import SOURCES_AT_START
+from harness.startup import Run
 from harness.store import sha256_file
 from harness.text import TokenStream, documents
 
@@ -279,8 +281,8 @@ def step_settings(d_in: int, d_sae: int, k_min: int, batch: int) -> Settings:
     """Of the profile whose width is nearest, with learning rates 0 and no feature ever dead."""
     profile = "gemma-2-2b" if d_in > 1000 else "tinylm"
     return dataclasses.replace(
-        experiment.settings_of("speed", profile), layers=(0,), d_sae=d_sae, k_min=k_min,
-        batch=batch, lr=0.0, theta_lr=0.0, dead_feature_window=2**62,
+        settings_of("speed", profile), layers=(0,), d_sae=d_sae, k_min=k_min,
+        batch=batch, lr=1e-30, theta_lr=1e-30, dead_feature_window=2**62,
     )  # fmt: skip
 
 
@@ -314,8 +316,9 @@ def set_active(sae: experiment.CustomSAE, x_BD: Tensor, active: float) -> None:
 
 def new_trainer(settings: Settings, x_NBD: Tensor, autocast: bool) -> experiment.Trainer:
     """A trainer of one SAE on raw activations (N, B, D)."""
-    measured = experiment.measure(settings, x_NBD.flatten(0, 1)[None])
-    return experiment.start_trainers(settings, measured, {(0, 0): {}}, autocast)[0, 0]
+    stats = experiment.activation_stats(settings, x_NBD.flatten(0, 1)[None])
+    run = Run(settings, None, train_dtype="bfloat16" if autocast else "float32")
+    return experiment.new_trainers(run, stats, {(0, 0): {}})[0, 0]
 
 
 @torch.no_grad()
@@ -446,14 +449,14 @@ def for_harvest(dtype: str, settings: Settings) -> LanguageModel:
 
 def our_harvest(lm: LanguageModel, tokens_NL: Tensor, settings: Settings) -> Call:
     """ActivationBuffer.harvest: one pass of the language model for all layers."""
-    layers, per_pass = settings.layers, settings.harvest_contexts
-    buffer = experiment.ActivationBuffer(lm, SameTokens(tokens_NL), layers, per_pass)
-    return lambda: sum(part.shape[1] for part in buffer.harvest(len(tokens_NL) // per_pass))
+    buffer = experiment.ActivationBuffer(run_on(lm, settings), SameTokens(tokens_NL))
+    n_passes = len(tokens_NL) // settings.harvest_contexts
+    return lambda: sum(part.shape[1] for part in buffer.harvest(n_passes))
 
 
 def harvest_rows(dtype: str, sizes: Sizes, device: torch.device) -> list[Row]:
     """The rows of a precision, in which the language model is for all contenders."""
-    settings = experiment.settings_of("speed", "tinylm")
+    settings = settings_of("speed", "tinylm")
     lm = language_model(settings.model).cast(dtype)
     fused = for_harvest(dtype, settings)
     n_contexts = (sizes.passes + 1) * settings.harvest_contexts
@@ -490,14 +493,14 @@ def harvest_section(sizes: Sizes, device: torch.device) -> Points:
 
 def our_training(lm: LanguageModel, texts: list[str], settings: Settings) -> Call:
     """experiment.train from text, with nothing kept from an earlier run."""
-    fixed = {(layer, seed): {} for layer in settings.layers for seed in settings.seeds}
 
     def call() -> float:
-        stream = TokenStream(lambda: iter(texts), lm.tokenizer, settings.context)
-        per_pass = settings.harvest_contexts
-        buffer = experiment.ActivationBuffer(lm, stream, settings.layers, per_pass)
-        with tempfile.TemporaryDirectory() as folder, contextlib.closing(stream):
-            experiment.train(settings, buffer, fixed, Path(folder) / "log.jsonl")
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            TokenStream(lambda: iter(texts), lm.tokenizer, settings.context) as stream,
+        ):
+            run = run_on(lm, settings, out_dir=Path(folder))
+            experiment.train(run, experiment.ActivationBuffer(run, stream))
         return settings.training_tokens
 
     return call
@@ -505,7 +508,7 @@ def our_training(lm: LanguageModel, texts: list[str], settings: Settings) -> Cal
 
 def training_rows(batch: int, dtype: str, sizes: Sizes, device: torch.device) -> list[Row]:
     """The rows of a batch size and a precision."""
-    settings = experiment.settings_of("speed", "tinylm")
+    settings = settings_of("speed", "tinylm")
     settings = dataclasses.replace(
         settings, batch=batch, training_tokens=sizes.tokens // batch * batch
     )
@@ -540,7 +543,7 @@ def training_rows(batch: int, dtype: str, sizes: Sizes, device: torch.device) ->
 
 def training_section(sizes: Sizes, device: torch.device) -> Points:
     """From text to three SAEs, in the precision that a run takes on this machine, and float32."""
-    taken = choose_train_dtype(experiment.settings_of("speed", "tinylm"), device)
+    taken = choose_train_dtype(settings_of("speed", "tinylm"), device)
     for batch in sizes.batches:
         for dtype in dict.fromkeys((taken, "float32")):
             rows = functools.partial(training_rows, batch, dtype, sizes, device)
@@ -586,7 +589,7 @@ def largest_difference(
 
 def evaluation_rows(sizes: Sizes, device: torch.device) -> list[Row]:
     """The rows of an untrained SAE for each layer."""
-    settings = experiment.settings_of("speed", "tinylm")
+    settings = settings_of("speed", "tinylm")
     settings = dataclasses.replace(settings, **sizes.evaluation)
     lm = language_model(settings.model)
     model, texts = lm.hooked(), read_probe_texts(settings, lm.tokenizer, device)
@@ -594,13 +597,13 @@ def evaluation_rows(sizes: Sizes, device: torch.device) -> list[Row]:
     pieces = training_texts(settings, 2048)
     stream = TokenStream(lambda: iter(pieces), lm.tokenizer, settings.context)
     with contextlib.closing(stream):
-        buffer = experiment.ActivationBuffer(lm, stream, settings.layers, 16)
-        measured = experiment.measure(settings, buffer.take(2048))
+        buffer = experiment.ActivationBuffer(run_on(lm, settings), stream)
+        stats = experiment.activation_stats(settings, buffer.next_tokens(2048))
     saes = {
         experiment.sae_name(layer, 0): experiment.new_sae(
-            settings, layer, 0, mean_D, scale, {}, settings.k_min
+            settings, layer, 0, layer_stats, {}, settings.k_min
         ).fold_activation_norm_scaling()
-        for layer, (mean_D, scale) in measured.items()
+        for layer, layer_stats in stats.items()
     }
     stock = functools.partial(peers.stock_evaluation, saes, model, settings, device)
     figures: dict[str, dict] = {}
@@ -671,7 +674,7 @@ def growth_point(point: Row, sizes: Sizes) -> Row:
     A step in the state "end" has no figure of memory: to make the state takes more.
     """
     make_reproducible()
-    settings = experiment.settings_of("speed", "tinylm")
+    settings = settings_of("speed", "tinylm")
     if "phase" in point:
         settings = step_settings(256, point["x"], settings.k_min, sizes.batch)
         x_NBD = torch.randn(4, sizes.batch, 256, generator=torch.Generator().manual_seed(0))
