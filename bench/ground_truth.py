@@ -34,9 +34,9 @@ import torch
 from torch import Tensor
 
 import experiment
-import plot
 from bench import quality
 from bench.common import run_on
+from bench.figures import ground_truth_table
 from bench.quality import OURS, UNTRAINED, Cell
 from bench.trainers import exported
 from experiment import Settings
@@ -199,7 +199,7 @@ def main() -> int:
             cells, arguments.stages, lambda cell: run_cell(cell, base, Path(folder)), results,
             arguments.minutes,
         )  # fmt: skip
-    print(plot.ground_truth_table(results.rows))
+    print(ground_truth_table(results.rows))
     return 0
 
 

@@ -46,6 +46,7 @@ sys.path.insert(0, str(ROOT))
 
 import experiment
 import plot
+from bench.figures import of, quality_tables, read_rows
 from bench.trainers import PeerTrainer, exported
 from experiment import Settings
 from harness.console import Progress, redirect_output
@@ -165,7 +166,7 @@ class Results:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.rows: list[dict[str, Any]] = plot.read_rows(path)
+        self.rows: list[dict[str, Any]] = read_rows(path)
 
     def rows_of(self, cell: Cell) -> list[dict[str, Any]]:
         """All of a cell's rows, which are written together, or none."""
@@ -180,7 +181,7 @@ class Results:
 
     def of(self, **wanted: Any) -> list[dict[str, Any]]:
         """The rows that have these values."""
-        return plot.of(self.rows, **wanted)
+        return of(self.rows, **wanted)
 
 
 @dataclasses.dataclass
@@ -501,7 +502,7 @@ def main() -> int:
             lambda cell: made_elsewhere(cell, results) or run_cell(cell, bench()), results,
             arguments.minutes,
         )  # fmt: skip
-    print(plot.quality_tables(results.rows, plot.load_runs(ROOT)[0]))
+    print(quality_tables(results.rows, plot.load_reports(ROOT).get("tinylm")))
     return 0
 
 

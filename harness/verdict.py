@@ -20,11 +20,15 @@ OLD_NAMES = {  # in records of before 2026-11-27: what is called so now
     "form": "loss_variant",
     "selection": "activation",
 }
+OLD_ACTIVATIONS = {"token": "topk", "threshold": "jumprelu"}  # the same of that setting's values
 
 
 def with_current_names(record: dict[str, Any]) -> dict[str, Any]:
     """A record, or a part of one, whose old names are replaced by those of now."""
-    return {OLD_NAMES.get(name, name): value for name, value in record.items()}
+    current = {OLD_NAMES.get(name, name): value for name, value in record.items()}
+    if "selection" in record:
+        current["activation"] = OLD_ACTIVATIONS[record["selection"]]
+    return current
 
 
 def mean(values: Sequence[float]) -> float:
@@ -81,6 +85,16 @@ def paired(mine: dict[int, float], theirs: dict[int, float]) -> dict[str, float]
         p = 2 * float(stats.t.sf(abs(centre) / error, free)) if error else float(centre == 0)
         found |= {"ci95_low": centre - half, "ci95_high": centre + half, "p": p}
     return found
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """Holm's adjustment of p values, NaN staying NaN (Holm 1979, Scandinavian J. Statistics 6)."""
+    known = sorted((p, i) for i, p in enumerate(ps) if math.isfinite(p))
+    adjusted, so_far = [math.nan] * len(ps), 0.0
+    for rank, (p, i) in enumerate(known):
+        so_far = max(so_far, min(1.0, p * (len(known) - rank)))
+        adjusted[i] = so_far
+    return adjusted
 
 
 def verdict(

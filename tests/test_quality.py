@@ -9,11 +9,10 @@ import torch
 from scipy import stats
 
 import experiment
-import plot
 from bench import ground_truth, quality
 from bench.trainers import PeerTrainer, exported
 from harness.startup import check_settings
-from harness.verdict import paired
+from harness.verdict import holm, paired
 
 SETTINGS = dataclasses.replace(
     experiment.Settings(), layers=(0,), d_sae=64, k_min=4, batch=64, training_tokens=64 * 40
@@ -78,6 +77,10 @@ def test_cells_that_have_rows_are_not_made_again(tmp_path):
     again = quality.Results(results.path)  # from the file
     assert quality.make_missing(stages, ["sweep"], make, again, minutes=1)
     assert made == cells and len(again.rows) == 2
+    committed = quality.Results(quality.FILE)  # of before settings had the names of now
+    tenth = quality.Cell("seeds", quality.TENTH, 0, 6e-3, (1, 2, 4), (16, 16, 16))
+    tenth = dataclasses.replace(tenth, options=quality.METHODS[quality.TENTH].options)
+    assert {row["layer"] for row in committed.rows_of(tenth)} == {1, 2, 4}
     # A method with another option is another one.
     assert not again.rows_of(dataclasses.replace(cells[0], options={"dead_window": 1}))
 
@@ -114,7 +117,7 @@ def test_paired_differences_are_students_and_holm_is_stepwise():
     assert "p" not in paired({0: 1.0, 1: 2.0}, {0: 0.0, 1: 0.0})  # two seeds: no interval
     same = paired(dict.fromkeys(range(3), 0.5), dict.fromkeys(range(3), 0.5))
     assert (same["ci95_low"], same["ci95_high"], same["p"]) == (0.0, 0.0, 1.0)
-    adjusted = plot.holm([0.01, 0.04, math.nan, 0.03])
+    adjusted = holm([0.01, 0.04, math.nan, 0.03])
     assert adjusted[:2] + adjusted[3:] == pytest.approx([0.03, 0.06, 0.06])
     assert math.isnan(adjusted[2])
 
