@@ -11,7 +11,7 @@ READY := $(VENV)/installed
 help:
 	@echo 'make run OUT=run_try   train and score the experiment, into the folder run_try'
 	@echo 'make plot              draw the figures and tables of the runs found here'
-	@echo 'make pack RUN=run_11   pack what SAE-Bench wrote for that run, so that the run can be committed'
+	@echo 'make pack RUN=run_11   pack the long files of that run, so that it can be committed'
 	@echo 'make test              run the tests'
 	@echo 'make clean-cache       remove what runs keep for the next one (logs stay)'
 	@echo 'make setup             only install what these need, into $(VENV)'
@@ -36,31 +36,9 @@ test: $(READY)
 plot: $(READY)
 	@$(PY) plot.py
 
-# A run is committed without its weights and with SAE-Bench's files in one archive (.gitignore),
-# which is the same bytes each time. Of untrained SAEs, which are the same in many runs, the core
-# evaluation's lists by feature are left out.
-define PACK
-import sys, zipfile
-from pathlib import Path
-
-run = Path(sys.argv[1])
-files = [*run.glob("eval_results/*/*.json"), *run.glob("sae/*/*/theta.json")]
-names = sorted(path.relative_to(run).as_posix() for path in files)
-names = [name for name in names if not ("/core/" in name and "_untrained_" in name)]
-if not names:
-    sys.exit(f"make pack needs the folder of a complete run and found no eval_results in {run}:"
-             " make pack RUN=run_11")
-with zipfile.ZipFile(run / "eval_results.zip", "w") as archive:
-    for name in names:
-        entry = zipfile.ZipInfo(name)
-        entry.external_attr = 0o644 << 16
-        archive.writestr(entry, (run / name).read_bytes(), zipfile.ZIP_DEFLATED, 9)
-print(f"{run / 'eval_results.zip'}: {len(names)} files; now: git add {run}")
-endef
-export PACK
-
-pack:
-	@$(if $(wildcard $(PY)),$(PY),python3) -c "$$PACK" '$(or $(RUN),.)'
+# A run is committed without its weights, SAE-Bench's files and the log packed (.gitignore).
+pack: $(READY)
+	@$(PY) -c 'import sys; from harness.records import pack; pack(sys.argv[1])' '$(RUN)'
 
 clean-cache:
 	@$(if $(wildcard $(PY)),$(PY),python3) -c 'from harness.store import clean_cache; clean_cache()'

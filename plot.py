@@ -8,6 +8,7 @@ Profiles are never mixed. Needs matplotlib, numpy, pandas and scipy; no torch.
 
 import functools
 import json
+import lzma
 import math
 import re
 import sys
@@ -163,10 +164,12 @@ def number(value):
 
 
 def read_text(path):
+    opened = lzma.open if path.suffix == ".xz" else open
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise ValueError(f"{path} can't be read ({error.strerror})") from error
+        with opened(path, "rt", encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except (OSError, lzma.LZMAError) as error:
+        raise ValueError(f"{path} can't be read ({getattr(error, 'strerror', error)})") from error
 
 
 def read_json(path):
@@ -241,9 +244,8 @@ def load_run(folder):
                   if isinstance(text := source.get(key), str) and text), "")
     given, log = bool(config.get("given")), None
     try:
-        # run_0 was never trained: there is nothing to log.
-        if not given or (folder / "train_log.jsonl").exists():
-            log = read_log(folder / "train_log.jsonl")
+        if not given:  # run_0 was never trained: there is nothing to log
+            log = read_log(next(folder.glob("train_log.jsonl.xz"), folder / "train_log.jsonl"))
     except ValueError as error:
         complain(f"{error}: {folder.name} stands in the tables and is left out of the curves.")
     label = labels.get(folder.name, folder.name)
@@ -794,6 +796,5 @@ def main(root=HERE, figures=tuple(FIGURES)):
 
 if __name__ == "__main__":
     if sys.argv[1:]:
-        sys.exit(f"plot.py: takes no argument and got {' '.join(sys.argv[1:])}: choose the runs "
-                 "in the dict labels at its top.")
+        sys.exit("plot.py takes no argument: choose the runs in the dict labels at its top.")
     sys.exit(main())

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import lzma
 import math
 import os
 import platform
 import subprocess
+import sys
+import tarfile
 import time
 import zipfile
 from collections.abc import Iterable, Sequence
@@ -171,6 +174,32 @@ def final_values(
             f"has none: run {run.name} with the same layers"
         ) from error
     return found
+
+
+def pack(folder: str) -> None:
+    """Packs the long files of a run, for the repository: the same bytes for the same files.
+
+    SAE-Bench's files and theta.json become eval_results.tar.xz, train_log.jsonl becomes
+    train_log.jsonl.xz, which plot.py reads. Of untrained SAEs, which are the same in many runs,
+    the core evaluation's lists by feature are left out.
+    """
+    run = Path(folder)
+    files = [*run.glob("eval_results/*/*.json"), *run.glob("sae/*/*/theta.json")]
+    names = sorted(file.relative_to(run).as_posix() for file in files)
+    names = [name for name in names if not ("/core/" in name and "_untrained_" in name)]
+    if not folder or not names or not (run / "train_log.jsonl").exists():
+        sys.exit(f"make pack needs the folder of a complete run, and {folder!r} is none: "
+                 "make pack RUN=run_11")  # fmt: skip
+    with tarfile.open(run / "eval_results.tar.xz", "w:xz", preset=9) as archive:
+        for name in names:
+            entry = tarfile.TarInfo(name)
+            entry.size = (run / name).stat().st_size
+            with (run / name).open("rb") as file:
+                archive.addfile(entry, file)
+    (run / "train_log.jsonl.xz").write_bytes(
+        lzma.compress((run / "train_log.jsonl").read_bytes(), preset=9)
+    )
+    print(f"{run}: {len(names)} files and the log packed; now: git add {run}")
 
 
 def against_given_baseline(
