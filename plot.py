@@ -322,9 +322,10 @@ def curve(run, layer, metric):
     """
     if run.log is None or (metric, layer) not in run.log.columns:
         return None
-    steps = run.log[metric, layer].dropna(axis="columns", how="all")
-    own = steps.iloc[:, :1].dropna().index
-    lines = steps.interpolate("index", limit_area="inside").loc[own].dropna()
+    lines = run.log[metric, layer].dropna(axis="columns", how="all")
+    if lines.isna().to_numpy().any():
+        own = lines.iloc[:, :1].dropna().index
+        lines = lines.interpolate("index", limit_area="inside").loc[own].dropna()
     if lines.empty:
         return None
     values = lines.to_numpy()

@@ -216,6 +216,21 @@ def test_adaptation_curves_show_the_log_and_the_bounds(tmp_path, figures):
     assert set(constant[:, 1]) == {0.15}
 
 
+def test_seeds_logged_at_other_steps_are_read_between_their_own(tmp_path):
+    steps = {0: {10: 1.0, 20: 3.0, 30: 5.0, 50: 9.0}, 1: {5: 0.0, 25: 4.0, 40: 1.0}}
+    lines = [json.dumps({"tokens": tokens, "layer": 1, "seed": seed, "l0": l0}) + "\n"
+             for seed, log in steps.items() for tokens, l0 in log.items()]
+    make_run(tmp_path, "run_1", layers=(1,), steps=1)
+    (tmp_path / "run_1" / "train_log.jsonl").write_text("".join(lines))
+    run, _ = plot.load_run(tmp_path / "run_1")
+    tokens, middle, low, high = plot.curve(run, 1, "l0")
+    assert list(tokens) == [10, 20, 30]  # of the first seed, as far as the second one goes
+    second = np.interp(tokens, [5, 25, 40], [0.0, 4.0, 1.0])
+    np.testing.assert_allclose(low, np.minimum([1.0, 3.0, 5.0], second))
+    np.testing.assert_allclose(high, np.maximum([1.0, 3.0, 5.0], second))
+    np.testing.assert_allclose(middle, (np.array([1.0, 3.0, 5.0]) + second) / 2)
+
+
 def test_l0_is_drawn_with_its_curriculum(tmp_path, figures):
     make_run(tmp_path, "run_1", layers=(1,))
     make_run(tmp_path, "run_2", curriculum=False, layers=(1,))
