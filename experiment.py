@@ -33,7 +33,8 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from sae_bench.custom_saes.base_sae import BaseSAE
 from torch import Tensor, nn
 
-from harness.console import Progress, redirect_output
+from harness.checkpoints import restore, state_of
+from harness.console import STAGE, Progress, redirect_output
 from harness.evaluation.core import (
     check_core,
     export_to_saelens,
@@ -48,7 +49,7 @@ from harness.records import check_results, check_trained, final_values, write_re
 from harness.startup import Run, launch
 from harness.store import cached_each
 from harness.text import TokenStream, documents
-from harness.training import ActivationCache, Resumable, TrainingLog, run_side_by_side
+from harness.training import ActivationCache, TrainingLog, run_side_by_side
 from sparse_ops import active_values, by_index_if_same, few_active, sum_of_rows
 
 # =============================================================================================
@@ -585,7 +586,7 @@ class ActivationBuffer:
 # =============================================================================================
 
 
-class Trainer(Resumable):
+class Trainer:
     """One SAE and what its training needs: Adam with a group for θ, and the count of dead features.
 
     Args:
@@ -849,7 +850,7 @@ def train(
                 }
                 trainers = start(run, stats, fixed)
                 for key, trainer in trainers.items():
-                    trainer.load_state_dict(saved["trainers"][key])
+                    restore(trainer, saved["trainers"][key])
                 for seed, generator in shuffles.items():
                     generator.set_state(saved["shuffles"][seed])
                 buffer.load_state_dict(saved["buffer"])
@@ -872,7 +873,7 @@ def train(
                     state = {
                         "log": log.state(),
                         "stats": {layer: tuple(values) for layer, values in stats.items()},
-                        "trainers": {key: t.state_dict() for key, t in trainers.items()},
+                        "trainers": {key: state_of(t) for key, t in trainers.items()},
                         "shuffles": {seed: g.get_state() for seed, g in shuffles.items()},
                         "buffer": buffer.state_dict(),
                     }
@@ -1060,7 +1061,7 @@ SHOWN = (
 
 def export(run: Run, training: Training) -> None:
     """Writes each SAE as SAELens stores it, folded: sae/layer_L/seed_S/."""
-    Progress.stage("export")
+    STAGE.begin("export")
     for (layer, seed), sae in training.saes.items():
         folder = run.out_dir / "sae" / f"layer_{layer}" / f"seed_{seed}"
         export_to_saelens(sae, run.settings, folder)
@@ -1068,6 +1069,7 @@ def export(run: Run, training: Training) -> None:
 
 def main(run: Run) -> None:
     """Trains the SAEs on the language model's activations, scores them, records what came out."""
+    STAGE.begin("train")
     texts = documents(run.settings.training_text, "train")
     with TokenStream(texts, run.language_model.tokenizer, run.settings.context) as stream:
         training = train(run, ActivationBuffer(run, stream))

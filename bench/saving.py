@@ -2,7 +2,7 @@
 
     python bench/saving.py [--tokens 524288] [--repetitions 3]
 
-Saves after every filling of the buffer, which is more often than a run does (`SAVE_EVERY`).
+Saves after every filling of the buffer, which is more often than a run does (see `Checkpoints`).
 Prints seconds of training, seconds within saves, their share, and the ratio of the medians.
 """
 
@@ -16,45 +16,42 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import experiment
 from bench.common import settings_of
-from harness import training
+from harness.checkpoints import Checkpoints
 from harness.fused_gemma import for_harvest
-from harness.language_model import LanguageModel, load_language_model
+from harness.language_model import load_language_model
 from harness.machine import choose_train_dtype, make_reproducible, processor_name
+from harness.startup import Run
 from harness.text import TokenStream, documents
-from harness.training import Checkpoints
 
 
-def trained(
-    settings: experiment.Settings, lm: LanguageModel, key: dict | None, folder: Path
-) -> tuple[float, float, int]:
+def trained(run: Run, key: dict | None) -> tuple[float, float, int]:
     """Seconds of a training, seconds of them spent in saving, and bytes saved at once."""
-    texts = documents(settings.training_text, "train")
-    stream = TokenStream(texts, lm.tokenizer, settings.context)
-    buffer = experiment.ActivationBuffer(lm, stream, settings.layers, settings.harvest_contexts)
-    fixed = {(layer, seed): {} for layer in settings.layers for seed in settings.seeds}
-    saving, size = 0.0, 0
-    with Checkpoints(key) as checkpoints:
-        save = checkpoints.save
+    checkpoints = Checkpoints(key, every=0.0, share=1e9)
+    save, saving, size = checkpoints.save, 0.0, 0
 
-        def timed(*arguments: object) -> None:
-            nonlocal saving, size
-            began = time.monotonic()
-            save(*arguments)
-            saving += time.monotonic() - began
-            if key is not None:
-                size = max(file.stat().st_size for file in checkpoints.folder.iterdir())
-
-        checkpoints.save = timed
+    def timed(*arguments: object) -> None:
+        nonlocal saving, size
         began = time.monotonic()
-        experiment.train(settings, buffer, fixed, folder / "log.jsonl", checkpoints=checkpoints)
-        seconds = time.monotonic() - began
-    stream.close()
-    return seconds, saving, size
+        save(*arguments)
+        saving += time.monotonic() - began
+        if key is not None:
+            size = max(file.stat().st_size for file in checkpoints.shelf.folder.iterdir())
+
+    checkpoints.save = timed
+    texts, tokenizer = documents(run.settings.training_text, "train"), run.language_model.tokenizer
+    with (
+        mock.patch.object(Run, "checkpoints", return_value=checkpoints),
+        TokenStream(texts, tokenizer, run.settings.context) as stream,
+    ):
+        began = time.monotonic()
+        experiment.train(run, experiment.ActivationBuffer(run, stream))
+        return time.monotonic() - began, saving, size
 
 
 def main() -> None:
@@ -63,7 +60,6 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=3)
     options = parser.parse_args()
     make_reproducible()
-    training.SAVE_EVERY, training.SAVE_SHARE = 0.0, 1e9
     settings = settings_of("run_saving", "tinylm")
     settings = dataclasses.replace(settings, training_tokens=options.tokens)
     with tempfile.TemporaryDirectory() as folder:
@@ -71,12 +67,13 @@ def main() -> None:
         lm = load_language_model(settings.model)
         dtype = choose_train_dtype(settings, lm.hf.device)
         lm = for_harvest(lm, dtype, settings.harvest_contexts, settings.context)
+        run = Run(settings, lm, train_dtype=dtype, out_dir=Path(folder))
         seconds: dict[bool, list[float]] = {True: [], False: []}
         shares = []
         for repetition in range(options.repetitions):
             for saves in (True, False):
                 key = {"repetition": repetition} if saves else None
-                took, saving, size = trained(settings, lm, key, Path(folder))
+                took, saving, size = trained(run, key)
                 seconds[saves].append(took)
                 if saves:
                     shares.append(saving / (took - saving))

@@ -9,8 +9,9 @@
     fused_gemma      Gemma-2's forward pass on a CPU, faster
     text             from a data set to packed contexts
     command          one attempt: lock, heartbeat, signals, last words; knows nothing of SAEs
-    store            what outlives a run: its codecs, the ledger of what was reused
-    console          what a user reads
+    checkpoints      a training as far as it has come: what is saved, and how it goes on
+    store            what outlives a run: one shelf, its codecs, the ledger of what was reused
+    console          what a user reads; what stage the command is at
     machine          processor and memory
     verdict          better or worse
     errors           failures whose message is the whole story

@@ -19,7 +19,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from harness.console import Progress
+import psutil
+
+from harness.console import STAGE
 from harness.errors import (
     ExperimentError,
     first_line,
@@ -31,11 +33,6 @@ from harness.errors import (
 from harness.start import HERE
 from harness.store import LEDGER, digest, new_log, place_for, take_lock, write_atomic
 
-LOWER = {  # by stage, the settings that take less memory there
-    "train": "batch, harvest_contexts or buffer_tokens",
-    "core evaluation": "core_prompts",
-    "sparse probing": "probe_llm_batch or probe_sae_batch",
-}
 LAST_WORDS = 1500  # characters of standard error that a driver shows of a run that failed
 HEARTBEAT = 5.0  # seconds between two notes of what an attempt is doing
 
@@ -118,11 +115,11 @@ class _Arguments(argparse.ArgumentParser):
         )
 
 
-class Attempt:
-    """One start of the command: its lock on out_dir, and what the next start can read of it.
+class RunLock:
+    """An `out_dir` for this process alone, and a record of what it does for the next one to read.
 
-    Its record says every few seconds what it does and how much memory it uses; an attempt that is
-    killed leaves that.
+    The record says every few seconds at which stage it is and how much memory is used; a process
+    that is killed leaves that.
 
     Raises:
         ExperimentError: another process writes the same out_dir.
@@ -142,51 +139,27 @@ class Attempt:
                 f"{out_dir} is being written by another process ({self.before.get('pid', '?')}): "
                 "wait until it ends, or name another --out_dir"
             )
-        self.log, self.began = log, time.monotonic()
+        self.began = time.monotonic()
         self.record: dict[str, Any] = {
             "pid": os.getpid(),
             "log": str(log),
             "began": datetime.datetime.now().isoformat(" ", "seconds"),
-            "silent": self.before.get("silent", 0) + 1 if self.ended_silently() else 0,
+            "silent": self.before.get("silent", 0) + 1 if self.died_before() else 0,
             "ended": None,
         }
-        LEDGER.__init__()
-        LEDGER.key = self.before.get("key")
-        self.over = threading.Event()
+        LEDGER.begin(self.before.get("key"))
+        self.released = threading.Event()
         self.beating = threading.Lock()
         self.beat()
         threading.Thread(target=self._beat_on, name="heartbeat", daemon=True).start()
-        Progress.on_stage = self.beat
-
-    def ended_silently(self) -> bool:
-        """Whether the attempt before ended without a word."""
-        return bool(self.before) and self.before.get("ended") is None
-
-    def what_happened_before(self) -> str | None:
-        """A line on an attempt before that ended without a word, or None."""
-        if not self.ended_silently():
-            return None
-        last = self.before
-        times = f", as {silent - 1} before it" if (silent := self.record["silent"]) > 1 else ""
-        return (
-            f"the last attempt at {self.out_dir.name}, of {last['began']}, ended without a word"
-            f"{times}: killed during {last['stage']}, after {last['seconds']:.0f} s, when it used "
-            f"{last['memory_gb']:.1f} GB and the machine {last['machine_gb']:.1f} of "
-            f"{last['total_gb']:.1f}" + (
-                f"; if it was for want of memory, lower {lower(last['stage'])}"
-                if last["machine_gb"] > 0.8 * last["total_gb"]
-                else ""
-            ) + f"; its log is {last['log']}"
-        )  # fmt: skip
+        STAGE.listener = self.beat
 
     def beat(self) -> None:
         """Writes the record."""
-        import psutil
-
         memory = psutil.virtual_memory()
         with self.beating, contextlib.suppress(OSError):
             self.record |= {
-                "stage": Progress.stage_now,
+                "stage": STAGE.name,
                 "key": LEDGER.key,
                 "seconds": time.monotonic() - self.began,
                 "memory_gb": psutil.Process().memory_info().rss / 1e9,
@@ -196,16 +169,36 @@ class Attempt:
             write_atomic(self.path, json.dumps(self.record))
 
     def _beat_on(self) -> None:
-        while not self.over.wait(HEARTBEAT):
+        while not self.released.wait(HEARTBEAT):
             self.beat()
 
-    def end(self, how: str) -> None:
-        """Says that the attempt ended by itself, and lets go of out_dir."""
-        self.over.set()
+    def died_before(self) -> bool:
+        """Whether the process before ended without a word."""
+        return bool(self.before) and self.before.get("ended") is None
+
+    def last_death(self, memory_settings: Callable[[str], str]) -> str | None:
+        """A line on a process before that ended without a word, or None."""
+        if not self.died_before():
+            return None
+        last, silent = self.before, self.record["silent"]
+        times = f", as {silent - 1} before it" if silent > 1 else ""
+        remedy = ""
+        if last["machine_gb"] > 0.8 * last["total_gb"]:
+            remedy = f"; if it was for want of memory, lower {memory_settings(last['stage'])}"
+        return (
+            f"the last attempt at {self.out_dir.name}, of {last['began']}, ended without a word"
+            f"{times}: killed during {last['stage']}, after {last['seconds']:.0f} s, when it used "
+            f"{last['memory_gb']:.1f} GB and the machine {last['machine_gb']:.1f} of "
+            f"{last['total_gb']:.1f}{remedy}; its log is {last['log']}"
+        )
+
+    def release(self, how: str) -> None:
+        """Notes how the command ended, and lets go of out_dir."""
+        STAGE.listener = None
+        self.released.set()
         self.record["ended"] = how
         self.beat()
-        os.close(self.lock)
-        Progress.on_stage = lambda: None
+        self.lock.release()
 
 
 class _Ended(BaseException):
@@ -218,49 +211,16 @@ def _end(number: int, frame: Any) -> None:
 
 def _end_again(swallowed: Any) -> None:
     """`sys.unraisablehook`: what a finalizer raises is lost, so the signal is sent again."""
-    error = swallowed.exc_value
-    if not isinstance(error, (KeyboardInterrupt, _Ended)):
+    if not isinstance(swallowed.exc_value, (KeyboardInterrupt, _Ended)):
         sys.__unraisablehook__(swallowed)
         return
-    number = signal.Signals[str(error) or "SIGINT"]
+    number = signal_of(swallowed.exc_value)
     threading.Timer(0.1, os.kill, [os.getpid(), number]).start()
 
 
-def main(run: Callable[[Path, Path], None], argv: list[str] | None = None) -> int:
-    """Calls `run(out_dir, log)`; on failure the end of standard error says why, in words.
-
-    Returns:
-        the exit status: 0; 1 after a failure; 128 + its number after a signal.
-    """
-    log = attempt = None
-    status = 0
-    Progress.stage_now = "start-up"
-    try:
-        parser = _Arguments(description="Train and score a parametric contrastive SAE.")
-        parser.allow_abbrev = False
-        parser.add_argument("--out_dir", type=Path, required=True, help="the folder of this run")
-        out_dir = parser.parse_args(argv).out_dir.absolute()
-        log = new_log(out_dir.name)
-        attempt = Attempt(out_dir, log)
-        if before := attempt.what_happened_before():
-            print(before, file=sys.stderr, flush=True)
-        with handlers(log):
-            run(out_dir, log)
-    except (Exception, KeyboardInterrupt, SystemExit, _Ended) as error:
-        if isinstance(error, SystemExit) and not log:  # --help
-            raise
-        status = 1
-        if isinstance(error, (KeyboardInterrupt, _Ended)):
-            name = str(error) or "SIGINT"
-            status = 128 + signal.Signals[name]
-        if log:
-            with contextlib.suppress(OSError), log.open("a", encoding="utf-8") as file:
-                traceback.print_exception(error, file=file)
-        print(last_words(error, log, attempt), file=sys.stderr)
-    finally:
-        if attempt:
-            attempt.end("complete" if status == 0 else f"status {status}")
-    return status
+def signal_of(error: BaseException) -> signal.Signals:
+    """The signal behind an `_Ended`, or a KeyboardInterrupt."""
+    return signal.Signals[str(error) or "SIGINT"]
 
 
 @contextlib.contextmanager
@@ -285,34 +245,89 @@ def handlers(log: Path) -> Iterator[None]:
                 signal.signal(number, handler)
 
 
-def last_words(error: BaseException, log: Path | None, attempt: Attempt | None) -> str:
+def main(
+    run: Callable[[Path, Path], None],
+    argv: list[str] | None = None,
+    description: str = "",
+    memory_settings: Callable[[str], str] = lambda stage: "what takes memory",
+) -> int:
+    """Calls `run(out_dir, log)`; on failure the end of standard error says why, in words.
+
+    Args:
+        argv: of the command; by default sys.argv's. description: what `--help` says of it.
+        memory_settings: the settings that take less memory in a stage, in words.
+    Returns:
+        the exit status: 0; 1 after a failure; 128 + its number after a signal.
+    """
+    log = lock = None
+    status = 0
+    STAGE.name = "start-up"
+    try:
+        parser = _Arguments(description=description, allow_abbrev=False)
+        parser.add_argument("--out_dir", type=Path, required=True, help="the folder of this run")
+        out_dir = parser.parse_args(argv).out_dir.absolute()
+        log = new_log(out_dir.name)
+        lock = RunLock(out_dir, log)
+        if death := lock.last_death(memory_settings):
+            print(death, file=sys.stderr, flush=True)
+        with handlers(log):
+            run(out_dir, log)
+    except (Exception, KeyboardInterrupt, SystemExit, _Ended) as error:
+        if isinstance(error, SystemExit) and not log:  # --help
+            raise
+        told = isinstance(error, (KeyboardInterrupt, _Ended))
+        status = 128 + signal_of(error) if told else 1
+        if log:
+            with contextlib.suppress(OSError), log.open("a", encoding="utf-8") as file:
+                traceback.print_exception(error, file=file)
+        print(last_words(error, log, lock, memory_settings), file=sys.stderr)
+    finally:
+        if lock:
+            lock.release("complete" if status == 0 else f"status {status}")
+    return status
+
+
+def last_words(
+    error: BaseException,
+    log: Path | None,
+    lock: RunLock | None,
+    memory_settings: Callable[[str], str],
+) -> str:
     """What failed, why, what to do and where the log is: at most `LAST_WORDS` characters."""
     notes = [note for note in reversed(getattr(error, "__notes__", [])) if len(note) < 80]
-    where = f"{Progress.stage_now}" + (f" ({', '.join(notes[:3])})" if notes else "")
-    lines = [f"experiment.py failed during {where}"]
-    kept_now = LEDGER.kept if attempt else []
-    again = "give the same command again" + (
-        f": it goes on from what is kept ({', '.join(kept_now)})" if kept_now else ""
-    )
+    where = STAGE.name + (f" ({', '.join(notes[:3])})" if notes else "")
+    said = explained(error, lock, memory_settings) | {"log": str(log or "")}
+    cause = said.pop("cause")
+    # Room for the labels, and for the line that make adds.
+    room = LAST_WORDS - 200 - len(where) - sum(map(len, said.values()))
+    said["cause"] = shortened(cause, max(room, 100))
+    lines = [f"{what}: {said[what]}" for what in ("at", "cause", "to do", "log") if said.get(what)]
+    return "\n".join([f"experiment.py failed during {where}", *lines])
+
+
+def explained(
+    error: BaseException, lock: RunLock | None, memory_settings: Callable[[str], str]
+) -> dict[str, str]:
+    """Why the command failed ("cause"), "at" which line where that helps, and what "to do".
+
+    An ExperimentError says what to do by itself.
+    """
+    again = "give the same command again"
+    if lock and LEDGER.kept:
+        again += f": it goes on from what is kept ({', '.join(LEDGER.kept)})"
     if isinstance(error, ExperimentError):
-        cause, remedy = str(error), ""
-    elif isinstance(error, (KeyboardInterrupt, _Ended)):
-        cause, remedy = f"it was told to end ({str(error) or 'SIGINT'})", again
-    elif is_out_of_memory(error):
-        cause = f"out of memory ({first_line(error)})"
-        remedy = f"lower {lower(Progress.stage_now)}, and {again}"
+        return {"cause": str(error)}
+    if isinstance(error, (KeyboardInterrupt, _Ended)):
+        return {"cause": f"it was told to end ({signal_of(error).name})", "to do": again}
+    if is_out_of_memory(error):
+        cause, remedy = "out of memory", f"lower {memory_settings(STAGE.name)}"
     elif is_full_disk(error):
-        cause = f"a disk is full ({first_line(error)})"
-        remedy = f"free space where {attempt.out_dir if attempt else 'the run'} is, and {again}"
+        place = lock.out_dir if lock else "the run"
+        cause, remedy = "a disk is full", f"free space where {place} is"
     else:
-        cause, remedy = f"{type(error).__name__}: {redact(str(error))}", f"mend it, and {again}"
-        if place := place_of(error):
-            lines.append(f"at: {place}")
-    room = LAST_WORDS - len("\n".join(lines)) - len(remedy) - len(str(log)) - 200
-    lines.append(f"cause: {shortened(cause, max(room, 100))}")
-    lines += [f"to do: {remedy}"] if remedy else []
-    lines += [f"log: {log}"] if log else []
-    return "\n".join(lines)
+        cause = f"{type(error).__name__}: {redact(str(error))}"
+        return {"at": place_of(error), "cause": cause, "to do": f"mend it, and {again}"}
+    return {"cause": f"{cause} ({first_line(error)})", "to do": f"{remedy}, and {again}"}
 
 
 def place_of(error: BaseException) -> str:
@@ -327,8 +342,3 @@ def place_of(error: BaseException) -> str:
         deepest = frames[-1]
         place += f" -> {Path(deepest.filename).name}, line {deepest.lineno}, in {deepest.name}"
     return redact(place)[:300]
-
-
-def lower(stage: str) -> str:
-    """The settings that take less memory in a stage."""
-    return LOWER.get(stage.split(": ")[-1], "d_sae or the number of layers and seeds")

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from harness.checkpoints import plain_attributes
 from harness.interfaces import SAELike, SettingsLike
 from harness.language_model import LanguageModel, model_path
 from harness.machine import processor_name
 from harness.start import ENVIRON_AT_START, HERE, SOURCES_AT_START
-from harness.store import ACTIVATIONS_GB, digest, plain_attributes, sha256_file
+from harness.store import ACTIVATIONS_GB, digest, sha256_file
 
 NUMERIC = ("ATEN", "CUBLAS", "CUDA", "KMP", "MKL", "NVIDIA_TF32", "OMP", "PYTORCH", "TORCH")
 VERSIONED = (
@@ -215,7 +216,7 @@ def evaluation_keys(
     common |= text_identity(settings.core_text)
     return {
         name: {**common, "SAE": weights_digest(sae), "layer": sae.cfg.hook_name,
-               "attributes": repr(sorted(plain_attributes(sae, strict=False).items()))}
+               "attributes": repr(sorted(plain_attributes(sae).items()))}
         for name, sae in saes.items()
     }  # fmt: skip
 

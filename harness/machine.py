@@ -13,7 +13,9 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+from greenlet import getcurrent, greenlet
 
 from harness.errors import ExperimentError
 from harness.interfaces import SettingsLike
@@ -132,7 +134,7 @@ def peak_memory_gb() -> float:
 
 def memory_gb() -> float:
     """The machine's main memory, in GB (10^9 bytes)."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    return psutil.virtual_memory().total / 1e9
 
 
 @contextlib.contextmanager
@@ -158,8 +160,10 @@ def retain_freed_memory() -> Iterator[None]:
         trim_memory()
 
 
-def retain_memory_for_steps(settings: SettingsLike, d_in: int) -> contextlib.AbstractContextManager[None]:
-    """`retain_freed_memory` for training steps whose tensors glibc would ask the system for every time.
+def retain_memory_for_steps(
+    settings: SettingsLike, d_in: int
+) -> contextlib.AbstractContextManager[None]:
+    """`retain_freed_memory` for steps whose tensors glibc would ask the system for every time.
 
     Those of 32 MiB and more: at 2304 -> 16384 a step takes a little over half of the time with it.
     """
@@ -186,8 +190,6 @@ def run_cooperatively(jobs: dict[Any, Callable[[], Any]]) -> dict[Any, Any]:
 
     One thread, one order: what they compute is reproducible. An exception of one ends all.
     """
-    from greenlet import greenlet
-
     running = {name: greenlet(job) for name, job in jobs.items()}
     results = {}
     try:
@@ -205,6 +207,4 @@ def run_cooperatively(jobs: dict[Any, Callable[[], Any]]) -> dict[Any, Any]:
 
 def yield_turn() -> None:
     """Lets the other functions of `run_cooperatively` catch up."""
-    from greenlet import getcurrent
-
     getcurrent().parent.switch()

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from harness.console import Progress
+from harness.console import STAGE
 from harness.errors import ExperimentError
 from harness.evaluation.probing import probing_config
 from harness.fingerprint import own_files, versions
@@ -351,7 +351,7 @@ def write_records(
         layers: {metric: a value per seed} of each layer.
         shown: the metrics to print. log: of the training. seconds: of the evaluation's stages.
     """
-    Progress.stage("records")
+    STAGE.begin("records")
     settings = run.settings
     seconds = log.seconds | seconds | {"seconds_total": time.monotonic() - STARTED}
     for metrics in layers.values():

@@ -18,8 +18,9 @@ import torch
 from pydantic import ValidationError
 
 from harness import command
+from harness.checkpoints import Checkpoints
 from harness.command import check_out_dir, prepare_out_dir
-from harness.console import Progress, print_line, redirect_output
+from harness.console import print_line, redirect_output, rehearsal
 from harness.errors import GET_ACCESS, LOG_IN, TRY_TINYLM, ExperimentError
 from harness.evaluation.probing import read_probe_texts
 from harness.fingerprint import (
@@ -35,9 +36,9 @@ from harness.language_model import LanguageModel, language_model_config, load_la
 from harness.machine import choose_device, choose_train_dtype, free_gb, make_reproducible
 from harness.records import check_complete, read_final_info, write_config
 from harness.start import SOURCES_AT_START
-from harness.store import cached
-from harness.training import Checkpoints
+from harness.store import LEDGER, cached
 
+DESCRIPTION = "Train and score a parametric contrastive SAE."
 DATA_GB = 5.0  # set aside for the probing data sets, which datasets stores twice
 
 
@@ -152,7 +153,7 @@ def launch(
             print(moved)
         perform(main, run)
 
-    return command.main(attempt, argv)
+    return command.main(attempt, argv, DESCRIPTION, memory_settings)
 
 
 def perform(main: Callable[[Run], None], run: Run) -> None:
@@ -243,19 +244,24 @@ def rehearse(main: Callable[[Run], None], run: Run) -> None:
     }
 
     def in_miniature() -> float:
-        began, stage = time.monotonic(), Progress.stage_now
-        Progress.prefix = "rehearsal: "
-        try:
-            with tempfile.TemporaryDirectory() as folder, redirect_output(run.log):
-                perform(main, run.in_miniature(Path(folder) / "run_rehearsal"))
-        finally:
-            Progress.prefix = ""
-        Progress.stage_now = stage
+        began = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder, rehearsal(run.log), LEDGER.rehearsal():
+            perform(main, run.in_miniature(Path(folder) / "run_rehearsal"))
         seconds = time.monotonic() - began
         print_line(f"rehearsal: the whole run in miniature passed in {seconds:.0f} s")
         return seconds
 
     cached("rehearsal", key, in_miniature)
+
+
+def memory_settings(stage: str) -> str:
+    """The settings that take less memory in a stage."""
+    settings = {
+        "train": "batch, harvest_contexts or buffer_tokens",
+        "core evaluation": "core_prompts",
+        "sparse probing": "probe_llm_batch or probe_sae_batch",
+    }
+    return settings.get(stage.split(": ")[-1], "d_sae or the number of layers and seeds")
 
 
 def choose_profile(profiles: Iterable[str]) -> str:

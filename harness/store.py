@@ -3,35 +3,39 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime
-import fcntl
+import functools
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
-from harness.console import Progress, print_line
+from harness.console import print_line
 from harness.errors import ExperimentError, first_line
 
 STORE_GB = 20.0  # of paid-for work kept in the cache; the least recently used goes first
 ACTIVATIONS_GB = 4.0  # of a training, or of an evaluation; larger ones are made anew in each run
-PINS = "revisions"  # of data sets with loading scripts: kept, but no result
 
 
 def cache_dir() -> Path:
     """What outlives a run: `$XDG_CACHE_HOME/parametric-sae`, by default under `~/.cache`."""
     root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(root) / "parametric-sae"
+
+
+def store_dir() -> Path:
+    """What `make clean-cache` empties. A folder for each kind of work."""
+    return cache_dir() / "store"
 
 
 def place_for(kind: str) -> Path:
@@ -60,18 +64,34 @@ def new_log(run_name: str) -> Path:
     return path
 
 
+def write_whole(
+    folder: Path,
+    write: Callable[[BinaryIO], Any],
+    name: Callable[[Path], str],
+    durable: bool = True,
+) -> Path:
+    """Writes a file that is there as a whole or not at all, in the place of one of its name.
+
+    Args:
+        name: of the file; it is called with a path to what was written.
+        durable: it is on the disk itself before it takes the other one's place.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".partial-{os.getpid()}-{threading.get_ident()}"
+    try:
+        with partial.open("wb") as file:
+            write(file)
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        return partial.replace(folder / name(partial))
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def write_atomic(path: Path, text: str) -> None:
     """Writes the whole file or nothing: readers never see a part of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path.parent, lambda file: file.write(text.encode()), lambda _: path.name)
 
 
 def write_json(path: Path, record: object) -> None:
@@ -85,21 +105,166 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def store_dir() -> Path:
-    """What `make clean-cache` empties. A folder for each kind of work."""
-    return cache_dir() / "store"
-
-
 def digest(key: object) -> str:
     """32 digits that stand for JSON."""
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def set_aside(path: Path) -> None:
-    """Takes a damaged file out of use, and says so."""
-    aside = path.with_name(f"{path.name}.damaged")
-    print_line(f"{path} is damaged: set aside as {aside.name}, and made again")
-    path.replace(aside)
+def take_lock(path: Path) -> FileLock | None:
+    """A lock that ends with `release` or with the process; None where another one is held."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        return None
+    return lock
+
+
+class Codec(NamedTuple):
+    """How a value becomes a file: the ending of its name, and what writes and reads it."""
+
+    suffix: str
+    write: Callable[[Any, BinaryIO], None]
+    read: Callable[[Path], Any]
+
+
+def write_tensors(value: Any, file: BinaryIO) -> None:
+    """Writes tensors, numbers, strings and None, in dicts, lists and tuples.
+
+    Raises:
+        TypeError: there is something else in it. OSError: the disk is full.
+    """
+    try:
+        torch.save(plain(value), file)
+    except RuntimeError as error:  # torch's own words for a full disk don't name it
+        raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+
+
+def read_tensors(path: Path) -> Any:
+    """What `write_tensors` wrote, tensors on the CPU. Runs no code that the file may hold."""
+    return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+
+
+def plain(value: Any, name: str = "it") -> Any:
+    """A copy of what `write_tensors` takes; its tensors on the CPU, and no views of larger ones.
+
+    Args:
+        name: what the value is called where it can't be taken.
+    """
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().contiguous()
+        return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
+    if isinstance(value, dict):
+        return {plain(k, name): plain(v, f"{name}.{k}") for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = (plain(item, f"{name}.{n}") for n, item in enumerate(value))
+        return list(items) if isinstance(value, list) else tuple(items)
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            return kind(value)  # a plain one, where numpy's are these too
+    if value is None:
+        return None
+    raise TypeError(f"{name} is a {type(value).__name__}")
+
+
+JSON = Codec(
+    ".json",
+    lambda value, file: file.write(json.dumps(value).encode()),
+    lambda path: json.loads(path.read_text()),
+)
+TENSORS = Codec(".pt", write_tensors, read_tensors)
+
+
+class Shelf:
+    """A folder of the store. Its files are whole: their names hold the digits of their SHA-256.
+
+    Args:
+        kind: what they are, in words. codec: their form.
+        key: all that they depend on, as JSON, where they have a folder for themselves.
+    """
+
+    def __init__(self, kind: str, codec: Codec, key: dict[str, Any] | None = None) -> None:
+        self.kind, self.codec = kind, codec
+        self.folder = store_dir() / kind.replace(" ", "_")
+        if key is not None:
+            self.folder /= digest(key)
+        self.n_put, self.complained = 0, False
+
+    def find(self, name: str) -> Any:
+        """The value of that name; None where there is none. A damaged file is set aside."""
+        for path in self.folder.glob(f"{name}.*{self.codec.suffix}"):
+            with contextlib.suppress(OSError):  # another process has put a later one in its place
+                if sha256_file(path)[:32] == path.name.split(".")[-2]:
+                    with contextlib.suppress(OSError):
+                        os.utime(path)  # used now: see `evict`
+                    return self.codec.read(path)
+                aside = path.with_name(f"{path.name}.damaged")
+                path.replace(aside)
+                print_line(f"{path} is damaged: set aside as {aside.name}, and made again")
+        return None
+
+    def put(self, name: str, value: Any, durable: bool = True) -> bool:
+        """Puts a value in the place of that of the same name; False where it can't be written.
+
+        Raises:
+            TypeError: the value is none that the codec writes.
+        """
+        def named(partial: Path) -> str:
+            return f"{name}.{sha256_file(partial)[:32]}{self.codec.suffix}"
+
+        try:
+            write = functools.partial(self.codec.write, value)
+            path = write_whole(self.folder, write, named, durable)
+            for other in self.folder.glob(f"{name}.*{self.codec.suffix}"):
+                if other != path:
+                    other.unlink(missing_ok=True)
+            if self.n_put % 32 == 0:  # it looks at every file of the store
+                evict()
+        except OSError as error:
+            self.complain(error)
+            return False
+        self.n_put += 1
+        return True
+
+    def complain(self, error: Exception) -> None:
+        """Says, once, that nothing can be kept: it costs time, not results."""
+        if not self.complained:
+            why = f"{store_dir()} ({first_line(error)})"
+            print_line(f"{self.kind} can't be kept in {why}: this run goes on without")
+        self.complained = True
+
+    def lock(self) -> FileLock | None:
+        """Keeps what is here from `evict`; None where another process has done so."""
+        return take_lock(self.folder / "lock")
+
+
+def evict() -> None:
+    """Removes the least recently used files of the store until it is under `STORE_GB`.
+
+    Work that a process is at is left alone: its folder is locked.
+    """
+    found = []
+    for path in store_dir().rglob("*"):
+        with contextlib.suppress(OSError):
+            if path.is_file() and path.name != "lock":
+                found.append((path.stat().st_mtime, path.stat().st_size, path))
+    excess = sum(size for _, size, _ in found) - STORE_GB * 1e9
+    for _, size, path in sorted(found):
+        if excess <= 0:
+            return
+        guard = path.parent / "lock"
+        with contextlib.suppress(OSError):  # filelock's Timeout is one
+            with FileLock(guard, blocking=False) if guard.exists() else contextlib.nullcontext():
+                path.unlink()
+                excess -= size
+
+
+def clean_cache() -> None:
+    """Empties the store; logs stay."""
+    size = sum(path.stat().st_size for path in store_dir().rglob("*") if path.is_file())
+    shutil.rmtree(store_dir(), ignore_errors=True)
+    print(f"{store_dir()} emptied: {size / 1e6:.1f} MB; logs stay in {cache_dir() / 'logs'}")
 
 
 class Ledger:
@@ -108,41 +273,56 @@ class Ledger:
     Attributes:
         kept: what an attempt that fails goes on from. reused: what was not repeated.
         key: all that the training of this attempt depends on, or of the attempt before.
+        rehearsing: nothing is found or kept, whatever its key.
     """
 
     def __init__(self) -> None:
+        self.rehearsing = False
+        self.begin()
+
+    def begin(self, key: dict[str, Any] | None = None) -> None:
+        """A new attempt. `key`: of the training of the one before."""
         self.kept: list[str] = []
         self.reused: list[str] = []
-        self.key: dict[str, Any] | None = None
+        self.key = key
+
+    @contextlib.contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Inside, the store gives and keeps nothing; `pinned` does."""
+        self.rehearsing = True
+        try:
+            yield
+        finally:
+            self.rehearsing = False
 
     def keeps(self, what: str) -> None:
         """Remembers what the store holds of this attempt, for its last words."""
-        if what not in ("rehearsal", PINS):
+        if what != "rehearsal":  # nothing goes on from it
             first = what.split(" up to ")[0]
             self.kept = [w for w in self.kept if not w.startswith(first)] + [what]
 
     def reuses(self, what: str, quietly: bool = False, part: str = "") -> None:
         """Says once that something is not repeated, and remembers it for config.json."""
-        if what not in (PINS, *self.reused):
+        if what not in self.reused:
             self.reused.append(what)
             self.keeps(what)
             if not quietly:
-                print_line(f"{what}{part}: kept, as all that it depends on is unchanged; not repeated")
+                unchanged = "as all that it depends on is unchanged"
+                print_line(f"{what}{part}: kept, {unchanged}; not repeated")
 
     def changed(self, key: dict[str, Any]) -> str:
         """In what the key of this training differs from the attempt's before: at most six names."""
-        before, self.key = self.key or {}, key
-        differences = []
-        for kind, value in key.items() if before else ():
-            old = before.get(kind)
-            if isinstance(value, dict) and isinstance(old, dict):
-                names = [n for n in (*value, *(o for o in old if o not in value))
-                         if json.dumps(value.get(n)) != json.dumps(old.get(n))]  # fmt: skip
-                differences += [f"{kind} {name}" for name in names]
-            elif json.dumps(value) != json.dumps(old):
-                differences.append(kind)
-        more = f" and {len(differences) - 6} more" if len(differences) > 6 else ""
-        return ", ".join(differences[:6]) + more
+        def parts(key: dict[str, Any]) -> dict[str, str]:
+            return {
+                f"{kind} {name}".strip(): json.dumps(part)
+                for kind, value in key.items()
+                for name, part in (value if isinstance(value, dict) else {"": value}).items()
+            }
+
+        old, new = parts(self.key or {}), parts(key)
+        self.key = key
+        names = [n for n in {**new, **old} if new.get(n) != old.get(n)] if old else []
+        return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
 LEDGER = Ledger()
@@ -165,101 +345,37 @@ def cached_each(
 
     Args:
         kind: what they are, in words. keys: by name, all that a result depends on, as JSON; None:
-            it is computed and not kept, as in a rehearsal.
+            it is computed and not kept.
         compute: returns the results of the names it is given.
     Returns:
-        the results as JSON has them. A damaged file is set aside and made again.
+        the results as JSON has them.
     """
-    if Progress.prefix and kind != PINS:
-        keys = dict.fromkeys(keys)
-    keys = json.loads(json.dumps(keys))
-    paths = {
-        name: store_dir() / kind.replace(" ", "_") / f"{digest(key)}.json"
-        for name, key in keys.items() if key is not None
-    }  # fmt: skip
+    shelf = Shelf(kind, JSON)
+    keys = json.loads(json.dumps(dict.fromkeys(keys) if LEDGER.rehearsing else keys))
     found = {}
-    for name, path in paths.items():
-        if path.exists():
-            try:
-                stored = json.loads(path.read_text())
-                if stored["key"] == keys[name] and stored["sha256"] == digest(stored["value"]):
-                    mark_used(path)
-                    found[name] = stored["value"]
-                    continue
-            except (OSError, ValueError, KeyError, TypeError):
-                pass
-            with contextlib.suppress(OSError):
-                set_aside(path)
+    for name, key in keys.items():
+        stored = shelf.find(digest(key)) if key is not None else None
+        if stored is not None and stored["key"] == key:
+            found[name] = stored["value"]
     if found:
         LEDGER.reuses(kind, part=f" of {', '.join(found)}" if len(found) < len(keys) else "")
     missing = [name for name in keys if name not in found]
     for name, value in (compute(missing) if missing else {}).items():
-        if name not in paths:
-            found[name] = value
-            continue
-        found[name] = value = json.loads(json.dumps(value))
-        record = {"key": keys[name], "sha256": digest(value), "value": value}
-        try:
-            write_atomic(paths[name], json.dumps(record))
-            evict()
-            LEDGER.keeps(kind)
-        except OSError as error:
-            cannot_keep(kind, error)
+        if (key := keys.get(name)) is not None:
+            value = json.loads(json.dumps(value))
+            if shelf.put(digest(key), {"key": key, "value": value}):
+                LEDGER.keeps(kind)
+        found[name] = value
     return {name: found[name] for name in keys}
 
 
-def cannot_keep(what: str, error: Exception) -> None:
-    """Says so: a store that can't be written costs time, not results."""
-    print_line(f"{what} can't be kept in {store_dir()} ({first_line(error)}): this run goes on without")
-
-
-def mark_used(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        os.utime(path)
-
-
-def evict() -> None:
-    """Removes the least recently used files of the store until it is under `STORE_GB`.
-
-    Work that a process is at is left alone: its folder is locked.
-    """
-    found = []
-    for path in store_dir().rglob("*"):
-        with contextlib.suppress(OSError):
-            if path.is_file() and path.name != "lock":
-                found.append((path.stat().st_mtime, path.stat().st_size, path))
-    excess = sum(size for _, size, _ in found) - STORE_GB * 1e9
-    for _, size, path in sorted(found):
-        if excess <= 0:
-            return
-        with contextlib.suppress(OSError):
-            guard = path.parent / "lock"
-            held = take_lock(guard) if guard.exists() else -1
-            if held is None:
-                continue
-            path.unlink()
-            excess -= size
-            if held >= 0:
-                os.close(held)
-
-
-def clean_cache() -> None:
-    """Empties the store; logs stay."""
-    size = sum(path.stat().st_size for path in store_dir().rglob("*") if path.is_file())
-    shutil.rmtree(store_dir(), ignore_errors=True)
-    print(f"{store_dir()} emptied: {size / 1e6:.1f} MB; logs stay in {cache_dir() / 'logs'}")
-
-
-def take_lock(path: Path) -> int | None:
-    """A lock that ends with the process: its descriptor, or None where another holds it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    return descriptor
+def pinned(kind: str, key: dict[str, Any], compute: Callable[..., Any], *args: Any) -> Any:
+    """`cached`, for what is no result: found and kept in a rehearsal too, and in no ledger."""
+    shelf = Shelf(kind, JSON)
+    if (value := shelf.find(digest(key))) is None:
+        value = compute(*args)
+        shelf.put(digest(key), value)
+    return value
 
 
 class TensorCache:
@@ -272,59 +388,37 @@ class TensorCache:
     """
 
     def __init__(self, kind: str, key: dict[str, Any] | None) -> None:
-        self.kind, self.on = kind, key is not None and not Progress.prefix
-        self.folder = store_dir() / kind.replace(" ", "_") / digest(key)
-        self.written = 0
-        self._turn = threading.Lock()
+        self.shelf = Shelf(kind, TENSORS, key)
+        self.on = key is not None and not LEDGER.rehearsing
+        self._turn = threading.RLock()
         self._writer = ThreadPoolExecutor(1, "store")
         self._writing: Future | None = None
 
     def find(self, name: str) -> Any:
         """What `keep` was given, tensors on the CPU; None where there is none, or a damaged one."""
-        for path in self.folder.glob(f"{name}.*.safetensors") if self.on else ():
-            with contextlib.suppress(OSError):
-                if sha256_file(path)[:32] == path.name.split(".")[-2]:
-                    mark_used(path)
-                    LEDGER.reuses(self.kind)
-                    return read_state(path)
-                set_aside(path)
-        return None
+        found = self.shelf.find(name) if self.on else None
+        if found is not None:
+            LEDGER.reuses(self.shelf.kind)
+        return found
 
-    def keep(self, name: str, state: Any) -> None:
-        """Begins to write what `write_state` takes, which must not change until `flush` returns."""
+    def keep(self, name: str, value: Any) -> None:
+        """Begins to write what `write_tensors` takes; it must not change until `flush` returns."""
         with self._turn:
-            self._wait()
+            self.flush()
             if self.on:
-                self._writing = self._writer.submit(self._write, name, state)
+                self._writing = self._writer.submit(self._write, name, value)
+
+    def _write(self, name: str, value: Any) -> None:
+        self.on = self.shelf.put(name, value, durable=False)
+        if self.on:
+            LEDGER.keeps(self.shelf.kind)
 
     def flush(self) -> None:
         """Returns when all is written."""
         with self._turn:
-            self._wait()
-
-    def _wait(self) -> None:
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.result()
-
-    def _write(self, name: str, state: Any) -> None:
-        """A disk that is full costs the keeping alone."""
-        from safetensors import SafetensorError
-
-        partial = self.folder / f"partial-{os.getpid()}"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_state(state, partial)
-            partial.replace(self.folder / f"{name}.{sha256_file(partial)[:32]}.safetensors")
-            if self.written % 32 == 0:  # it looks at every file of the store
-                evict()
-            self.written += 1
-            LEDGER.keeps(self.kind)
-        except (OSError, SafetensorError) as error:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
-            cannot_keep(self.kind, error)
-            self.on = False
+            writing, self._writing = self._writing, None
+            if writing is not None:
+                writing.result()
 
     def get(self, name: str, compute: Callable[[], Any]) -> Any:
         """What `compute` returns, or has returned to an earlier run."""
@@ -333,82 +427,3 @@ class TensorCache:
             found = compute()
             self.keep(name, found)
         return found
-
-
-def write_state(state: object, path: Path) -> None:
-    """Writes what `Checkpoints.save` takes as one safetensors file."""
-    from safetensors.torch import save_file
-
-    tensors: dict[str, Tensor] = {}
-
-    def packed(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            name = str(len(tensors))
-            tensors[name] = value.detach().cpu().contiguous()
-            return {"tensor": name}
-        if isinstance(value, dict):
-            return {"dict": [[packed(k), packed(v)] for k, v in value.items()]}
-        if isinstance(value, tuple):
-            return {"tuple": [packed(item) for item in value]}
-        return [packed(item) for item in value] if isinstance(value, list) else value
-
-    save_file(tensors, path, metadata={"state": json.dumps(packed(state))})
-
-
-def read_state(path: Path) -> Any:
-    """What `write_state` wrote, tensors on the CPU."""
-    from safetensors import safe_open
-
-    def unpacked(value: Any) -> Any:
-        if isinstance(value, list):
-            return [unpacked(item) for item in value]
-        if not isinstance(value, dict):
-            return value
-        ((kind, content),) = value.items()
-        if kind == "tensor":
-            return file.get_tensor(content)
-        if kind == "tuple":
-            return tuple(unpacked(item) for item in content)
-        return {unpacked(k): unpacked(v) for k, v in content}
-
-    with safe_open(path, "pt") as file:
-        return unpacked(json.loads(file.metadata()["state"]))
-
-
-def set_attributes(thing: object, attributes: dict[str, Any]) -> None:
-    """Sets what `plain_attributes` returned, tensors on the device they had."""
-    for name, value in attributes.items():
-        old = getattr(thing, name, None)
-        on = old.device if isinstance(old, torch.Tensor) else None
-        setattr(thing, name, value.to(on) if isinstance(value, torch.Tensor) and on else value)
-
-
-def plain_attributes(thing: object, strict: bool = True) -> dict[str, Any]:
-    """What an object holds beside parameters, modules, optimizers and generators.
-
-    So that what an edit adds to a trainer or an SAE is saved with it, and not lost.
-
-    Raises:
-        TypeError: `strict`, and it holds something that can't be stored as tensors and JSON.
-    """
-    harmless = (
-        torch.nn.Module, torch.nn.Parameter, torch.optim.Optimizer, torch.Generator, torch.device,
-        torch.dtype,
-    )  # fmt: skip
-
-    def plain(value: Any) -> bool:
-        if isinstance(value, (list, tuple)):
-            return all(map(plain, value))
-        if isinstance(value, dict):
-            return all(plain(k) and plain(v) for k, v in value.items())
-        return value is None or isinstance(value, (bool, int, float, str, torch.Tensor))
-
-    found = {}
-    for name, value in vars(thing).items():
-        if name.startswith("_") or isinstance(value, harmless) or dataclasses.is_dataclass(value):
-            continue
-        if plain(value):
-            found[name] = value
-        elif strict and not callable(value):
-            raise TypeError(f"{type(thing).__name__}.{name} is a {type(value).__name__}")
-    return found

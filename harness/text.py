@@ -21,7 +21,7 @@ from torch import Tensor
 
 from harness.console import print_line
 from harness.errors import ExperimentError, first_line, is_connection_error
-from harness.store import PINS, cache_dir, cached, sha256_file
+from harness.store import cache_dir, pinned, sha256_file
 
 STREAM_RETRIES = 6  # of a broken connection in a row: a minute in all
 POOL_FILES = 512  # files of tinylm's corpus from which passages are drawn at a time
@@ -110,7 +110,7 @@ def load_dataset(name: str, *arguments: Any, **options: Any) -> Any:
         if script.is_file():
             which = f"of SHA-256 {sha256_file(script)}"
         else:
-            options["revision"] = cached(PINS, {"dataset": name}, hub_revision, name)
+            options["revision"] = pinned("revisions", {"dataset": name}, hub_revision, name)
             which = f"at revision {options['revision']}"
         print(f"the data set {name} runs its own loading script, {which}", flush=True)
         # Of our own: where the hub fails, `datasets` runs the latest script that it finds there.

@@ -6,7 +6,6 @@ import contextlib
 import json
 import math
 import os
-import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,185 +16,12 @@ from torch import Tensor
 
 from harness.console import Progress, print_line
 from harness.errors import ExperimentError, error_context, first_line
-from harness.interfaces import SAELike, SettingsLike
+from harness.interfaces import SettingsLike
 from harness.machine import in_threads
-from harness.store import (
-    LEDGER,
-    TensorCache,
-    cannot_keep,
-    digest,
-    evict,
-    mark_used,
-    place_for,
-    plain_attributes,
-    read_state,
-    set_aside,
-    set_attributes,
-    sha256_file,
-    store_dir,
-    take_lock,
-    write_state,
-)
+from harness.store import TensorCache, place_for
 from harness.text import TokenStream
 
 PASSES = 8  # of the language model whose activations are stored in one file
-SAVE_EVERY = 60.0  # seconds between two saves of a training, at least
-SAVE_SHARE = 0.025  # of the time that saving may take
-
-
-class Checkpoints:
-    """A training as far as it has come, in the store under all that it depends on.
-
-    One file, `{part done}.{the first 32 digits of its SHA-256}.safetensors`: tensors as such,
-    everything else as JSON in its header.
-
-    Args:
-        key: all that the training depends on; None: nothing is kept.
-    """
-
-    def __init__(self, key: dict[str, Any] | None) -> None:
-        self.key, self.lock, self.cost = key, None, 0.0
-        self.saved = time.monotonic()
-        if key is None:
-            return
-        self.folder = store_dir() / "training" / digest(key)
-        try:
-            self.lock = take_lock(self.folder / "lock")
-        except OSError as error:
-            cannot_keep("training", error)
-            return
-        if self.lock is None:
-            print_line("training: another process is at the same one and saves it; this one doesn't save")
-
-    def __enter__(self) -> Checkpoints:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def load(self) -> dict[str, Any] | None:
-        """The state saved last, on the CPU; None where there is none that is whole."""
-        if self.key is None:
-            return None
-        changed = LEDGER.changed(self.key)
-        same = "code, settings, model, versions and machine"
-        for path in sorted(self.folder.glob("*.safetensors"), reverse=True):
-            try:
-                whole = sha256_file(path)[:32] == path.name.split(".")[-2]
-                if whole:
-                    state = read_state(path)
-            except OSError:  # another process has put a later one in its place
-                continue
-            if not whole:
-                with contextlib.suppress(OSError):
-                    set_aside(path)
-                continue
-            mark_used(path)
-            set_generators(state["generators"])
-            part = float(path.name.rsplit(".", 2)[0])
-            if part == 1:
-                print_line(f"training: kept, as {same} are unchanged; not repeated")
-            else:
-                print_line(f"training: goes on at {100 * part:.0f}%, as {same} are unchanged")
-            LEDGER.reuses("training", quietly=True)
-            LEDGER.keeps("training" if part == 1 else f"training up to {100 * part:.0f}%")
-            return state["state"]
-        if changed:
-            print_line(f"training: anew, as this differs from the last attempt: {changed}")
-        return None
-
-    def due(self) -> bool:
-        """Whether to save: `SAVE_EVERY` has passed, and saving stays within `SAVE_SHARE`."""
-        passed = time.monotonic() - self.saved
-        return passed >= max(SAVE_EVERY, self.cost / SAVE_SHARE)
-
-    def save(self, state: dict[str, Any], part: float) -> None:
-        """Puts a state in the place of the one before.
-
-        Args:
-            state: tensors, numbers, strings, None; in dicts, lists and tuples.
-            part: of the training that is done; 1: all of it.
-        """
-        if self.lock is None:
-            return
-        began = time.monotonic()
-        partial = self.folder / f"partial-{os.getpid()}"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_state({"state": state, "generators": generators()}, partial)
-            with partial.open("rb") as file:  # down to the disk before it replaces the last one
-                os.fsync(file.fileno())
-            path = self.folder / f"{part:.6f}.{sha256_file(partial)[:32]}.safetensors"
-            partial.replace(path)
-            for other in self.folder.glob("*.safetensors"):
-                if other != path:
-                    other.unlink()
-            evict()
-            LEDGER.keeps("training" if part == 1 else f"training up to {100 * part:.0f}%")
-        except Exception as error:  # of what an edit has made of the state, too: training goes on
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
-            cannot_keep("training", error)
-        self.saved = time.monotonic()
-        self.cost = self.saved - began
-
-    def close(self) -> None:
-        """Lets other processes save the same training."""
-        if self.lock is not None:
-            os.close(self.lock)
-            self.lock = None
-
-
-class Resumable:
-    """What `experiment.Trainer` needs to be saved between two steps.
-
-    It has an `sae`, an `optimizer` and a `generator`; whatever else an edit gives to it or to its
-    SAE as plain values is saved with them.
-    """
-
-    sae: SAELike
-    optimizer: torch.optim.Optimizer
-    generator: torch.Generator
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that the next steps depend on."""
-        return {
-            "sae": self.sae.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "generator": self.generator.get_state(),
-            "attributes": [plain_attributes(thing) for thing in (self, self.sae)],
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where another trainer of the same SAE stood."""
-        self.sae.load_state_dict(state["sae"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.generator.set_state(state["generator"])
-        for thing, attributes in zip((self, self.sae), state["attributes"]):
-            set_attributes(thing, attributes)
-
-
-def generators() -> dict[str, Any]:
-    """The states of the generators that code draws from unless it is given one."""
-    import numpy
-    kind, keys, *rest = numpy.random.get_state()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": (kind, torch.from_numpy(keys.astype("int64")), *rest),
-        "python": random.getstate(),
-    }
-
-
-def set_generators(states: dict[str, Any]) -> None:
-    """Sets what `generators` returned."""
-    import numpy
-    torch.set_rng_state(states["torch"])
-    if states["cuda"]:
-        torch.cuda.set_rng_state_all(states["cuda"])
-    kind, keys, *rest = states["numpy"]
-    numpy.random.set_state((kind, keys.numpy().astype("uint32"), *rest))
-    random.setstate(states["python"])
 
 
 class TrainingLog:
