@@ -20,6 +20,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as experiment.py has it
 
 SOURCES = [inspect.getsource(module) for module in (argparse, ast, inspect, random)]
+OWN_MODULES = ("harness", "sparse_ops", "experiment", "bench", "tests", "test_")  # how names begin
 TOY_TASKS = {
     "toy/modules": dict(zip(("argparse", "ast", "inspect", "random"), SOURCES)),
     "toy/halves": {"first": SOURCES[0], "second": SOURCES[2]},
@@ -32,6 +33,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory):
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What outlives a run in this test alone."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "parametric-sae"
 
 
 def toy_config(vocab_size: int, n_layers: int):
@@ -111,12 +119,20 @@ def toy_run(toy, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out_dir
 
 
-def run_command(experiment, out_dir: Path | str) -> int:
+def run_command(experiment, out_dir: Path | str, *arguments: str) -> int:
     """The command, in this process: its exit status."""
     from harness.startup import launch
 
     plan = experiment.main, experiment.Settings, experiment.PROFILES, experiment.PLAN
-    return launch(*plan, [f"--out_dir={out_dir}"])
+    return launch(*plan, [f"--out_dir={out_dir}", *arguments])
+
+
+def settings_of(experiment, name: str, profile: str = "tinylm"):
+    """The settings of a run, as the command makes them."""
+    from harness.startup import checked_settings
+
+    chosen = experiment.PROFILES[profile] | experiment.PLAN.get(name, {})
+    return checked_settings(name, experiment.Settings, chosen)
 
 
 def copy_project(folder: Path) -> None:
@@ -127,12 +143,15 @@ def copy_project(folder: Path) -> None:
 
 
 def replace(monkeypatch: pytest.MonkeyPatch, name: str, value: object) -> None:
-    """Sets `name` in every room of the harness that has it, imported from another room or not."""
+    """Sets what the harness calls `name` in every module of the project that has it.
+
+    A module that imported the name has a reference of its own: to set one leaves the others.
+    """
     rooms = [m for n, m in sys.modules.items() if n.split(".")[0] in ("harness", "sparse_ops")]
-    rooms = [room for room in rooms if hasattr(room, name)]
-    assert rooms, name
-    for room in rooms:
-        monkeypatch.setattr(room, name, value)
+    (replaced,) = {id(getattr(room, name)) for room in rooms if hasattr(room, name)}
+    for module in [m for n, m in sys.modules.items() if n.startswith(OWN_MODULES)]:
+        if id(getattr(module, name, None)) == replaced:
+            monkeypatch.setattr(module, name, value)
 
 
 def set_to_toy_sizes(toy_model: Path, monkeypatch: pytest.MonkeyPatch):

@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import ast
 import collections
-import contextlib
 import dataclasses
 import errno
 import json
 import os
-import re
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
 
 import experiment
-from harness.command import Attempt, main
-from harness.console import Progress, redirect_output
-from harness.errors import ExperimentError, error_context
-from harness.evaluation.core import check_core, save_core
+from harness.checkpoints import Checkpoints
 from harness.fingerprint import (
     activations_key,
     environment_fingerprint,
@@ -32,25 +27,24 @@ from harness.fingerprint import (
     own_modules,
     training_key,
 )
-from harness.start import ENVIRONMENT
-from harness.store import TensorCache, cached, evict, read_state, store_dir, write_state
+from harness.start import ENVIRON_AT_START as ENVIRONMENT
+from harness.startup import Run
+from harness.store import (
+    LEDGER,
+    TENSORS,
+    TensorCache,
+    cached,
+    cached_each,
+    evict,
+    pinned,
+    store_dir,
+    write_json,
+)
 from harness.text import TokenStream, documents
-from harness.training import SAVE_EVERY, SAVE_SHARE, Checkpoints
-from tests.conftest import ROOT, replace
-from tests.test_run import words
+from tests.conftest import ROOT, replace, settings_of
 
 SOURCE = (ROOT / "experiment.py").read_text()
 NOT_TRAINING = ("EVALUATION", "RECORDS")
-
-
-@pytest.fixture
-def own_cache(tmp_path: Path, monkeypatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "parametric-sae"
-
-
-def run(toy, out_dir: Path) -> int:
-    return main(toy.run, [f"--out_dir={out_dir}"])
 
 
 # ------------------------------------------------------------------------------- the key
@@ -254,65 +248,21 @@ STATE = {
 
 
 def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
-    write_state(STATE, tmp_path / "state")
-    back = read_state(tmp_path / "state")
+    with (tmp_path / "state").open("wb") as file:
+        TENSORS.write(STATE, file)
+    back = TENSORS.read(tmp_path / "state")
     assert list(back) == list(STATE) and back["number"] == 0.1 and back["text"] is None
     assert torch.equal(back["a"], STATE["a"]) and torch.equal(back["random"], STATE["random"])
     assert back["pairs"][7] == [1, (2,)] and back["pairs"][2, 0]["x"].shape == ()
 
 
-@pytest.mark.parametrize("damage", ["cut short", "a byte flipped", "emptied"])
-def test_a_damaged_checkpoint_is_set_aside_and_never_read(
-    own_cache: Path, capsys, damage: str
-) -> None:
-    checkpoints = Checkpoints({"a": 1})
-    checkpoints.save(lambda: STATE, 0.25)
-    checkpoints.save(lambda: STATE | {"number": 0.2}, 0.5)
-    (path,) = checkpoints.folder.glob("*.safetensors")
-    content = bytearray(path.read_bytes())
-    if damage == "a byte flipped":
-        content[-5] ^= 1
-    path.write_bytes(content[: {"cut short": len(content) - 3, "emptied": 0}.get(damage)])
-    checkpoints.close()
-    again = Checkpoints({"a": 1})
-    assert again.load() is None
-    out = capsys.readouterr().out
-    assert f"{path} is damaged: set aside as {path.name}.damaged, and made again" in out
-    again.save(lambda: STATE | {"number": 0.3}, 1.0)
-    assert again.load()["number"] == 0.3
-    again.close()
-
-
-def test_only_one_process_saves_a_training_and_others_may_read_it(own_cache: Path, capsys) -> None:
-    first, second = Checkpoints({"a": 1}), Checkpoints({"a": 1})
-    assert "another process is at the same one" in capsys.readouterr().out
-    first.save(lambda: STATE, 0.5)
-    second.save(lambda: STATE | {"number": 9}, 0.75)
-    assert second.load()["number"] == 0.1
-    first.close()
-    second.close()
-
-
-def test_saving_keeps_to_its_share_of_the_time(own_cache: Path, monkeypatch) -> None:
-    now = [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    checkpoints = Checkpoints({"a": 1})
-    now[0] = SAVE_EVERY - 1
-    assert not checkpoints.due()
-    now[0] += 1
-    assert checkpoints.due()
-
-    def write(state: dict, path: Path) -> None:
-        path.touch()
-        now[0] += 10
-
-    replace(monkeypatch, "write_state", write)
-    checkpoints.save(lambda: STATE, 0.5)
-    now[0] += 10 / SAVE_SHARE - 1
-    assert not checkpoints.due()
-    now[0] += 1
-    assert checkpoints.due()
-    checkpoints.close()
+def test_records_are_whole_or_absent(tmp_path: Path) -> None:
+    path = tmp_path / "final_info.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(ValueError):
+        write_json(path, {"a": float("nan")})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["final_info.json"]
 
 
 def test_what_is_kept_is_computed_once_and_the_oldest_goes_first(
@@ -336,8 +286,8 @@ def test_what_is_kept_is_computed_once_and_the_oldest_goes_first(
     assert len(left) == 2 and files[0] in left and files[1] not in left
     # What another process is at stays, however old.
     busy = Checkpoints({"a": 1})
-    busy.save(lambda: STATE, 0.5)
-    (path,) = busy.folder.glob("*.safetensors")
+    busy.save(STATE, 0.5)
+    (path,) = busy.shelf.folder.glob("*.pt")
     os.utime(path, (0, 0))
     replace(monkeypatch, "STORE_GB", 0.0)
     evict()
@@ -351,87 +301,64 @@ def test_what_is_kept_is_computed_once_and_the_oldest_goes_first(
     assert not store_dir().exists()
 
 
-def test_trained_halfway_by_threads_the_rest_comes_out_the_same(
-    toy, toy_lm, tmp_path: Path, own_cache: Path, monkeypatch
-) -> None:
-    """After each filling of the buffer, in every form; the text starts again meanwhile."""
-    replace(monkeypatch, "SAVE_EVERY", 0.0)
-    replace(monkeypatch, "SAVE_SHARE", 1e9)
-    for name in ("run_1", "run_6", "run_10"):
-        settings = dataclasses.replace(
-            toy.settings_of(name, "tinylm"), seeds=(0, 1), training_tokens=49_152,
-            buffer_tokens=12_288,
-        )  # fmt: skip
-        fixed = toy.constants(settings, tmp_path / name)
+def test_a_result_of_some_names_is_computed_for_those_alone(own_cache: Path, capsys) -> None:
+    """One without a key is never kept; a file that was changed by hand is set aside."""
+    asked = []
 
-        def train(checkpoints, fillings=None, settings=settings, fixed=fixed):
-            stream = TokenStream(
-                documents("toy", "train"), toy_lm.tokenizer, settings.context
-            )
-            buffer = toy.ActivationBuffer(toy_lm, stream, settings.layers, 8)
-            take, left = buffer.take, [fillings]
+    def lengths(names: list[str]) -> dict[str, list]:
+        asked.append(names)
+        return {name: [len(name), (1, 2)] for name in names}
 
-            def cut_off(*arguments):
-                if left[0] == 0:
-                    raise KeyboardInterrupt
-                left[0] = None if left[0] is None else left[0] - 1
-                return take(*arguments)
-
-            buffer.take = cut_off
-            try:
-                return toy.train(
-                    settings, buffer, fixed, tmp_path / "log.jsonl", checkpoints=checkpoints
-                )
-            finally:
-                stream.close()
-
-        whole = train(None)
-        expected = (tmp_path / "log.jsonl").read_text().count("\n")
-        checkpoints = Checkpoints({"name": name})
-        for _ in range(3):
-            with pytest.raises(KeyboardInterrupt):
-                train(checkpoints, fillings=1)
-        pieces = train(checkpoints)
-        for key, sae in whole.saes.items():
-            for parameter, value in sae.state_dict().items():
-                assert torch.equal(pieces.saes[key].state_dict()[parameter], value)
-        assert pieces.tokens == whole.tokens and pieces.shortened is None
-        assert (tmp_path / "log.jsonl").read_text().count("\n") == expected
-        assert {k: v["fvu"] for k, v in pieces.last.items()} == {
-            k: v["fvu"] for k, v in whole.last.items()
-        }
-        cached = train(checkpoints, fillings=0)  # nothing left to do
-        assert torch.equal(cached.saes[2, 1].W_dec, whole.saes[2, 1].W_dec)
-        checkpoints.close()
+    keys = {"a": {"x": 1}, "bb": {"x": 2}, "ccc": None}
+    first = cached_each("lengths", keys, lengths)
+    assert first == {"a": [1, [1, 2]], "bb": [2, [1, 2]], "ccc": [3, (1, 2)]}
+    assert list(cached_each("lengths", keys, lengths)) == ["a", "bb", "ccc"]
+    assert asked == [["a", "bb", "ccc"], ["ccc"]]
+    assert "lengths of a, bb: kept, as all that it depends on" in capsys.readouterr().out
+    folder = own_cache / "store" / "lengths"
+    (path,) = [path for path in folder.iterdir() if '"x": 2' in path.read_text()]
+    path.write_text(path.read_text().replace('"value": [2', '"value": [3'))
+    assert cached_each("lengths", keys, lengths) == first
+    assert asked[2:] == [["bb", "ccc"]] and len(list(folder.glob("*.damaged"))) == 1
+    assert f"{path} is damaged: set aside as {path.name}.damaged" in capsys.readouterr().out
 
 
-def test_a_reduced_count_of_tokens_is_reused_on_resume(
-    toy, tmp_path: Path, own_cache: Path, monkeypatch, capsys
-) -> None:
-    """A slow first attempt shortens training; the next one doesn't decide anew."""
-    changes = {**toy.PLAN["run_1"], "budget_minutes": 1e-6}
-    monkeypatch.setitem(toy.PLAN, "run_1", changes)
-    evaluate = toy.evaluate
-    monkeypatch.setattr(
-        toy, "evaluate",
-        lambda s, *rest: evaluate(s, *rest) if Progress.prefix else 1 / 0,
-    )  # fmt: skip
-    assert run(toy, tmp_path / "run_1") == 1
-    said = words(capsys.readouterr().err)
-    assert said["cause"].startswith("ZeroDivisionError")
-    assert "it goes on from what is kept (activations, training)" in said["to do"]
-    monkeypatch.setattr(toy, "evaluate", evaluate)
-    replace(monkeypatch, "fit_budget", lambda *_: pytest.fail("decided anew"))
-    assert run(toy, tmp_path / "run_1") == 0
-    info = json.loads((tmp_path / "run_1" / "final_info.json").read_text())
-    assert info["layer_0"]["means"]["training_tokens"] == 2048
-    assert "shortened to 50%" in (tmp_path / "run_1" / "warnings.json").read_text()
+def test_a_rehearsal_finds_and_keeps_nothing_but_what_is_pinned(own_cache: Path) -> None:
+    cached("words", {"a": 1}, str, 1)
+    with LEDGER.rehearsal():
+        assert cached("words", {"a": 1}, str, 2) == "2"
+        assert cached("words", {"a": 2}, str, 2) == "2"
+        files = TensorCache("things", {"of": 1})
+        assert len(files.get("a", lambda: torch.ones(3))) == 3
+        files.flush()
+        with Checkpoints({"a": 1}) as checkpoints:
+            checkpoints.save(STATE, 0.5)
+            assert checkpoints.load() is None
+        assert pinned("revisions", {"data set": "x"}, str, "first") == "first"
+    assert {file.parent.name for file in store_dir().rglob("*.*")} == {"words", "revisions"}
+    assert cached("words", {"a": 1}, str, 3) == "1"
+    assert pinned("revisions", {"data set": "x"}, str, "second") == "first"
+
+
+def test_what_is_stored_of_a_view_is_the_view_alone(tmp_path: Path) -> None:
+    whole = torch.arange(100_000)
+    with (tmp_path / "view").open("wb") as file:
+        TENSORS.write({"x": whole[10:13], "y": torch.ones(1).expand(4)}, file)
+    assert (tmp_path / "view").stat().st_size < 5000
+    back = TENSORS.read(tmp_path / "view")
+    assert back["x"].tolist() == [10, 11, 12] and back["y"].add_(1).tolist() == [2.0] * 4
+
+
+def test_what_can_not_be_stored_is_named(tmp_path: Path) -> None:
+    with (tmp_path / "state").open("wb") as file:
+        with pytest.raises(TypeError, match=r"it.log.1.queue is a deque"):
+            TENSORS.write({"log": [1, {"queue": collections.deque()}]}, file)
 
 
 def test_activations_are_harvested_once(toy, toy_lm, tmp_path, own_cache, monkeypatch) -> None:
     """Another training of the same text reads them; a longer one harvests the rest; a damaged
     file is made again, and what follows it."""
-    settings = toy.settings_of("run_1", "tinylm")
+    settings = dataclasses.replace(settings_of(toy, "run_1"), harvest_contexts=8)
     n_passes = [0]
     activations = toy_lm.activations
 
@@ -443,13 +370,13 @@ def test_activations_are_harvested_once(toy, toy_lm, tmp_path, own_cache, monkey
 
     def taken(amounts: list[int], key: dict | None, state: dict | None = None):
         n_passes[0] = 0
+        monkeypatch.setattr(Run, "activations_key", lambda *_: key)
         texts = documents("toy", "train")
-        stream = TokenStream(texts, toy_lm.tokenizer, settings.context)
-        buffer = toy.ActivationBuffer(toy_lm, stream, settings.layers, 8, key)
-        if state:
-            buffer.load_state_dict(state)
-        with contextlib.closing(stream):
-            acts = torch.cat([buffer.take(n) for n in amounts], dim=1)
+        with TokenStream(texts, toy_lm.tokenizer, settings.context) as stream:
+            buffer = toy.ActivationBuffer(Run(settings, toy_lm), stream)
+            if state:
+                buffer.load_state_dict(state)
+            acts = torch.cat([buffer.next_tokens(n) for n in amounts], dim=1)
         return acts, n_passes[0], buffer.state_dict()
 
     expected, _, _ = taken([9000], None)
@@ -463,7 +390,7 @@ def test_activations_are_harvested_once(toy, toy_lm, tmp_path, own_cache, monkey
     assert torch.equal(resumed, expected[:, 2000:5000]) and n_resumed == 0
     resumed, n_resumed, _ = taken([3000], None, state)  # where the store is gone
     assert torch.equal(resumed, expected[:, 2000:5000]) and n_resumed > 0
-    second = sorted((own_cache / "store" / "activations").rglob("*.safetensors"))[1]
+    second = sorted((own_cache / "store" / "activations").rglob("*.pt"))[1]
     content = bytearray(second.read_bytes())
     content[-1] ^= 1
     second.write_bytes(content)
@@ -475,14 +402,14 @@ def test_activations_are_harvested_once(toy, toy_lm, tmp_path, own_cache, monkey
 
 def test_tensors_are_written_while_work_goes_on(own_cache: Path, monkeypatch, capsys) -> None:
     """Whole once `flush` returns; a disk that is full is said once, and costs the keeping alone."""
-    write, begun, go_on = write_state, threading.Event(), threading.Event()
+    save, begun, go_on = torch.save, threading.Event(), threading.Event()
 
-    def slowly(state: object, path: Path) -> None:
+    def slowly(state: object, file: BinaryIO) -> None:
         begun.set()
         assert go_on.wait(10)
-        write(state, path)
+        save(state, file)
 
-    replace(monkeypatch, "write_state", slowly)
+    monkeypatch.setattr(torch, "save", slowly)
     files = TensorCache("things", {"of": 1})
     files.keep("a", {"x": torch.arange(4)})  # returns at once
     assert begun.wait(10) and files.find("a") is None
@@ -492,20 +419,20 @@ def test_tensors_are_written_while_work_goes_on(own_cache: Path, monkeypatch, ca
     again = TensorCache("things", {"of": 1})
     assert [len(again.find(name)["x"]) for name in "ab"] == [4, 5]
 
-    def full(state: object, path: Path) -> None:
+    def full(state: object, file: BinaryIO) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    replace(monkeypatch, "write_state", full)
+    monkeypatch.setattr(torch, "save", full)
     for name in "cd":
         files.keep(name, {"x": torch.arange(4)})
     files.flush()
     assert capsys.readouterr().out.count("things can't be kept in") == 1
-    assert files.find("a") is None and not list(own_cache.rglob("partial-*"))
+    assert files.find("a") is None and not list(own_cache.rglob(".partial-*"))
 
-    def broken(state: object, path: Path) -> None:
+    def broken(state: object, file: BinaryIO) -> None:
         raise TypeError("a state that is none")
 
-    replace(monkeypatch, "write_state", broken)
+    monkeypatch.setattr(torch, "save", broken)
     again.keep("e", {"x": torch.arange(4)})
     with pytest.raises(TypeError, match="a state that is none"):
         again.flush()
@@ -526,216 +453,3 @@ def test_the_keys_of_activations(toy, toy_lm, monkeypatch) -> None:
     for changes in ({"layers": (1,)}, {"context": 64}, {"harvest_contexts": 4}):
         assert key(**changes) != same
     assert key(training_tokens=10**9) is None
-
-
-# ------------------------------------------------------------------ numbers that can't be right
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(
-    toy, tmp_path: Path, own_cache: Path, monkeypatch, capsys
-) -> None:
-    """With step, layer, the last finite values, and the batch that did it."""
-    loss, calls = toy.contrastive_loss, []
-
-    def breaks(sae, x_BD, *rest):
-        found = loss(sae, x_BD, *rest)
-        if sae.cfg.hook_layer == 2 and not Progress.prefix:
-            calls.append(x_BD)
-            if len(calls) == 12:
-                found.total = found.total * torch.nan
-        return found
-
-    monkeypatch.setattr(toy, "contrastive_loss", breaks)
-    assert run(toy, tmp_path / "run_1") == 1
-    said = words(capsys.readouterr().err)
-    assert said["during"] == "train (layer 2, seed 0)"
-    assert "the loss is nan at step 11 (1408 tokens)" in said["cause"]
-    before = r"the loss of the step before: \d\.\d+; the last record: step 8, loss \d"
-    assert re.search(before, said["cause"])
-    path = re.search(r"its batch is in (\S+)", said["cause"])[1]
-    from safetensors.torch import load_file
-
-    settings = toy.settings_of("run_1", "tinylm")
-    (x_BD,) = load_file(path).values()
-    assert x_BD.shape == (settings.batch, 32)
-    scale = calls[11].norm() / x_BD.float().norm()
-    assert torch.allclose(x_BD.float() * scale, calls[11], rtol=1e-3)
-    assert not (tmp_path / "run_1" / "final_info.json").exists()
-
-
-def test_an_untrained_sae_is_no_result(toy, tmp_path, own_cache, monkeypatch, capsys) -> None:
-    """How the given baseline came about: found in the rehearsal."""
-    monkeypatch.setattr(toy.Trainer, "resample", lambda *_: None)
-    monkeypatch.setattr(torch.optim.Adam, "step", lambda *_: None)
-    assert run(toy, tmp_path / "run_1") == 1
-    said = words(capsys.readouterr().err)
-    assert said["during"].startswith("rehearsal: ")
-    assert "no training step was done" in said["cause"]
-
-
-def test_silent_sae_and_results_of_another_layer(
-    toy, toy_lm, tmp_path, own_cache, monkeypatch, capsys
-) -> None:
-    encode = toy.CustomSAE.encode
-    monkeypatch.setattr(toy.CustomSAE, "encode", lambda sae, x: 0 * encode(sae, x))
-    assert run(toy, tmp_path / "run_1") == 1
-    said = words(capsys.readouterr().err)
-    assert "core evaluation of layer_0_seed_0: " in said["cause"]
-    monkeypatch.setattr(toy.CustomSAE, "encode", encode)
-
-    new = toy.new_sae
-
-    def at_layer_0(*arguments):
-        sae = new(*arguments)
-        sae.cfg.hook_layer, sae.cfg.hook_name = 0, "blocks.0.hook_resid_post"
-        return sae
-
-    monkeypatch.setattr(toy, "new_sae", at_layer_0)
-    assert run(toy, tmp_path / "run_1") == 1
-    said = words(capsys.readouterr().err)
-    assert "layer_2_seed_0: expected {'layer': 2," in said["cause"]
-    assert "must not be recorded as another's" in said["cause"]
-    monkeypatch.setattr(toy, "new_sae", new)
-
-    save = save_core
-    replace(monkeypatch, "save_core", lambda name, *rest: name == "layer_2_seed_0"
-                        or save(name, *rest))  # fmt: skip
-    assert run(toy, tmp_path / "run_1") == 1
-    cause = words(capsys.readouterr().err)["cause"]
-    assert "core evaluation of layer_2_seed_0 left no result" in cause
-
-
-def test_garbage_from_an_edited_evaluation_is_not_recorded(
-    toy, tmp_path, own_cache, monkeypatch, capsys
-) -> None:
-    """Nor is a run complete that wrote no final_info.json."""
-    score = toy.sparse_probing
-
-    def garbage(*arguments):
-        found = score(*arguments)
-        for metrics in found.values() if not Progress.prefix else ():
-            metrics["sae_top_5_test_accuracy"] = -1.0
-        return found
-
-    monkeypatch.setattr(toy, "sparse_probing", garbage)
-    assert run(toy, tmp_path / "run_1") == 1
-    cause = words(capsys.readouterr().err)["cause"]
-    assert cause.startswith("layer_0: sae_top_5_test_accuracy is -1.0, which can't be right")
-    assert not (tmp_path / "run_1" / "final_info.json").exists()
-    monkeypatch.setattr(toy, "write_records", lambda *_: None)
-    assert run(toy, tmp_path / "run_1") == 1
-    said = words(capsys.readouterr().err)
-    assert "the run ended, but there is no run_1/final_info.json" in said["cause"]
-
-
-def test_a_state_that_can_not_be_saved_costs_the_saving_alone(
-    toy, tmp_path, own_cache, monkeypatch, capsys
-) -> None:
-    """What an edit adds to a trainer as a number is saved with it; another thing is named."""
-    begin = toy.Trainer.__init__
-
-    def more(trainer, *arguments):
-        begin(trainer, *arguments)
-        trainer.queue = collections.deque()
-
-    monkeypatch.setattr(toy.Trainer, "__init__", more)
-    assert run(toy, tmp_path / "run_1") == 0
-    assert "training can't be kept in" in (out := capsys.readouterr().out)
-    assert "Trainer.queue is a deque" in out
-
-
-def test_folders_that_are_no_run_s_are_left_alone(toy, tmp_path: Path, capsys) -> None:
-    (tmp_path / "thesis.tex").write_text("mine")
-    cases = {
-        tmp_path: "holds other files",
-        ROOT / "tinylm": "holds other files",
-        ROOT / "run_0": "the given baseline",
-        ROOT: "of the run's own",
-    }
-    for folder, says in cases.items():
-        assert run(toy, folder) == 1
-        assert says in words(capsys.readouterr().err)["cause"]
-
-
-def test_nobody_listens(tmp_path: Path, own_cache: Path) -> None:
-    """`python experiment.py … | head -1` ends in last words, or goes on; never in silence."""
-    code = """if True:
-        import sys
-        from harness.command import main
-        from harness.console import quiet, say
-        def run(out_dir, log):
-            with quiet(log):
-                say("x" * 100000)
-                raise ValueError("the cause")
-        sys.exit(main(run, ["--out_dir=run_x"]))"""
-    read, write = os.pipe()
-    os.close(read)
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=write,
-                          stderr=subprocess.PIPE, text=True)  # fmt: skip
-    os.close(write)
-    assert words(done.stderr.split("Exception ignored")[0])["cause"] == "ValueError: the cause"
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
-def test_core_scalars_that_cannot_be(value: float) -> None:
-    with pytest.raises(ExperimentError, match="mse is .*, which can't be right"):
-        check_core("layer_2", {"l0": 4.0, "mse": value})
-    with pytest.raises(ExperimentError, match="L0 is 0, no feature is active"):
-        check_core("layer_2", {"l0": 0.0, "mse": 1.0})
-
-
-# ------------------------------------------------------------------------------- the last words
-
-
-def test_last_words_fit_whatever_was_said_before(tmp_path: Path, own_cache, capfd) -> None:
-    def noisy(out_dir: Path, log: Path) -> None:
-        with redirect_output(log):
-            for n in range(1000):
-                os.write(2, b"\rLoading checkpoint shards: %d" % n)
-        with error_context("layer 7"), error_context("tinylm/B/subject"):
-            raise ValueError("beginning " + 5000 * "noise\n" + " the end; hf_abcdefghijk")
-
-    assert main(noisy, [f"--out_dir={tmp_path / 'run_1'}"]) == 1
-    error = capfd.readouterr().err
-    assert len(error) <= 1500 and "Loading" not in error and "hf_a" not in error
-    said = words(error)
-    assert said["during"] == "start-up (layer 7, tinylm/B/subject)"
-    assert said["cause"].startswith("ValueError: beginning noise")
-    assert said["cause"].endswith("the end; [token]")
-    assert "Loading checkpoint shards: 999" in Path(said["log"]).read_text()
-
-
-def test_sys_exit_in_the_middle_is_a_failure(tmp_path: Path, own_cache: Path, capsys) -> None:
-    assert main(lambda out_dir, log: exit(0), [f"--out_dir={tmp_path / 'run_1'}"]) == 1
-    assert "SystemExit" in words(capsys.readouterr().err)["cause"]
-    with pytest.raises(SystemExit):
-        main(lambda out_dir, log: None, ["--help"])
-
-
-def test_the_next_start_tells_of_a_death_without_a_word(
-    tmp_path: Path, own_cache: Path, monkeypatch, capsys
-) -> None:
-    """Read from what a killed process leaves: the record of its attempt as it last stood."""
-    out_dir, log = tmp_path / "run_1", tmp_path / "log"
-
-    def dies() -> None:
-        attempt = Attempt(out_dir, log)
-        Progress.stage("core evaluation")
-        record = json.loads(attempt.path.read_text())
-        assert record["stage"] == "core evaluation" and record["memory_gb"] > 0.05
-        attempt.over.set()  # no heartbeat any more
-        os.close(attempt.lock)
-        record |= {"machine_gb": 15.5, "total_gb": 16.0, "seconds": 312.0}
-        attempt.path.write_text(json.dumps(record))
-        Attempt.current = None
-
-    dies()
-    dies()
-    assert main(lambda out_dir, log: None, [f"--out_dir={out_dir}"]) == 0
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("the last attempt at run_1, of ")
-    assert "ended without a word, as 1 before it: killed during core evaluation, after 312" in line
-    assert "the machine 15.5 of 16.0; if it was for want of memory, lower core_prompts" in line
-    assert str(log) in line
-    assert main(lambda out_dir, log: None, [f"--out_dir={out_dir}"]) == 0
-    assert capsys.readouterr().err == ""

@@ -1,0 +1,186 @@
+"""What a run leaves, and results that can't be right."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from harness.console import STAGE
+from harness.errors import ExperimentError
+from harness.evaluation.core import check_core, save_core
+from harness.records import against_given_baseline
+from harness.verdict import PRIMARY
+from tests.conftest import ROOT, replace, run_command, settings_of
+from tests.test_command import words
+
+SCALARS = {
+    "l0", "mse", "cossim", "ce_loss_score", "kl_div_score", "frac_alive", "explained_variance",
+    "fvu", "tau_sel", "tau_pen", "gamma", "w", "loss", "loss_reconstruction", "loss_penalty",
+    "loss_reg", "training_tokens", "n_seeds", "seconds_total", "llm_test_accuracy", "dead_fraction",
+    *(f"{who}_top_{k}_test_accuracy" for k in (1, 2, 5, 10, 20, 50)
+      for who in ("sae", "llm", "untrained")),
+}  # fmt: skip
+
+
+def lines_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_final_info_is_flat_finite_and_has_a_value_per_seed(toy, toy_run: Path) -> None:
+    info = json.loads((toy_run / "final_info.json").read_text())
+    assert list(info) == ["layer_0", "layer_2", "verdict"]
+    for layer in ("layer_0", "layer_2"):
+        assert set(info[layer]) == {"means", "stderrs", "final_info_dict"}
+        means, values = info[layer]["means"], info[layer]["final_info_dict"]
+        assert SCALARS <= set(means)
+        for metric, mean in means.items():
+            assert isinstance(mean, float) and math.isfinite(mean), metric
+            assert values[metric] == [mean] and info[layer]["stderrs"][metric] == 0
+    top = [info[f"layer_{at}"]["means"][f"sae_top_{k}_test_accuracy"] for at in (0, 2)
+           for k in (1, 2, 5)]  # fmt: skip
+    assert info["verdict"]["means"][PRIMARY] == pytest.approx(sum(top) / 6)
+    assert json.loads((toy_run / "warnings.json").read_text()) is not None
+
+
+def test_config_names_what_the_results_depend_on(toy, toy_run: Path) -> None:
+    config = json.loads((toy_run / "config.json").read_text())
+    assert config["profile"] == "tinylm" and config["settings"]["k_min"] == 4
+    for file in ("experiment.py",):
+        code = (toy_run / file).read_bytes()
+        assert code == (ROOT / file).read_bytes()
+        assert config["sha256"][file] == hashlib.sha256(code).hexdigest()
+    assert config["versions"]["torch"] == torch.__version__
+    assert {"threads", "dtype", "hardware", "deterministic", "model"} <= set(config)
+
+
+def test_train_log_has_a_line_per_step_layer_and_seed(toy, toy_run: Path) -> None:
+    settings = settings_of(toy, "run_1")
+    log = lines_of(toy_run / "train_log.jsonl")
+    steps = sorted({record["step"] for record in log})
+    assert steps == [0, 4, 8, 12, 16, 20, 24, 28, 31]
+    assert len(log) == 2 * len(steps)
+    for record in log:
+        assert record["tokens"] == record["step"] * settings.batch
+        assert record["k_t"] == toy.k_at(settings, record["step"] / 32)
+        assert record["l0"] <= record["k_t"]
+        assert record["w"] == pytest.approx(record["gamma"] * record["tau_pen"])
+        assert record["loss"] == pytest.approx(
+            sum(record[f"loss_{part}"] for part in ("reconstruction", "penalty", "reg")), rel=1e-5
+        )
+        assert record["tau_sel"] == pytest.approx(
+            0.1 + 0.4 / (1 + math.exp(-record["theta_1"])), rel=1e-5
+        )
+    last = [record for record in log if record["layer"] == 2][-1]
+    info = json.loads((toy_run / "final_info.json").read_text())
+    assert info["layer_2"]["means"]["tau_sel"] == last["tau_sel"]
+
+
+def test_output_ends_with_the_block_of_figures(toy, tmp_path: Path, capfd) -> None:
+    assert run_command(toy, tmp_path / "run_try") == 0
+    captured = capfd.readouterr()
+    assert captured.err == ""
+    before, block = captured.out.split("---\n")
+    assert before.startswith("profile: tinylm on cpu\nrun_try: not in PLAN, defaults\n")
+    values = dict(line.split(": ", 1) for line in block.strip().splitlines())
+    assert {"run", "profile", "layer_0_fvu", "layer_2_l0", "seconds_total", "peak_memory_gb",
+            PRIMARY, "verdict"} <= set(values)  # fmt: skip
+    assert block.strip().splitlines()[-1].startswith("verdict: not comparable (there is no")
+
+
+def test_the_language_model_s_probes_are_held_against_the_given_baseline() -> None:
+    import experiment
+
+    settings = settings_of(experiment, "run_1", "gemma-2-2b")
+    settings = dataclasses.replace(settings, layers=(5, 12))
+    given = json.loads((ROOT / "run_0" / "final_info.json").read_text())["layer_5"]["means"]
+    ours = {metric: [value + 0.008] for metric, value in given.items()}
+    ours["llm_top_1_test_accuracy"][0] = 0.6843 + 0.015
+    layers = {"layer_5": ours, "layer_12": ours}
+    line, warnings = against_given_baseline(settings, layers)
+    assert "+0.0150 (layer_5 llm_top_1_test_accuracy)" in line and warnings == []
+    ours["llm_test_accuracy"][0] = 0.9393 - 0.012
+    _, (warning,) = against_given_baseline(settings, layers)
+    assert "llm_test_accuracy is 0.9273, but 0.9393" in warning
+    for other in (dict(layers=(12,)), dict(probe_train=1000), dict(model="tinylm")):
+        changed = dataclasses.replace(settings, **other)
+        found = {f"layer_{layer}": ours for layer in changed.layers}
+        assert against_given_baseline(changed, found) == ("", [])
+
+
+def test_an_untrained_sae_is_no_result(toy, tmp_path, own_cache, monkeypatch, capsys) -> None:
+    """How the given baseline came about: found in the rehearsal."""
+    monkeypatch.setattr(toy.Trainer, "resample", lambda *_: None)
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda *_: None)
+    assert run_command(toy, tmp_path / "run_1") == 1
+    said = words(capsys.readouterr().err)
+    assert said["during"].startswith("rehearsal: ")
+    assert "no training step was done" in said["cause"]
+
+
+def test_silent_sae_and_results_of_another_layer(
+    toy, toy_lm, tmp_path, own_cache, monkeypatch, capsys
+) -> None:
+    encode = toy.CustomSAE.encode
+    monkeypatch.setattr(toy.CustomSAE, "encode", lambda sae, x: 0 * encode(sae, x))
+    assert run_command(toy, tmp_path / "run_1") == 1
+    said = words(capsys.readouterr().err)
+    assert "core evaluation of layer_0_seed_0: " in said["cause"]
+    monkeypatch.setattr(toy.CustomSAE, "encode", encode)
+
+    new = toy.new_sae
+
+    def at_layer_0(*arguments):
+        sae = new(*arguments)
+        sae.cfg.hook_layer, sae.cfg.hook_name = 0, "blocks.0.hook_resid_post"
+        return sae
+
+    monkeypatch.setattr(toy, "new_sae", at_layer_0)
+    assert run_command(toy, tmp_path / "run_1") == 1
+    said = words(capsys.readouterr().err)
+    assert "layer_2_seed_0: expected {'layer': 2," in said["cause"]
+    assert "must not be recorded as another's" in said["cause"]
+    monkeypatch.setattr(toy, "new_sae", new)
+
+    save = save_core
+    replace(monkeypatch, "save_core", lambda name, *rest: name == "layer_2_seed_0"
+                        or save(name, *rest))  # fmt: skip
+    assert run_command(toy, tmp_path / "run_1") == 1
+    cause = words(capsys.readouterr().err)["cause"]
+    assert "core evaluation of layer_2_seed_0 left no result" in cause
+
+
+def test_garbage_from_an_edited_evaluation_is_not_recorded(
+    toy, tmp_path, own_cache, monkeypatch, capsys
+) -> None:
+    """Nor is a run complete that wrote no final_info.json."""
+    score = toy.sparse_probing
+
+    def garbage(*arguments):
+        found = score(*arguments)
+        for metrics in found.values() if not STAGE.prefix else ():
+            metrics["sae_top_5_test_accuracy"] = -1.0
+        return found
+
+    monkeypatch.setattr(toy, "sparse_probing", garbage)
+    assert run_command(toy, tmp_path / "run_1") == 1
+    cause = words(capsys.readouterr().err)["cause"]
+    assert cause.startswith("layer_0: sae_top_5_test_accuracy is -1.0, which can't be right")
+    assert not (tmp_path / "run_1" / "final_info.json").exists()
+    monkeypatch.setattr(toy, "write_records", lambda *_: None)
+    assert run_command(toy, tmp_path / "run_1") == 1
+    said = words(capsys.readouterr().err)
+    assert "the run ended, but there is no run_1/final_info.json" in said["cause"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_core_scalars_that_cannot_be(value: float) -> None:
+    with pytest.raises(ExperimentError, match="mse is .*, which can't be right"):
+        check_core("layer_2", {"l0": 4.0, "mse": value})
+    with pytest.raises(ExperimentError, match="L0 is 0, no feature is active"):
+        check_core("layer_2", {"l0": 0.0, "mse": 1.0})
