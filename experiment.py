@@ -50,7 +50,7 @@ from harness.startup import Run, launch
 from harness.store import cached_each
 from harness.text import TokenStream, documents
 from harness.training import ActivationCache, TrainingLog, run_side_by_side
-from sparse_ops import active_values, by_index_if_same, few_active, sum_of_rows
+from sparse_ops import Codes, preactivations, sparse_if_gradients_match
 
 # =============================================================================================
 # SETTINGS AND PLAN: edit these directly
@@ -232,8 +232,8 @@ PLAN: dict[str, dict[str, Any]] = {
 # THE METHOD: the SAE, its loss, its curriculum
 # =============================================================================================
 
-# The parameters that can be learned: name, θ, lower bound, width of the range.
-BOUNDED = {
+# The scalars that can be learned, low + width · σ(θ): name, θ, low, width.
+LEARNED_SCALARS = {
     "tau_sel": ("theta_1", 0.1, 0.4),
     "tau_pen": ("theta_2", 0.05, 0.2),
     "gamma": ("theta_3", 0.0, 0.3),
@@ -276,7 +276,7 @@ class CustomSAE(BaseSAE):
         self.k = k
         self.fixed = dict(fixed or {})
         self.norm_scaling_factor = norm_scaling_factor
-        for name, (theta, _, _) in BOUNDED.items():
+        for name, (theta, _, _) in LEARNED_SCALARS.items():
             zero = torch.zeros((), device=device, dtype=dtype)
             self.register_parameter(theta, None if name in self.fixed else nn.Parameter(zero))
         zero = torch.zeros((), device=device, dtype=dtype) if by_threshold else None
@@ -285,26 +285,26 @@ class CustomSAE(BaseSAE):
         self.cfg.activation_fn_str = "jumprelu" if by_threshold else "relu" if k is None else "topk"
         self.cfg.apply_b_dec_to_input = True
 
-    def bounded(self, name: str) -> Tensor:
-        """tau_sel, tau_pen or gamma: a scalar; differentiable in its θ unless it is fixed."""
+    def scalar(self, name: str) -> Tensor:
+        """tau_sel, tau_pen or gamma: differentiable in its θ unless it is fixed."""
         if name in self.fixed:
             return self.W_enc.new_tensor(self.fixed[name])
-        theta, low, width = BOUNDED[name]
+        theta, low, width = LEARNED_SCALARS[name]
         return low + width * torch.sigmoid(getattr(self, theta))
 
     def thetas(self) -> list[nn.Parameter]:
         """The learned θ."""
-        return [getattr(self, t) for n, (t, _, _) in BOUNDED.items() if n not in self.fixed]
+        names = [theta for name, (theta, *_) in LEARNED_SCALARS.items() if name not in self.fixed]
+        return [getattr(self, theta) for theta in names]
 
     def learned_scalars(self) -> dict[str, float | None]:
         """tau_sel, tau_pen, gamma, their w = γ τ_pen, and the θ (None where there is none)."""
-        values = {name: self.bounded(name).item() for name in BOUNDED}
-        thetas = {t: getattr(self, t) for t, _, _ in BOUNDED.values()}
-        return {
-            **values,
-            "w": values["gamma"] * values["tau_pen"],
-            **{name: None if theta is None else theta.item() for name, theta in thetas.items()},
-        }
+        record = {name: self.scalar(name).item() for name in LEARNED_SCALARS}
+        record["w"] = record["gamma"] * record["tau_pen"]
+        for theta, *_ in LEARNED_SCALARS.values():
+            parameter = getattr(self, theta)
+            record[theta] = None if parameter is None else parameter.item()
+        return record
 
     def weights(self) -> list[nn.Parameter]:
         """W_enc, W_dec, b_enc, b_dec."""
@@ -320,55 +320,36 @@ class CustomSAE(BaseSAE):
         self.b_enc.zero_()
         self.b_dec.copy_(mean_D)
 
-    def centred(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x − b_dec, (…, D), and what to add to its product with W_enc, (F,).
+    def preactivations(self, x: Tensor, sparse: bool = False) -> Codes:
+        """(x − b_dec) W_enc + b_enc, of all features of x (…, D).
 
-        b_dec gets its gradient through a term that is zero, a product with a vector where
-        (x − b_dec) W_enc would need one with a matrix. x gets none.
+        With `sparse`, of the active ones of x (B, D) alone, where they are few.
         """
-        shift_F = (self.b_dec.detach() - self.b_dec) @ self.W_enc.detach()
-        return x.to(self.W_enc.dtype) - self.b_dec.detach(), self.b_enc + shift_F
+        # Where nothing is penalised, what the threshold leaves out does not enter the loss.
+        above = self.threshold if self.fixed.get("gamma") == 0 else None
 
-    def preactivations(self, x: Tensor) -> Tensor:
-        """(…, D) -> (…, F): what the ReLU is applied to, (x − b_dec) W_enc + b_enc."""
-        centred, bias_F = self.centred(x)
-        return centred @ self.W_enc + bias_F
+        def active(pre_BF: Tensor) -> Tensor:
+            acts_BF = self.activation(pre_BF)
+            return acts_BF != 0 if above is None else acts_BF > above
+
+        return preactivations(x, self.W_enc, self.b_enc, self.b_dec, active if sparse else None)
+
+    def activation(self, pre: Tensor) -> Tensor:
+        """The feature of a preactivation: elementwise, rising, 0 at 0."""
+        return torch.relu(pre)
 
     def encode(self, x: Tensor) -> Tensor:
         """(…, D) -> (…, F): the features, of which the selected are kept."""
         pre = self.preactivations(x)
-        if self.threshold is not None:
-            return torch.where(pre > self.threshold, pre, 0.0)
-        if self.k is None:
-            return torch.relu(pre)
-        # In SAELens' order: bfloat16 has ties, which topk breaks otherwise among activations.
-        values, indices = pre.topk(self.k, dim=-1, sorted=False)
-        return torch.zeros_like(pre).scatter_(-1, indices, torch.relu(values))
+        if self.k is not None or self.threshold is not None:
+            # Before the activation, as SAELens: bfloat16 has ties, and zeros change who wins them.
+            pre = pre.only(select(pre, self.k, self.threshold))
+        return pre.map(self.activation).acts
 
-    def features(
-        self, x_BD: Tensor, by_index: bool, above: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """relu(preactivations): (B, F) and None, or the few that are active, by index.
-
-        By index: (B, M) values and (B, M) features, M the most that a token has active, and zeros
-        where it has fewer. The products that follow need only them then.
-
-        Args:
-            by_index: where few enough are active for that to be faster.
-            above: a number above 0; what isn't larger counts as not active.
-        """
-        pre_BF = self.preactivations(x_BD)
-        if by_index and (few := few_active(pre_BF, 0.0 if above is None else above)):
-            return active_values(pre_BF.detach(), few, *self.centred(x_BD), self.W_enc)
-        if above is None:
-            return torch.relu(pre_BF), None
-        return torch.where(pre_BF > above, pre_BF, 0.0), None
-
-    def decode(self, feature_acts: Tensor, indices: Tensor | None = None) -> Tensor:
-        """(…, F) -> (…, D), or (B, M) -> (B, D) of the features that (B, M) `indices` names."""
-        if indices is not None:
-            return sum_of_rows(feature_acts, indices, self.W_dec) + self.b_dec
-        return feature_acts @ self.W_dec + self.b_dec
+    def decode(self, feature_acts: Tensor | Codes) -> Tensor:
+        """(…, F) -> (…, D)."""
+        codes = feature_acts if isinstance(feature_acts, Codes) else Codes(feature_acts)
+        return codes.decode(self.W_dec) + self.b_dec
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, D) -> (…, D): the reconstruction."""
@@ -401,18 +382,13 @@ class CustomSAE(BaseSAE):
         return raw
 
 
-def select(f_BF: Tensor, k: int, threshold: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The k largest features of each row, and the rest: two tensors of f's shape that add to f.
+def select(f: Codes, k: int | None, threshold: Tensor | None = None) -> Tensor:
+    """S: the k largest features of each token, or those above a threshold.
 
-    With a threshold, what is above it, and the rest.
+    Returns:
+        places in each row of `f.acts`, or a mask of its shape.
     """
-    if threshold is not None:
-        return torch.where(f_BF > threshold, f_BF, 0.0), torch.where(f_BF > threshold, 0.0, f_BF)
-    if k >= f_BF.shape[-1]:
-        return f_BF, torch.zeros_like(f_BF)
-    values, indices = f_BF.topk(k, dim=-1, sorted=False)
-    selected = torch.zeros_like(f_BF).scatter_(-1, indices, values)
-    return selected, f_BF.scatter(-1, indices, 0.0)
+    return f.largest(k) if threshold is None else f.above(threshold)
 
 
 @dataclass
@@ -422,25 +398,10 @@ class Loss:
     total: Tensor
     reconstruction: Tensor
     penalty: Tensor  # γ L_pen
-    reg: Tensor
-    frequency: Tensor  # φ L_freq
-    used_BF: Tensor  # the features that reconstruct; (B, M) where they go by index
-    indices_BM: Tensor | None  # which features these are; None: all F in order
+    reg: Tensor  # L_reg
+    density: Tensor  # φ L_density
+    selected: Codes  # the features that reconstruct
     residual_BD: Tensor  # x − x̂
-
-    def fired(self, d_sae: int) -> Tensor:
-        """(F,) bool: the features that reconstruct some token."""
-        if self.indices_BM is None:
-            return self.used_BF.detach().amax(0) > 0
-        fired_F = torch.zeros(d_sae, dtype=torch.bool, device=self.used_BF.device)
-        fired_F[self.indices_BM[self.used_BF > 0]] = True
-        return fired_F
-
-    def counts(self, d_sae: int) -> Tensor:
-        """(F,): how many tokens each feature reconstructs; for dense features ten times `fired`."""
-        if self.indices_BM is None:
-            return (self.used_BF > 0).sum(0)
-        return torch.bincount(self.indices_BM[self.used_BF > 0], minlength=d_sae)
 
 
 def contrastive_loss(
@@ -449,54 +410,50 @@ def contrastive_loss(
     k: int | None,
     reg_lambda: float,
     loss_variant: str = "contrastive",
-    by_index: bool = False,
+    sparse: bool = False,
     cost_F: Tensor | None = None,
 ) -> Loss:
     """The loss on a batch of scaled activations (docs/method.md, The loss).
 
         L_pen = τ_pen · mean over tokens of Σ_{i ∉ S} tanh(f_i / τ_sel)
         L_reg = λ Σ over the learned θ of θ²
-        loss  = mean over tokens of ‖x − x̂‖² / D  +  γ L_pen  +  L_reg  [+  φ L_freq]
-        L_freq = mean over tokens of Σ_{i ∈ S} p_i f_i,  p_i the part of tokens that i reconstructs
+        loss  = mean over tokens of ‖x − x̂‖² / D  +  γ L_pen  +  L_reg  [+  φ L_density]
+        L_density = mean over tokens of Σ_{i ∈ S} p_i f_i,  p_i the part of tokens with i in S
 
     Args:
         x_BD: (B, D), with E‖x‖² = D.
         k: S is the k largest features, or those above the SAE's threshold, which alone reconstruct
             and are not penalised. None: no selection; every active feature reconstructs, all but
             the strongest are penalised.
-        loss_variant: "as_written" is the method as it was first written down, kept as an ablation: no
-            selection, tanh(f / τ_sel) averaged over tokens and features alike, and the
+        loss_variant: "as_written" is the method as it was first written down, kept as an ablation:
+            no selection, tanh(f / τ_sel) averaged over tokens and features alike, and the
             reconstruction loss is mean ‖x − x̂‖.
-        by_index: f_BF below is (B, M), see `CustomSAE.features`, where few features are active.
-            The same loss, faster; `Trainer.step` holds the one against the other.
-        cost_F: φ p, constants; None: no L_freq.
+        sparse: f holds the active features alone, where they are few (`Codes`): the same loss,
+            faster; `Trainer.step` holds the one against the other. `f.dense()` is always (B, F).
+        cost_F: φ p, constants; None: no L_density.
     """
-    tau_sel, tau_pen, gamma = (sae.bounded(name) for name in BOUNDED)
-    # Where nothing is penalised, features up to the threshold are of no use to the loss.
-    above = sae.threshold if sae.fixed.get("gamma") == 0 else None
-    f_BF, indices_BM = sae.features(x_BD, by_index, above)
+    tau_sel, tau_pen, gamma = (sae.scalar(name) for name in LEARNED_SCALARS)
+    f = sae.preactivations(x_BD, sparse).map(sae.activation)
     if loss_variant == "as_written":
-        used_BF, penalised_BF = f_BF, f_BF
+        selected, unselected = f, f
     elif k is None:
-        used_BF, penalised_BF = f_BF, select(f_BF, 1)[1]
+        selected, unselected = f, f.without(f.largest(1))
     else:
-        used_BF, penalised_BF = select(f_BF, k, sae.threshold)
-    residual_BD = x_BD - sae.decode(used_BF, indices_BM)
-    saturated_BF = torch.tanh(penalised_BF * (1 / tau_sel))  # / has a backward of twice the passes
+        selected, unselected = f.split(select(f, k, sae.threshold))
+    residual_BD = x_BD - sae.decode(selected)
+    # A division would have a backward of twice the passes.
+    saturated = unselected.map(lambda acts: torch.tanh(acts * (1 / tau_sel)))
+    penalty = gamma * tau_pen * saturated.sum_over_features().mean()
     if loss_variant == "as_written":
-        reconstruction = residual_BD.norm(dim=-1).mean()
-        penalty = gamma * tau_pen * saturated_BF.sum(-1).mean() / sae.cfg.d_sae
+        reconstruction, penalty = residual_BD.norm(dim=-1).mean(), penalty / sae.cfg.d_sae
     else:
         reconstruction = residual_BD.pow(2).mean()
-        penalty = gamma * tau_pen * saturated_BF.sum(-1).mean()
     reg = reg_lambda * sum((theta**2 for theta in sae.thetas()), torch.zeros_like(gamma))
-    frequency = torch.zeros_like(gamma)
+    density = torch.zeros_like(gamma)
     if cost_F is not None:
-        cost_BF = cost_F if indices_BM is None else cost_F[indices_BM]
-        frequency = (used_BF * cost_BF).sum(-1).mean()
-    total = reconstruction + penalty + reg + frequency
-    parts = reconstruction, penalty, reg, frequency
-    return Loss(total, *parts, used_BF, indices_BM, residual_BD)
+        density = selected.weighted(cost_F).sum_over_features().mean()
+    total = reconstruction + penalty + reg + density
+    return Loss(total, reconstruction, penalty, reg, density, selected, residual_BD)
 
 
 def curriculum_k(progress: float, k_start: int, k_min: int, fraction: float) -> int:
@@ -603,18 +560,18 @@ class Trainer:
         if sae.thetas():
             groups.append({"params": sae.thetas(), "lr": settings.theta_lr})
         self.optimizer = torch.optim.Adam(groups, fused=True)
-        self.steps_since_active = torch.zeros(
-            sae.cfg.d_sae, dtype=torch.int64, device=sae.W_enc.device
-        )
+        shape = dict(size=(sae.cfg.d_sae,), device=sae.W_enc.device)
+        self.n_forward_passes_since_fired = torch.zeros(**shape, dtype=torch.int64)
         # How often each feature fires, over the last 50 steps or so, where that has a cost.
-        self.frequency_F = torch.zeros(sae.cfg.d_sae, device=sae.W_enc.device)
+        self.firing_rate_F = torch.zeros(**shape)
         self.generator = torch.Generator().manual_seed(seed)
         self.threshold_started = False
-        self.by_index: bool | None = None  # whether features may go by index; None: not yet known
+        self.sparse: bool | None = None  # whether the loss may be sparse; None: not yet known
 
     def dead(self) -> Tensor:
         """(F,) bool: features that reconstructed nothing for `dead_feature_window` tokens."""
-        return self.steps_since_active * self.settings.batch >= self.settings.dead_feature_window
+        n_tokens_F = self.n_forward_passes_since_fired * self.settings.batch
+        return n_tokens_F >= self.settings.dead_feature_window
 
     def step(self, x_BD: Tensor, progress: float, log: bool) -> tuple[Tensor, dict | None]:
         """One step on raw activations (B, D); the loss, and the step's record if `log`."""
@@ -623,14 +580,15 @@ class Trainer:
         k = k_at(settings, progress)
         self.start_threshold(x_BD, k)
         weight = settings.density_penalty
-        cost_F = weight * self.frequency_F if weight else None
+        cost_F = weight * self.firing_rate_F if weight else None
 
-        def loss_by(by_index: bool) -> Loss:
+        def loss_of(sparse: bool) -> Loss:
             variant = settings.loss_variant
-            return contrastive_loss(sae, x_BD, k, settings.reg_lambda, variant, by_index, cost_F)
+            return contrastive_loss(sae, x_BD, k, settings.reg_lambda, variant, sparse, cost_F)
 
         with torch.autocast(x_BD.device.type, torch.bfloat16, enabled=self.autocast):
-            loss = by_index_if_same(self, loss_by, list(sae.parameters()))
+            parameters = list(sae.parameters())
+            loss, self.sparse = sparse_if_gradients_match(self.sparse, loss_of, parameters)
         self.optimizer.zero_grad()
         loss.total.backward()
         sae.remove_parallel_gradient()
@@ -640,10 +598,10 @@ class Trainer:
         self.optimizer.step()
         sae.normalize_decoder()
         self.move_threshold(loss, k)
-        fired_F = loss.fired(sae.cfg.d_sae)
-        self.steps_since_active = torch.where(fired_F, 0, self.steps_since_active + 1)
+        passes_F = self.n_forward_passes_since_fired + 1
+        self.n_forward_passes_since_fired = torch.where(loss.selected.fired(), 0, passes_F)
         if weight:
-            self.frequency_F.lerp_(loss.counts(sae.cfg.d_sae) / len(x_BD), 0.02)
+            self.firing_rate_F.lerp_(loss.selected.counts() / len(x_BD), 0.02)
         if settings.resample and progress < 1 - settings.lr_decay:
             self.resample(loss.residual_BD.detach())
         return loss.total.detach(), record
@@ -654,8 +612,8 @@ class Trainer:
         if self.sae.threshold is None or self.threshold_started:
             return
         self.threshold_started = True
-        pre_N = self.sae.preactivations(x_BD).flatten()
-        largest = pre_N.kthvalue(max(len(pre_N) - k * len(x_BD), 1)).values
+        acts_N = self.sae.preactivations(x_BD).map(self.sae.activation).acts.flatten()
+        largest = acts_N.kthvalue(max(len(acts_N) - k * len(x_BD), 1)).values
         self.sae.threshold.copy_(largest.clamp(min=1e-6))
 
     @torch.no_grad()
@@ -665,7 +623,7 @@ class Trainer:
         The threshold is the multiplier of the constraint L0 = k: it rises while L0 is too high.
         """
         if self.sae.threshold is not None:
-            l0 = (loss.used_BF > 0).sum() / len(loss.used_BF)
+            l0 = loss.selected.n_active().sum() / len(loss.residual_BD)
             excess = (l0 / k - 1).clamp(max=1.0)
             self.sae.threshold.mul_(torch.exp(self.settings.threshold_rate * excess))
 
@@ -699,7 +657,7 @@ class Trainer:
         ):  # fmt: skip
             for moment in ("exp_avg", "exp_avg_sq"):
                 self.optimizer.state[parameter][moment][index] = 0.0
-        self.steps_since_active[dead_N] = 0
+        self.n_forward_passes_since_fired[dead_N] = 0
 
     @torch.no_grad()
     def record(self, loss: Loss, x_BD: Tensor, k: int | None, lr: float) -> dict[str, Any]:
@@ -712,11 +670,11 @@ class Trainer:
             "loss_reconstruction": float(loss.reconstruction),
             "loss_penalty": float(loss.penalty),
             "loss_reg": float(loss.reg),
-            **({"loss_density": float(loss.frequency)} if self.settings.density_penalty else {}),
+            **({"loss_density": float(loss.density)} if self.settings.density_penalty else {}),
             **sae.learned_scalars(),
             "k_t": k,
             **({} if sae.threshold is None else {"threshold": float(sae.threshold)}),
-            "l0": float((loss.used_BF > 0).sum(-1).float().mean()),
+            "l0": float(loss.selected.n_active().float().mean()),
             "fvu": float(error / spread),
             "dead_fraction": float(self.dead().float().mean()),
             "lr": lr,
@@ -804,11 +762,11 @@ def constants(run: Run) -> dict[tuple[int, int], dict[str, float]]:
     With `constants_from_run`, all of them: that run's final values for the layer and seed.
     """
     settings = run.settings
-    given = {n: getattr(settings, n) for n in BOUNDED if getattr(settings, n) is not None}
+    given = {n: getattr(settings, n) for n in LEARNED_SCALARS if getattr(settings, n) is not None}
     keys = [(layer, seed) for layer in settings.layers for seed in settings.seeds]
     if settings.constants_from_run is None:
         return dict.fromkeys(keys, given)
-    return final_values(run.runs / settings.constants_from_run, keys, tuple(BOUNDED))
+    return final_values(run.runs / settings.constants_from_run, keys, tuple(LEARNED_SCALARS))
 
 
 @dataclass
@@ -1038,7 +996,7 @@ def layer_metrics(
                 row[f"untrained_{metric.removeprefix('sae_')}"] = value
         for metric in ("l0", "ce_loss_score", "fvu"):
             row[f"untrained_{metric}"] = evaluation["core"][twin][metric]
-        row |= {m: last[m] for m in (*BOUNDED, "w", "dead_fraction")}
+        row |= {m: last[m] for m in (*LEARNED_SCALARS, "w", "dead_fraction")}
         row |= {m: value for m, value in last.items() if m.startswith("loss")}
         row["training_tokens"] = training.log.n_steps * run.settings.batch
         row["n_seeds"] = len(run.settings.seeds)

@@ -1,19 +1,165 @@
-"""Products with codes of which almost all are zero: torch alone, a plain reference beside each."""
+"""Products with codes of which almost all are zero: torch and numpy, a plain form beside each.
+
+`Codes` are what an encoder makes of a batch, in one of two layouts: all features of each token, or
+the few that are active. What is written with its methods is right in both.
+"""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-FEW = 0.125
+# The sparse layout is taken where at most this part of the features is active: it is faster then.
+MAX_DENSITY = 0.125
 
 
-class Few(NamedTuple):
-    """The positive entries of a (B, F) matrix, in its order, and their places in a (B, M) one."""
+@dataclass(frozen=True)
+class Codes:
+    """Features of a batch of tokens: all F of each, or M of each and which features these are.
+
+    Dense layout: `acts` (…, F), `indices` None. Sparse layout: `acts` and `indices` (B, M), M the
+    most features that a token has active; a token with fewer has zeros at the end of its row,
+    whatever their index. So functions of single features have to leave zero at zero, and a mean
+    over M means nothing: for a term that needs each feature there is `dense()`.
+    """
+
+    acts: Tensor
+    indices: Tensor | None = None
+    n_features: int = 0  # F, in the sparse layout
+
+    def dense(self) -> Tensor:
+        """(…, F): all features."""
+        if self.indices is None:
+            return self.acts
+        all_BF = self.acts.new_zeros(len(self.acts), self.n_features)
+        return all_BF.scatter_add(-1, self.indices, self.acts)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Codes:
+        """An elementwise function of each feature that leaves zero at zero: relu, tanh."""
+        return replace(self, acts=function(self.acts))
+
+    def weighted(self, weight_F: Tensor) -> Codes:
+        """Each feature times its weight, (F,)."""
+        at = weight_F if self.indices is None else weight_F[self.indices]
+        return replace(self, acts=self.acts * at)
+
+    def largest(self, k: int) -> Tensor:
+        """(…, k) int64: the places of the k largest entries of each row of `acts`."""
+        n_places = self.acts.shape[-1]
+        return self.acts.detach().topk(min(k, n_places), dim=-1, sorted=False).indices
+
+    def above(self, threshold: Tensor | float) -> Tensor:
+        """Bool, of the shape of `acts`: the entries above a number."""
+        return self.acts.detach() > threshold
+
+    def only(self, chosen: Tensor) -> Codes:
+        """The chosen entries, and zeros in the place of the others: Σ_{i ∈ S}.
+
+        Args:
+            chosen: what `largest` or `above` return: places in each row, or a mask.
+        """
+        acts = self.acts
+        if chosen.dtype == torch.bool:
+            return replace(self, acts=torch.where(chosen, acts, 0.0))
+        values = acts.gather(-1, chosen)
+        return replace(self, acts=torch.zeros_like(acts).scatter(-1, chosen, values))
+
+    def without(self, chosen: Tensor) -> Codes:
+        """Zeros in the place of the chosen entries, and the others: Σ_{i ∉ S}."""
+        if chosen.dtype == torch.bool:
+            return replace(self, acts=torch.where(chosen, 0.0, self.acts))
+        return replace(self, acts=self.acts.scatter(-1, chosen, 0.0))
+
+    def split(self, chosen: Tensor) -> tuple[Codes, Codes]:
+        """`only` and `without`, faster: codes that add to these."""
+        first, second = _Split.apply(self.acts, chosen)
+        return replace(self, acts=first), replace(self, acts=second)
+
+    def sum_over_features(self) -> Tensor:
+        """(…,): a sum per token."""
+        return self.acts.sum(-1)
+
+    def n_active(self) -> Tensor:
+        """(…,) int64: how many features of each token are positive. Their mean is L0."""
+        return (self.acts > 0).sum(-1)
+
+    def fired(self) -> Tensor:
+        """(F,) bool: the features that are positive for some token of the batch."""
+        if self.indices is None:
+            return self.acts.detach().amax(0) > 0
+        fired_F = torch.zeros(self.n_features, dtype=torch.bool, device=self.acts.device)
+        fired_F[self.indices[self.acts > 0]] = True
+        return fired_F
+
+    def counts(self) -> Tensor:
+        """(F,) int64: for how many tokens each is positive; if dense, ten times as slow."""
+        if self.indices is None:
+            return (self.acts > 0).sum(0)
+        return torch.bincount(self.indices[self.acts > 0], minlength=self.n_features)
+
+    def decode(self, W_dec: Tensor) -> Tensor:
+        """(…, D): the sum of W_dec's rows (F, D), each times its feature."""
+        if self.indices is None:
+            return self.acts @ W_dec
+        return sparse_decode(self.acts, self.indices, W_dec)
+
+
+class _Split(torch.autograd.Function):
+    """`Codes.split`: a backward of one pass, where autograd's has four."""
+
+    @staticmethod
+    def forward(ctx: Any, acts: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(chosen)
+        codes = Codes(acts)
+        return codes.only(chosen).acts, codes.without(chosen).acts
+
+    @staticmethod
+    def backward(ctx: Any, first: Tensor, second: Tensor) -> tuple[Tensor, None]:
+        (chosen,) = ctx.saved_tensors
+        if chosen.dtype == torch.bool:
+            return torch.where(chosen, first, second), None
+        return second.scatter(-1, chosen, first.gather(-1, chosen)), None
+
+
+# ------------------------------------------------------------------------------------ encoding
+
+
+def preactivations(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor,
+    active: Callable[[Tensor], Tensor] | None = None,
+) -> Codes:
+    """(x − b_dec) W_enc + b_enc: of all features, or of the active ones alone where they are few.
+
+    b_dec gets its gradient through a term that is zero, a product with a vector where
+    (x − b_dec) W_enc would need one with a matrix. x gets none.
+
+    Args:
+        x: (…, D), or (B, D) with `active`. W_enc: (D, F).
+        active: from preactivations (B, F) to a mask of those that are wanted; None: all are.
+    """
+    shift_F = (b_dec.detach() - b_dec) @ W_enc.detach()
+    centred, bias_F = x.to(W_enc.dtype) - b_dec.detach(), b_enc + shift_F
+    pre = centred @ W_enc + bias_F
+    if active is not None and (nonzero := nonzero_codes(active(pre.detach()))):
+        return gather_active(pre.detach(), nonzero, centred, bias_F, W_enc)
+    return Codes(pre)
+
+
+def preactivations_reference(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> Tensor:
+    """What `preactivations` computes, in the dense layout."""
+    return (x - b_dec) @ W_enc + b_enc
+
+
+class Nonzero(NamedTuple):
+    """The N marked entries of a (B, F) matrix, in its order, and their places in a (B, M) one."""
 
     rows: Tensor
     columns: Tensor
@@ -21,138 +167,149 @@ class Few(NamedTuple):
     widest: int  # M, the most in a row
 
 
-def few_active(pre_BF: Tensor, above: float | Tensor = 0.0) -> Few | None:
-    """Where preactivations are above a number; None if there are many, or on a GPU (unmeasured)."""
-    import numpy as np
-    if pre_BF.device.type != "cpu":
+def nonzero_codes(active_BF: Tensor) -> Nonzero | None:
+    """Where a mask is true; None if it is in many places, or on a GPU (unmeasured)."""
+    if active_BF.device.type != "cpu":
         return None
-    n_rows, width = pre_BF.shape
-    active_BF = pre_BF.detach() > above
-    if active_BF.count_nonzero() > FEW * active_BF.numel():
+    mask_BF = active_BF.numpy()  # numpy counts and finds in a quarter of torch's time
+    if np.count_nonzero(mask_BF) > MAX_DENSITY * mask_BF.size:
         return None
-    flat = torch.from_numpy(np.flatnonzero(active_BF.numpy()))  # torch's nonzero takes 4 times it
+    n_rows, width = mask_BF.shape
+    flat = torch.from_numpy(np.flatnonzero(mask_BF))
     rows = flat // width
     counts_B = torch.bincount(rows, minlength=n_rows)
     places = torch.arange(len(rows)) - (counts_B.cumsum(0) - counts_B)[rows]
-    return Few(rows, flat - rows * width, places, max(int(counts_B.max()), 1))
+    return Nonzero(rows, flat - rows * width, places, max(int(counts_B.max()), 1))
 
 
-def active_values(
-    pre_BF: Tensor, few: Few, centred_BD: Tensor, bias_F: Tensor, W_enc: Tensor
-) -> tuple[Tensor, Tensor]:
-    """What `few` names of pre_BF = centred_BD @ W_enc + bias_F: (B, M) values, (B, M) columns.
+def gather_active(
+    pre_BF: Tensor, nonzero: Nonzero, centred_BD: Tensor, bias_F: Tensor, W_enc: Tensor
+) -> Codes:
+    """The entries that `nonzero` names of pre_BF = centred_BD @ W_enc + bias_F.
 
-    Rows with fewer than M end in zeros. Gradients of W_enc and bias_F are sums over these entries.
+    Gradients of W_enc and bias_F are sums over these entries; centred_BD gets none.
     """
-    shape, at = (len(pre_BF), few.widest), (few.rows, few.places)
-    columns_BM = torch.zeros(shape, dtype=torch.int64).index_put(at, few.columns)
-    values_BM = pre_BF.new_zeros(shape).index_put(at, pre_BF[few.rows, few.columns])
-    return gradients_by_index()[0].apply(values_BM, few, centred_BD, bias_F, W_enc), columns_BM
+    shape, at = (len(pre_BF), nonzero.widest), (nonzero.rows, nonzero.places)
+    indices = torch.zeros(shape, dtype=torch.int64).index_put(at, nonzero.columns)
+    acts = pre_BF.new_zeros(shape).index_put(at, pre_BF[nonzero.rows, nonzero.columns])
+    acts = _EncoderGradient.apply(acts, nonzero, centred_BD, bias_F, W_enc)
+    return Codes(acts, indices, len(bias_F))
 
 
-@functools.cache
-def gradients_by_index() -> tuple[type, type]:
-    """Two functions that return their first argument; what they are for is their backward pass."""
-    class OfEncoder(torch.autograd.Function):
-        """See `active_values`."""
+class _EncoderGradient(torch.autograd.Function):
+    """Returns its first argument; its backward is that of `gather_active`."""
 
-        @staticmethod
-        def forward(
-            ctx: Any, values_BM: Tensor, few: Few, centred_BD: Tensor, bias_F: Tensor, W_enc: Tensor
-        ) -> Tensor:
-            ctx.few, ctx.centred_BD, ctx.n_features = few, centred_BD, len(bias_F)
-            return values_BM.view_as(values_BM)
+    @staticmethod
+    def forward(
+        ctx: Any, acts: Tensor, nonzero: Nonzero, centred_BD: Tensor, bias_F: Tensor, W_enc: Tensor
+    ) -> Tensor:
+        ctx.nonzero, ctx.centred_BD, ctx.n_features = nonzero, centred_BD, len(bias_F)
+        return acts.view_as(acts)
 
-        @staticmethod
-        def backward(ctx: Any, grad_BM: Tensor) -> tuple[Tensor | None, ...]:
-            few, n_features = ctx.few, ctx.n_features
-            grad = grad_BM[few.rows, few.places]
-            sums_FD = weighted_sums(few.columns, grad, few.rows, ctx.centred_BD, n_features)
-            bias_F = torch.bincount(few.columns, weights=grad, minlength=n_features)
-            return None, None, None, bias_F.to(grad.dtype), sums_FD.T
-
-    class OfDecoder(torch.autograd.Function):
-        """See `sum_of_rows`."""
-
-        @staticmethod
-        def forward(
-            ctx: Any, out_BD: Tensor, indices: Tensor, values: Tensor, rows: Tensor, W_dec: Tensor
-        ) -> Tensor:
-            ctx.save_for_backward(indices, values, rows)
-            ctx.n_features = len(W_dec)
-            return out_BD.view_as(out_BD)
-
-        @staticmethod
-        def backward(ctx: Any, grad_BD: Tensor) -> tuple[Tensor | None, ...]:
-            indices, values, rows = ctx.saved_tensors
-            sums_FD = weighted_sums(indices, values, rows, grad_BD, ctx.n_features)
-            return grad_BD, None, None, None, sums_FD
-
-    return OfEncoder, OfDecoder
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        nonzero, n_features = ctx.nonzero, ctx.n_features
+        grad_N = grad[nonzero.rows, nonzero.places]
+        sums_FD = weighted_sums(nonzero.columns, grad_N, nonzero.rows, ctx.centred_BD, n_features)
+        bias_F = torch.bincount(nonzero.columns, weights=grad_N, minlength=n_features)
+        return None, None, None, bias_F.to(grad.dtype), sums_FD.T
 
 
-def weighted_sums(groups: Tensor, weights: Tensor, rows: Tensor, table: Tensor, n: int) -> Tensor:
-    """(n, D): by group, the sum of weight * table[row] over the entries that are in the group.
+# ------------------------------------------------------------------------------------ decoding
+
+
+def sparse_decode(acts: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
+    """(B, D): Σ_m acts[b, m] · W_dec[indices[b, m]], over the acts that are not zero.
 
     Args:
-        groups, weights, rows: (N,) each. table: (·, D).
+        acts, indices: (B, M). W_dec: (F, D).
     """
-    import numpy as np
+    nonzero = acts.detach() != 0
+    counts_B = nonzero.sum(1)
+    indices_N, acts_N = indices[nonzero], acts[nonzero]
+    out_BD = torch.nn.functional.embedding_bag(
+        indices_N, W_dec.detach(), counts_B.cumsum(0) - counts_B, mode="sum",
+        per_sample_weights=acts_N,
+    )  # fmt: skip
+    rows_N = torch.repeat_interleave(counts_B)
+    return _DecoderGradient.apply(out_BD, indices_N, acts_N.detach(), rows_N, W_dec)
+
+
+def sparse_decode_reference(acts: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
+    """What `sparse_decode` computes."""
+    return (acts[..., None] * W_dec[indices]).sum(1)
+
+
+class _DecoderGradient(torch.autograd.Function):
+    """Returns its first argument; gives W_dec its gradient, faster than embedding_bag's own."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, out_BD: Tensor, indices_N: Tensor, acts_N: Tensor, rows_N: Tensor, W_dec: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(indices_N, acts_N, rows_N)
+        ctx.n_features = len(W_dec)
+        return out_BD.view_as(out_BD)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BD: Tensor) -> tuple[Tensor | None, ...]:
+        indices_N, acts_N, rows_N = ctx.saved_tensors
+        sums_FD = weighted_sums(indices_N, acts_N, rows_N, grad_BD, ctx.n_features)
+        return grad_BD, None, None, None, sums_FD
+
+
+def weighted_sums(
+    groups_N: Tensor, weights_N: Tensor, rows_N: Tensor, table: Tensor, n_groups: int
+) -> Tensor:
+    """(n_groups, D): by group, the sum of weight · table[row] over the entries that are in it.
+
+    Args:
+        table: (·, D).
+    """
     # numpy's stable sort of 16-bit numbers is a radix sort, ten times as fast as torch's.
-    narrow = np.uint16 if n <= 2**16 else np.int32
-    order = torch.from_numpy(np.argsort(groups.numpy().astype(narrow), kind="stable"))
-    counts = torch.bincount(groups, minlength=n)
+    narrow = np.uint16 if n_groups <= 2**16 else np.int32
+    order_N = torch.from_numpy(np.argsort(groups_N.numpy().astype(narrow), kind="stable"))
+    counts = torch.bincount(groups_N, minlength=n_groups)
     return torch.nn.functional.embedding_bag(
-        rows[order], table, counts.cumsum(0) - counts, mode="sum",
-        per_sample_weights=weights[order],
+        rows_N[order_N], table, counts.cumsum(0) - counts, mode="sum",
+        per_sample_weights=weights_N[order_N],
     )  # fmt: skip
 
 
-def same_by_index(loss: Callable[[bool], Any], parameters: list[nn.Parameter]) -> bool:
-    """Whether a loss has the gradients with features by index that it has with all of them.
+# ------------------------------------------------------------------------- the check at run time
 
-    An edit may be written for all of them alone: a mean over features, say.
+
+def gradients_match(loss: Callable[[bool], Any], parameters: list[nn.Parameter]) -> bool:
+    """Whether a loss and its gradients are the same in both layouts.
+
+    An edit may be written for the dense layout alone: a mean over features, say.
 
     Args:
-        loss: by whether features go by index, what has the loss as its `total`.
+        loss: from whether the sparse layout may be taken to what has the loss as its `total`.
     """
-    def gradients(by_index: bool) -> list[Tensor]:
-        return torch.autograd.grad(loss(by_index).total, parameters, materialize_grads=True)
+    def total_and_gradients(sparse: bool) -> list[Tensor]:
+        total = loss(sparse).total
+        return [total, *torch.autograd.grad(total, parameters, materialize_grads=True)]
 
-    pairs = zip(gradients(True), gradients(False))
+    pairs = zip(total_and_gradients(True), total_and_gradients(False))
     return all(float((a - b).norm()) <= 1e-3 * float(b.norm()) + 1e-9 for a, b in pairs)
 
 
-def by_index_if_same(
-    trainer: Any, loss: Callable[[bool], Any], parameters: list[nn.Parameter]
-) -> Any:
-    """The loss with features by index, or with all of them where that has other gradients.
-
-    The first loss that goes by index decides; `trainer.by_index` says how: None, not yet known.
+def sparse_if_gradients_match(
+    allowed: bool | None, loss: Callable[[bool], Any], parameters: list[nn.Parameter]
+) -> tuple[Any, bool | None]:
+    """The loss, in the sparse layout if that has the gradients of the dense one, and `allowed`.
 
     Args:
-        loss: see `same_by_index`; its `indices_BM` is None where features don't go by index.
+        allowed: whether the sparse layout has been found right. None: not known; the first loss
+            that takes it decides.
+        loss: see `gradients_match`; its `selected` are `Codes`.
     """
-    found = loss(trainer.by_index is not False)
-    if found.indices_BM is not None and trainer.by_index is None:
+    found = loss(allowed is not False)
+    if found.selected.indices is not None and allowed is None:
         with torch.autocast(parameters[0].device.type, enabled=False):
-            trainer.by_index = same_by_index(loss, parameters)
-        if not trainer.by_index:
-            print("contrastive_loss has other gradients with features by index: all are used")
-            return loss(False)
-    return found
-
-
-def sum_of_rows(values_BM: Tensor, indices_BM: Tensor, W_dec: Tensor) -> Tensor:
-    """(B, D): Σ_m values[b, m] · W_dec[indices[b, m]], over the values that are not zero."""
-    used_BM = values_BM.detach() != 0
-    counts_B = used_BM.sum(1)
-    indices, values = indices_BM[used_BM], values_BM[used_BM]
-    out_BD = torch.nn.functional.embedding_bag(
-        indices, W_dec.detach(), counts_B.cumsum(0) - counts_B, mode="sum",
-        per_sample_weights=values,
-    )  # fmt: skip
-
-    # embedding_bag's own gradient of its rows is slower.
-    rows = torch.repeat_interleave(counts_B)
-    return gradients_by_index()[1].apply(out_BD, indices, values.detach(), rows, W_dec)
+            allowed = gradients_match(loss, parameters)
+        if not allowed:
+            print("contrastive_loss has other gradients in the sparse layout: the dense is used")
+            return loss(False), False
+    return found, allowed

@@ -309,7 +309,8 @@ def set_active(sae: experiment.CustomSAE, x_BD: Tensor, active: float) -> None:
         counts_F *= active * n_tokens / counts_F.sum()
         counts_F.clamp_(1, n_tokens // 2)
     at_F = counts_F.round().long().to(x_BD.device)
-    high_BF = sae.preactivations(x_BD * sae.norm_scaling_factor).sort(dim=0, descending=True).values
+    pre_BF = sae.preactivations(x_BD * sae.norm_scaling_factor).acts
+    high_BF = pre_BF.sort(dim=0, descending=True).values
     least_F, next_F = (high_BF.gather(0, at[None])[0] for at in (at_F - 1, at_F))
     sae.b_enc -= (least_F + next_F) / 2
 
@@ -328,9 +329,10 @@ def state_of(settings: Settings, x_NBD: Tensor, name: str) -> tuple[Tensor, Row]
     progress, active = phase(settings, name)
     if name != "start":
         set_active(sae, x_NBD[0], active)
-    f_BF = torch.relu(sae.preactivations(x_NBD[1] * sae.norm_scaling_factor))
+    f = sae.preactivations(x_NBD[1] * sae.norm_scaling_factor).map(sae.activation)
     k = experiment.k_at(settings, progress)
-    active_B, used_B = ((f > 0).sum(-1).float() for f in (f_BF, experiment.select(f_BF, k)[0]))
+    used = f.only(experiment.select(f, k))
+    active_B, used_B = (codes.n_active().float() for codes in (f, used))
     means = {"active": float(active_B.mean()), "its sd": float(active_B.std())}
     return sae.b_enc.clone(), means | {"k": k, "L0": float(used_B.mean())}
 

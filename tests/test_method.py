@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,15 @@ from torch import nn
 
 import experiment
 import sparse_ops
-from experiment import BOUNDED, CustomSAE, Settings, Trainer, contrastive_loss, curriculum_k
+from experiment import (
+    LEARNED_SCALARS,
+    CustomSAE,
+    Settings,
+    Trainer,
+    contrastive_loss,
+    curriculum_k,
+)
+from sparse_ops import Codes
 
 
 def make_sae(
@@ -38,6 +47,9 @@ def inputs(n=7, d_in=3, seed=5) -> torch.Tensor:
     return torch.randn(n, d_in, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+RAW = experiment.ActivationStats(torch.zeros(8), 1.0)  # as they are
+
+
 def sigmoid(theta: float) -> float:
     return 1 / (1 + math.exp(-theta))
 
@@ -47,7 +59,7 @@ def by_hand(sae: CustomSAE, x: torch.Tensor, k: int | None, lam: float, form: st
     W_enc, W_dec, b_enc, b_dec = (p.detach().numpy() for p in sae.weights())
     theta = {
         name: None if name in sae.fixed else getattr(sae, t).item()
-        for name, (t, _, _) in BOUNDED.items()
+        for name, (t, _, _) in LEARNED_SCALARS.items()
     }
     value = dict(sae.fixed)
     if theta["tau_sel"] is not None:
@@ -146,7 +158,7 @@ def test_bounds(theta) -> None:
     ranges = {"tau_sel": (0.1, 0.5), "tau_pen": (0.05, 0.25), "gamma": (0.0, 0.3)}
     start = {"tau_sel": 0.3, "tau_pen": 0.15, "gamma": 0.15}
     for name, (low, high) in ranges.items():
-        value = float(sae.bounded(name).detach())
+        value = float(sae.scalar(name).detach())
         assert low - 1e-6 <= value <= high + 1e-6
         if theta == 0.0:
             assert value == pytest.approx(start[name])
@@ -154,21 +166,21 @@ def test_bounds(theta) -> None:
 
 def test_selected_features_reconstruct_and_are_not_penalised() -> None:
     sae, x = make_sae(d_sae=8), inputs(n=20)
-    f = torch.relu(sae.preactivations(x)).detach().requires_grad_()
-    kept, rest = experiment.select(f, 3)
+    f = torch.relu(sae.preactivations(x).acts).detach()
+    kept, rest = (codes.acts for codes in Codes(f).split(experiment.select(Codes(f), 3)))
     assert torch.equal(kept + rest, f)
     top = f.argsort(dim=1, descending=True)[:, :3]
     chosen = torch.zeros_like(f, dtype=torch.bool).scatter(1, top, True)
     assert (kept[~chosen] == 0).all() and (rest[chosen] == 0).all()
 
     loss = contrastive_loss(sae, x, 3, 0.0)
-    assert torch.equal(loss.used_BF > 0, chosen & (f > 0))
+    assert torch.equal(loss.selected.acts > 0, chosen & (f > 0))
     # Penalty gradient on the pre-activations: none where selected, positive on the other active.
     bias = torch.zeros(20, 8, dtype=torch.float64, requires_grad=True)
     stock = sae.preactivations
-    sae.preactivations = lambda x: stock(x) + bias
+    sae.preactivations = lambda *args: stock(*args).map(lambda pre: pre + bias)
     (gradient,) = torch.autograd.grad(contrastive_loss(sae, x, 3, 0.0).penalty, bias)
-    active = f.detach() > 0
+    active = f > 0
     assert (gradient[chosen] == 0).all()
     assert (gradient[~chosen & active] > 0).all()
     (gradient,) = torch.autograd.grad(contrastive_loss(sae, x, 3, 0.0).reconstruction, bias)
@@ -196,7 +208,8 @@ def test_curriculum() -> None:
     assert experiment.k_at(default, 1.0) == default.k_min
     assert experiment.k_at(dataclasses.replace(default, curriculum=False), 0.0) is None
     # k_start never exceeds the number of features
-    assert experiment.k_at(dataclasses.replace(default, d_sae=20), 0.0) == 20
+    narrow = dataclasses.replace(default, d_sae=20, probe_ks=(1, 2, 5))
+    assert experiment.k_at(narrow, 0.0) == 20
 
 
 def test_learning_rate_rises_stays_and_falls_to_zero() -> None:
@@ -252,34 +265,33 @@ def test_folding_gives_raw_units(k, threshold) -> None:
     assert not torch.equal(raw.b_dec, sae.b_dec)  # the original is left as it was
 
 
-@pytest.mark.parametrize("by_index", [False, True])
+@pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("fixed", [{}, {"gamma": 0.0}])
-def test_what_is_above_the_threshold_reconstructs_and_is_not_penalised(fixed, by_index) -> None:
+def test_what_is_above_the_threshold_reconstructs_and_is_not_penalised(fixed, sparse) -> None:
     sae, x = make_sae(d_in=16, d_sae=300, fixed=fixed, threshold=0.3), inputs(n=60, d_in=16)
     few_active(sae, x, 6)
     f = torch.relu((x - sae.b_dec) @ sae.W_enc + sae.b_enc)
     used, rest = f * (f > 0.3), f * (f <= 0.3)
     assert torch.equal(sae.encode(x) > 0, used > 0) and 0 < (used > 0).sum() < (f > 0).sum()
     error = (x - used @ sae.W_dec - sae.b_dec).pow(2).mean()
-    weight = sae.bounded("gamma") * sae.bounded("tau_pen")
-    penalty = weight * torch.tanh(rest / sae.bounded("tau_sel")).sum(1).mean()
-    loss = contrastive_loss(sae, x, 4, 0.0, by_index=by_index)
+    weight = sae.scalar("gamma") * sae.scalar("tau_pen")
+    penalty = weight * torch.tanh(rest / sae.scalar("tau_sel")).sum(1).mean()
+    loss = contrastive_loss(sae, x, 4, 0.0, sparse=sparse)
     assert float(loss.penalty) == pytest.approx(float(penalty))
     for one, other in zip(
         torch.autograd.grad(loss.total, sae.weights()),
         torch.autograd.grad(error + penalty, sae.weights()),
     ):
         assert torch.allclose(one, other, rtol=1e-10, atol=1e-12)
-    if by_index:  # without a penalty the others aren't looked at
+    if sparse:  # without a penalty the others aren't looked at
         counted = used if fixed else f
-        assert loss.indices_BM.shape == (60, int((counted > 0).sum(1).max()))
+        assert loss.selected.indices.shape == (60, int((counted > 0).sum(1).max()))
 
 
 def unpenalised(settings: Settings) -> Trainer:
     """A run's own trainer, with gamma 0, for activations of 8 dimensions."""
-    (trainer,) = experiment.start_trainers(
-        settings, {0: (torch.zeros(8), 1.0)}, {(0, 0): {"gamma": 0.0}}, False
-    ).values()
+    run = SimpleNamespace(settings=settings, train_dtype="float32")
+    (trainer,) = experiment.new_trainers(run, {0: RAW}, {(0, 0): {"gamma": 0.0}}).values()
     return trainer
 
 
@@ -302,7 +314,7 @@ def test_threshold_keeps_l0_at_k() -> None:
 def few_active(sae: CustomSAE, x: torch.Tensor, n: int) -> None:
     """Lowers b_enc until n features per token are active in the mean."""
     with torch.no_grad():
-        pre = sae.preactivations(x)
+        pre = sae.preactivations(x).acts
         sae.b_enc -= pre.flatten().topk(n * len(x)).values[-1]
 
 
@@ -311,22 +323,23 @@ def few_active(sae: CustomSAE, x: torch.Tensor, n: int) -> None:
     "k, form", [(3, "contrastive"), (50, "contrastive"), (None, "contrastive"),
                 (None, "as_written")]
 )  # fmt: skip
-def test_features_by_index_give_the_same_loss_and_gradients(k, form, cost_F) -> None:
+def test_the_sparse_layout_gives_the_same_loss_and_gradients(k, form, cost_F) -> None:
     """The fast form against the plain one; some tokens have no active feature."""
     sae, x = make_sae(d_in=16, d_sae=300, k=k), inputs(n=60, d_in=16)
     few_active(sae, x, 6)
     results = []
-    for by_index in (True, False):
-        loss = contrastive_loss(sae, x, k, 0.01, form, by_index, cost_F)
+    for sparse in (True, False):
+        loss = contrastive_loss(sae, x, k, 0.01, form, sparse, cost_F)
         gradients = torch.autograd.grad(loss.total, list(sae.parameters()))
-        parts = loss.total, loss.reconstruction, loss.penalty, loss.reg, loss.frequency
-        counted = loss.fired(300), loss.counts(300)
+        parts = loss.total, loss.reconstruction, loss.penalty, loss.reg, loss.density
+        counted = loss.selected.fired(), loss.selected.counts(), loss.selected.n_active()
         results.append((loss, [*parts, loss.residual_BD, *gradients, *counted]))
-    assert results[1][0].indices_BM is None
-    f = torch.relu(sae.preactivations(x)).detach()
-    assert results[0][0].indices_BM.shape == (60, int((f > 0).sum(1).max()))
+    assert results[1][0].selected.indices is None
+    f = torch.relu(sae.preactivations(x).acts).detach()
+    assert results[0][0].selected.indices.shape == (60, int((f > 0).sum(1).max()))
     assert 0 in (f > 0).sum(1)
-    assert int((results[0][0].used_BF > 0).sum()) == int((results[1][0].used_BF > 0).sum())
+    used = [int((loss.selected.acts > 0).sum()) for loss, _ in results]
+    assert used[0] == used[1]
     for fast, plain in zip(results[0][1], results[1][1]):
         assert torch.allclose(fast, plain, rtol=1e-10, atol=1e-12)
 
@@ -336,11 +349,11 @@ def test_selected_features_cost_what_their_frequency_says() -> None:
     cost_F = torch.linspace(0, 1, 300).double()
     free, loss = (contrastive_loss(sae, x, 3, 0.01, cost_F=cost) for cost in (None, cost_F))
     cost = (sae.encode(x) * cost_F).sum(1).mean().detach()
-    assert float(loss.frequency.detach()) == pytest.approx(float(cost))
-    assert float(free.frequency) == 0.0
+    assert float(loss.density.detach()) == pytest.approx(float(cost))
+    assert float(free.density) == 0.0
     assert float(loss.total.detach()) == pytest.approx(float(free.total.detach() + cost))
-    assert torch.equal(loss.counts(300), (sae.encode(x) > 0).sum(0))
-    assert torch.equal(loss.fired(300), (sae.encode(x) > 0).any(0))
+    assert torch.equal(loss.selected.counts(), (sae.encode(x) > 0).sum(0))
+    assert torch.equal(loss.selected.fired(), (sae.encode(x) > 0).any(0))
 
 
 def test_where_frequency_costs_no_feature_fires_as_often() -> None:
@@ -358,32 +371,32 @@ def test_where_frequency_costs_no_feature_fires_as_often() -> None:
             trainer.step(often(64, seed=step), step / 400, log=False)
         frequency_F = (trainer.sae.encode(x) > 0).float().mean(0)
         assert float(frequency_F.sum()) == pytest.approx(4, rel=0.15)  # L0 is what it was
-        assert torch.allclose(trainer.frequency_F, frequency_F, atol=0.1)  # as training knows it
+        assert torch.allclose(trainer.firing_rate_F, frequency_F, atol=0.1)  # as training knows it
         highest.append(float(frequency_F.max()))
     assert highest[1] < 0.8 * highest[0]
 
 
-def test_features_go_by_index_only_where_few_are_active() -> None:
+def test_the_layout_is_sparse_only_where_few_features_are_active() -> None:
     sae, x = make_sae(d_in=16, d_sae=300), inputs(n=60, d_in=16)
-    assert contrastive_loss(sae, x, 3, 0.01, by_index=True).indices_BM is None
-    few_active(sae, x, round(300 * sparse_ops.FEW) - 1)
-    assert contrastive_loss(sae, x, 3, 0.01, by_index=True).indices_BM is not None
+    assert contrastive_loss(sae, x, 3, 0.01, sparse=True).selected.indices is None
+    few_active(sae, x, round(300 * sparse_ops.MAX_DENSITY) - 1)
+    assert contrastive_loss(sae, x, 3, 0.01, sparse=True).selected.indices is not None
     with torch.no_grad():
         sae.b_enc.fill_(-1e3)  # none at all
-    loss = contrastive_loss(sae, x, 3, 0.01, by_index=True)
-    assert float(loss.penalty) == 0.0 and not loss.fired(300).any()
+    loss = contrastive_loss(sae, x, 3, 0.01, sparse=True)
+    assert float(loss.penalty) == 0.0 and not loss.selected.fired().any()
     loss.total.backward()
     assert not sae.W_enc.grad.any()
 
 
-def test_training_by_index_is_training(monkeypatch) -> None:
+def test_training_in_the_sparse_layout_is_training(monkeypatch) -> None:
     """The same steps as with all features, but for rounding; and the same again, bit for bit."""
     found = []
     for few in (0.0, 0.5, 0.5):
-        monkeypatch.setattr(sparse_ops, "FEW", few)
+        monkeypatch.setattr(sparse_ops, "MAX_DENSITY", few)
         found.append(trained(small_settings(d_sae=64, lr_warmup=0.0, resample=False), steps=40))
     plain, fast, again = found
-    assert plain.by_index is None and fast.by_index
+    assert plain.sparse is None and fast.sparse
     assert torch.allclose(plain.sae.W_dec, fast.sae.W_dec, atol=1e-3)
     for one, other in zip(fast.sae.parameters(), again.sae.parameters()):
         assert torch.equal(one, other)
@@ -391,22 +404,25 @@ def test_training_by_index_is_training(monkeypatch) -> None:
 
 def test_a_loss_that_needs_all_features_gets_them(monkeypatch, capsys) -> None:
     """An edit that is right for all features alone, as a mean over them: noticed, and served."""
-    monkeypatch.setattr(sparse_ops, "FEW", 0.5)
+    monkeypatch.setattr(sparse_ops, "MAX_DENSITY", 0.5)
     stock = contrastive_loss
 
     def edited(*args):
         loss = stock(*args)
-        loss.total = loss.total + 0.1 * loss.used_BF.mean()
+        loss.total = loss.total + 0.1 * loss.selected.acts.mean()
         return loss
 
     monkeypatch.setattr(experiment, "contrastive_loss", edited)
     trainer = trained(small_settings(lr_warmup=0.0), steps=40)
-    assert trainer.by_index is False
-    assert "other gradients with features by index: all are used" in capsys.readouterr().out
+    assert trainer.sparse is False
+    assert "other gradients in the sparse layout: the dense is used" in capsys.readouterr().out
 
 
 def small_settings(**changes) -> Settings:
-    small = dict(d_sae=32, k_min=4, batch=64, training_tokens=64 * 60, dead_feature_window=64 * 5, lr=2e-3)
+    small = dict(
+        d_sae=32, k_min=4, batch=64, training_tokens=64 * 60, dead_feature_window=64 * 5, lr=2e-3,
+        layers=(0,), probe_ks=(1, 2, 5),
+    )  # fmt: skip
     return Settings(**small | changes)
 
 
@@ -419,7 +435,7 @@ def structured(n: int, seed: int = 0, d_in: int = 8, n_true: int = 24) -> torch.
 
 
 def trained(settings: Settings, steps: int = 60, fixed: dict | None = None) -> Trainer:
-    sae = experiment.new_sae(settings, 0, 0, torch.zeros(8), 1.0, fixed or {}, settings.k_min)
+    sae = experiment.new_sae(settings, 0, 0, RAW, fixed or {}, settings.k_min)
     trainer = Trainer(sae, settings, 0)
     for step in range(steps):
         trainer.step(structured(settings.batch, seed=step), step / steps, log=False)
@@ -465,7 +481,7 @@ def test_dead_features_are_counted_and_brought_back() -> None:
             trainer.step(structured(64, seed=step), 0.1, log=False)
         if not resample:
             assert trainer.dead()[:16].all()
-            assert (trainer.steps_since_active[:16] >= 20).all()
+            assert (trainer.n_forward_passes_since_fired[:16] >= 20).all()
         for step in range(30, 100):
             trainer.step(structured(64, seed=step), 0.1, log=False)
         assert torch.allclose(trainer.sae.W_dec.norm(dim=1), torch.ones(32), atol=1e-6)
@@ -475,25 +491,24 @@ def test_dead_features_are_counted_and_brought_back() -> None:
     assert left[True] <= 4
 
 
-@pytest.mark.parametrize("selection", ["token", "threshold"])
-def test_a_resampled_feature_of_a_threshold_has_the_bias_of_the_others(selection) -> None:
-    settings = small_settings(activation=selection)
-    sae = experiment.new_sae(
-        settings, 0, 0, torch.zeros(8), 1.0, {}, 4, by_threshold=selection == "threshold"
-    )
+@pytest.mark.parametrize("activation", ["topk", "jumprelu"])
+def test_a_resampled_feature_of_a_threshold_has_the_bias_of_the_others(activation) -> None:
+    settings = small_settings(activation=activation)
+    by_threshold = activation == "jumprelu"
+    sae = experiment.new_sae(settings, 0, 0, RAW, {}, 4, by_threshold)
     trainer = Trainer(sae, settings, 0)
     trainer.step(structured(64), 0.5, log=False)
     with torch.no_grad():
         sae.b_enc.copy_(torch.linspace(-3, -1, 32))
     expected_F = sae.b_enc.detach().clone()
-    trainer.steps_since_active[:8] = 1000
-    expected_F[:8] = expected_F[8:].mean() if selection == "threshold" else 0.0
+    trainer.n_forward_passes_since_fired[:8] = 1000
+    expected_F[:8] = expected_F[8:].mean() if by_threshold else 0.0
     before_F = sae.W_enc.norm(dim=0).mean()
     trainer.resample(structured(64, seed=1))
     assert torch.allclose(sae.b_enc, expected_F)
     assert torch.allclose(sae.W_enc[:, :8].norm(dim=0), before_F)
     assert not trainer.dead().any()
-    trainer.steps_since_active[:] = 1000  # none is left to be like
+    trainer.n_forward_passes_since_fired[:] = 1000  # none is left to be like
     trainer.resample(structured(64, seed=2))
     assert not sae.b_enc.any()
 
@@ -503,7 +518,7 @@ def test_bfloat16_products_leave_float32_weights_and_nearly_the_same_training() 
     grads = {}
     for autocast in (False, True):
         settings = small_settings()
-        sae = experiment.new_sae(settings, 0, 0, torch.zeros(8), 1.0, {}, settings.k_min)
+        sae = experiment.new_sae(settings, 0, 0, RAW, {}, settings.k_min)
         trainer = Trainer(sae, settings, 0, autocast)
         trainer.step(structured(64), 0.5, log=False)
         grads[autocast] = torch.cat([p.grad.flatten() for p in sae.weights()])
