@@ -10,26 +10,16 @@ B is tokens or batch, L sequence, D model dimension, F features, K selected feat
 from __future__ import annotations
 
 import copy
-import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import harness.start  # isort: skip (first: it reads the code that runs) # noqa: F401
 
 import torch
-from pydantic import (
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    model_validator,
-)
-from pydantic.dataclasses import dataclass as checked_dataclass
+from pydantic import Field
 from sae_bench.custom_saes.base_sae import BaseSAE
 from torch import Tensor, nn
 
@@ -45,21 +35,19 @@ from harness.evaluation.core import (
 )
 from harness.evaluation.probing import probe_data_set, probe_rng_states, save_probing
 from harness.machine import in_order, retain_memory_for_steps, trim_memory
-from harness.records import check_results, check_trained, final_values, write_records
+from harness.records import check_results, check_trained, constants, write_records
+from harness.settings import Count, Index, NotNegative, Part, Positive, checked, must_hold
 from harness.startup import Run, launch
 from harness.store import cached_each
 from harness.text import TokenStream, documents
-from harness.training import ActivationCache, TrainingLog, run_side_by_side
+from harness.training import ActivationCache, ActivationStats, TrainingLog, run_side_by_side
 from sparse_ops import Codes, preactivations, sparse_if_gradients_match
 
 # =============================================================================================
 # SETTINGS AND PLAN: edit these directly
 # =============================================================================================
 
-Part = Annotated[float, Field(ge=0, le=1)]  # of training
-
-
-@checked_dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))
+@checked
 class Settings:
     """Everything a run depends on, each with what it can be. `PROFILES` and `PLAN` override it."""
 
@@ -69,84 +57,74 @@ class Settings:
     model: str = "tinylm"  # a Hugging Face name or folder; "tinylm": the built-in model
     lm_dtype: Literal["float32", "bfloat16"] = "float32"  # of the language model in evaluation
     train_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of training's matrix products
-    layers: tuple[NonNegativeInt, ...] = (1, 2, 4)  # SAEs read blocks.L.hook_resid_post
+    layers: tuple[Index, ...] = (1, 2, 4)  # SAEs read blocks.L.hook_resid_post
     context: Annotated[int, Field(ge=2)] = 128  # tokens per context, BOS first
     training_text: str = "tinylm"  # a data set with a "text" column; "tinylm": its corpus
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     # The SAE and its loss (docs/method.md, The loss).
-    d_sae: PositiveInt = 1024  # F, the number of features
+    d_sae: Count = 1024  # F, the number of features
     loss_variant: Literal["contrastive", "as_written"] = "contrastive"  # or as first written down
-    tau_sel: PositiveFloat | None = None  # selection temperature; None: learned in (0.1, 0.5)
-    tau_pen: PositiveFloat | None = None  # penalty temperature; None: learned in (0.05, 0.25)
-    gamma: NonNegativeFloat | None = None  # loss weight; None: learned in (0, 0.3)
+    tau_sel: Positive | None = None  # selection temperature; None: learned in (0.1, 0.5)
+    tau_pen: Positive | None = None  # penalty temperature; None: learned in (0.05, 0.25)
+    gamma: NotNegative | None = None  # loss weight; None: learned in (0, 0.3)
     constants_from_run: str | None = None  # fix all three at this run's final values, by layer
-    reg_lambda: NonNegativeFloat = 0.01  # λ of L_reg, on the learned θ
+    reg_lambda: NotNegative = 0.01  # λ of L_reg, on the learned θ
     activation: Literal["topk", "jumprelu"] = "topk"  # of each token; above a threshold, k in mean
     threshold_rate: Annotated[float, Field(gt=0, le=1)] = 0.05  # by which it follows k, per step
-    density_penalty: NonNegativeFloat = 0.0  # φ: selected features cost as often as they fire
+    density_penalty: NotNegative = 0.0  # φ: selected features cost as often as they fire
     curriculum: bool = True  # False: no selection, all active features reconstruct (k_min = 1)
-    k_min: PositiveInt = 16  # features selected per token at the end of the curriculum
-    k_start_factor: PositiveFloat = 2.0  # the curriculum starts at k_start = k_start_factor · k_min
+    k_min: Count = 16  # features selected per token at the end of the curriculum
+    k_start_factor: Positive = 2.0  # the curriculum starts at k_start = k_start_factor · k_min
     curriculum_fraction: Part = 0.1  # part of training after which k_t = k_min
 
     # Training.
-    seeds: tuple[NonNegativeInt, ...] = (0,)  # each sets initialization and the order of the tokens
-    training_tokens: PositiveInt = 1_200_000
-    budget_minutes: PositiveFloat | None = None  # training is shortened once to what fits into it
-    batch: PositiveInt = 512  # tokens per step
-    lr: PositiveFloat = 1.5e-3  # Adam's learning rate for weights and biases
+    seeds: tuple[Index, ...] = (0,)  # each sets initialization and the order of the tokens
+    training_tokens: Count = 1_200_000
+    budget_minutes: Positive | None = None  # training is shortened once to what fits into it
+    batch: Count = 512  # tokens per step
+    lr: Positive = 1.5e-3  # Adam's learning rate for weights and biases
     lr_warmup: Part = 0.2  # part of training over which it rises from 0, while θ settles
     lr_decay: Part = 0.2  # part of training, at the end, over which it falls to 0
-    theta_lr: PositiveFloat = 1e-2  # Adam's learning rate for θ: no warm-up, no decay
-    dead_feature_window: PositiveInt = 10_000  # tokens without firing that make a feature dead
+    theta_lr: Positive = 1e-2  # Adam's learning rate for θ: no warm-up, no decay
+    dead_feature_window: Count = 10_000  # tokens without firing that make a feature dead
     resample: bool = True  # bring dead features back, until the learning rate decays
-    buffer_tokens: PositiveInt = 262_144  # activations per layer held, and shuffled, at once
-    harvest_contexts: PositiveInt = 16  # contexts per forward pass of the language model
-    log_every: PositiveInt = 20  # steps between lines of train_log.jsonl
+    buffer_tokens: Count = 262_144  # activations per layer held, and shuffled, at once
+    harvest_contexts: Count = 16  # contexts per forward pass of the language model
+    log_every: Count = 20  # steps between lines of train_log.jsonl
 
     # Evaluation, by SAE-Bench.
     core_text: str = "tinylm"  # a data set with a "text" column; "tinylm": its held-out text
-    core_prompts: PositiveInt = 16  # contexts per batch
-    core_reconstruction_batches: PositiveInt = 10
-    core_sparsity_batches: PositiveInt = 40
+    core_prompts: Count = 16  # contexts per batch
+    core_reconstruction_batches: Count = 10
+    core_sparsity_batches: Count = 40
     probe_sets: tuple[str, ...] = ("tinylm/B",)  # data sets; "tinylm/A": for choosing, B: to report
     probe_train: Annotated[int, Field(ge=4)] = 300  # SAE-Bench's probe_train_set_size
     probe_test: Annotated[int, Field(ge=4)] = 200  # half of it, as of probe_train, per class
-    probe_ks: tuple[PositiveInt, ...] = (1, 2, 5, 10, 20, 50)
-    probe_llm_batch: PositiveInt = 32
-    probe_sae_batch: PositiveInt = 125
-    probe_seed: NonNegativeInt = 42
+    probe_ks: tuple[Count, ...] = (1, 2, 5, 10, 20, 50)
+    probe_llm_batch: Count = 32
+    probe_sae_batch: Count = 125
+    probe_seed: Index = 42
     compare_to: str = "run_1"  # the run that the verdict compares this one to
 
-    @model_validator(mode="after")
-    def fields_fit_each_other(self) -> Settings:
+    def __post_init__(self) -> None:
         """What a field's own type can't say."""
         selects = self.curriculum and self.loss_variant == "contrastive"
-        tasks = [name for name in self.probe_sets if name.startswith("tinylm/")]
-        rules = {
-            "layers": (0 < len(self.layers) == len(set(self.layers)), "one or more, all different"),
-            "seeds": (0 < len(self.seeds) == len(set(self.seeds)), "one or more, all different"),
+        tasks = {name[:8] for name in self.probe_sets if name.startswith("tinylm/")}
+        batch, different = f"at least batch = {self.batch}", "one or more, all different"
+        must_hold(self, {
+            "layers": (0 < len(self.layers) == len(set(self.layers)), different),
+            "seeds": (0 < len(self.seeds) == len(set(self.seeds)), different),
             "k_min": (self.k_min <= self.d_sae, f"at most d_sae = {self.d_sae}"),
-            "training_tokens": (self.training_tokens >= self.batch, "at least one batch"),
-            "buffer_tokens": (self.buffer_tokens >= self.batch, "at least one batch"),
-            "activation": (
-                selects or self.activation == "topk",
-                "'topk' where nothing is selected (no curriculum, or loss_variant 'as_written')",
-            ),
-            "probe_sets": (
-                self.probe_sets and {*tasks} <= {"tinylm/A", "tinylm/B"},
-                "one or more data sets; of tinylm, 'tinylm/A' or 'tinylm/B'",
-            ),
-            "probe_ks": (
-                {1, 2, 5} <= {*self.probe_ks} and max(self.probe_ks) <= self.d_sae,
-                "at most d_sae, with 1, 2 and 5 among them",
-            ),
-        }
-        for field, (holds, allowed) in rules.items():
-            if not holds:
-                raise ValueError(f"{field} must be {allowed}, but is {getattr(self, field)!r}")
-        return self
+            "training_tokens": (self.training_tokens >= self.batch, batch),
+            "buffer_tokens": (self.buffer_tokens >= self.batch, batch),
+            "activation": (selects or self.activation == "topk",
+                           "'topk' where nothing is selected (curriculum, loss_variant)"),
+            "probe_sets": (self.probe_sets and tasks <= {"tinylm/A", "tinylm/B"},
+                           "one or more data sets; of tinylm, 'tinylm/A' or 'tinylm/B'"),
+            "probe_ks": ({1, 2, 5} <= {*self.probe_ks} and max(self.probe_ks) <= self.d_sae,
+                         f"at most d_sae = {self.d_sae}, with 1, 2 and 5 among them"),
+        })  # fmt: skip
 
 
 PROFILES: dict[str, dict[str, Any]] = {
@@ -157,34 +135,21 @@ PROFILES: dict[str, dict[str, Any]] = {
         layers=(5, 12, 19),
         training_text="monology/pile-uncopyrighted",
         d_sae=2304,  # 16384 is the next step up
-        k_min=64,
-        k_start_factor=4.0,
-        curriculum_fraction=0.3,
-        training_tokens=50_000_000,
-        budget_minutes=110.0,
-        batch=2048,
-        lr=3e-4,
-        lr_warmup=0.02,
-        dead_feature_window=2_500_000,
-        harvest_contexts=64,
-        log_every=100,
+        k_min=64, k_start_factor=4.0, curriculum_fraction=0.3,
+        training_tokens=50_000_000, budget_minutes=110.0,
+        batch=2048, lr=3e-4, lr_warmup=0.02, dead_feature_window=2_500_000,
+        harvest_contexts=64, log_every=100,
         core_text="Skylion007/openwebtext",
-        core_reconstruction_batches=200,
-        core_sparsity_batches=2000,
+        core_reconstruction_batches=200, core_sparsity_batches=2000,
         probe_sets=(
-            "LabHC/bias_in_bios_class_set1",
-            "LabHC/bias_in_bios_class_set2",
-            "LabHC/bias_in_bios_class_set3",
+            *(f"LabHC/bias_in_bios_class_set{n}" for n in (1, 2, 3)),
             "canrager/amazon_reviews_mcauley_1and5",
             "canrager/amazon_reviews_mcauley_1and5_sentiment",
-            "codeparrot/github-code",
-            "fancyzhx/ag_news",
-            "Helsinki-NLP/europarl",
+            "codeparrot/github-code", "fancyzhx/ag_news", "Helsinki-NLP/europarl",
         ),
-        probe_train=4000,
-        probe_test=1000,
+        probe_train=4000, probe_test=1000,
     ),
-}
+}  # fmt: skip
 
 THREE, FIVE = (0, 1, 2), (0, 1, 2, 3, 4)  # seeds
 
@@ -195,38 +160,20 @@ PLAN: dict[str, dict[str, Any]] = {
     "run_3": dict(description="fixed loss weight", gamma=0.15, seeds=FIVE),
     "run_4": dict(description="stronger regularization", reg_lambda=0.1, seeds=THREE),
     "run_5": dict(description="no curriculum", curriculum=False, seeds=THREE),
-    "run_6": dict(
-        description="full ablation",
-        tau_sel=0.3,
-        tau_pen=0.1,
-        gamma=0.15,
-        curriculum=False,
-        seeds=FIVE,
-    ),
-    "run_7": dict(
-        description="the loss as first written", loss_variant="as_written", curriculum=False, seeds=THREE
-    ),
-    "run_8": dict(
-        description="adaptation of the selection alone", tau_pen=0.15, gamma=0.15, seeds=THREE
-    ),
-    "run_9": dict(
-        description="adaptation against its end point", constants_from_run="run_1", seeds=FIVE
-    ),
+    "run_6": dict(description="full ablation", tau_sel=0.3, tau_pen=0.1, gamma=0.15,
+                  curriculum=False, seeds=FIVE),
+    "run_7": dict(description="the loss as first written", loss_variant="as_written",
+                  curriculum=False, seeds=THREE),
+    "run_8": dict(description="adaptation of the selection alone", tau_pen=0.15, gamma=0.15,
+                  seeds=THREE),
+    "run_9": dict(description="adaptation against its end point", constants_from_run="run_1",
+                  seeds=FIVE),
     # lr, lr_warmup, dead_feature_window and φ were found on tinylm; elsewhere they are a guess.
-    "run_10": dict(
-        description="best form found: threshold, cost by frequency",
-        activation="jumprelu",
-        tau_sel=0.3,
-        tau_pen=0.15,
-        gamma=0.0,
-        density_penalty=0.01,
-        k_start_factor=1.0,
-        lr=6e-3,
-        lr_warmup=0.05,
-        dead_feature_window=30_000,
-        seeds=FIVE,
-    ),
-}
+    "run_10": dict(description="best form found: threshold, cost by frequency",
+                   activation="jumprelu", tau_sel=0.3, tau_pen=0.15, gamma=0.0,
+                   density_penalty=0.01, k_start_factor=1.0, lr=6e-3, lr_warmup=0.05,
+                   dead_feature_window=30_000, seeds=FIVE),
+}  # fmt: skip
 
 # =============================================================================================
 # THE METHOD: the SAE, its loss, its curriculum
@@ -543,6 +490,10 @@ class ActivationBuffer:
 # =============================================================================================
 
 
+Key = tuple[int, int]  # layer and seed
+sae_name = "layer_{}_seed_{}".format  # of layer and seed: what an SAE is called in results
+
+
 class Trainer:
     """One SAE and what its training needs: Adam with a group for θ, and the count of dead features.
 
@@ -552,9 +503,7 @@ class Trainer:
         autocast: matrix products in bfloat16.
     """
 
-    def __init__(
-        self, sae: CustomSAE, settings: Settings, seed: int, autocast: bool = False
-    ) -> None:
+    def __init__(self, sae: CustomSAE, settings: Settings, seed: int, autocast: bool = False):
         self.sae, self.settings, self.autocast = sae, settings, autocast
         groups = [{"params": sae.weights(), "lr": settings.lr}]
         if sae.thetas():
@@ -662,20 +611,17 @@ class Trainer:
     @torch.no_grad()
     def record(self, loss: Loss, x_BD: Tensor, k: int | None, lr: float) -> dict[str, Any]:
         """What train_log.jsonl says of this batch, before its step."""
-        sae = self.sae
-        error = loss.residual_BD.pow(2).sum()
-        spread = (x_BD - x_BD.mean(0)).pow(2).sum()
+        parts = ["reconstruction", "penalty", "reg"]
+        parts += ["density"] if self.settings.density_penalty else []
+        threshold, variance = self.sae.threshold, (x_BD - x_BD.mean(0)).pow(2).sum()
         return {
             "loss": float(loss.total),
-            "loss_reconstruction": float(loss.reconstruction),
-            "loss_penalty": float(loss.penalty),
-            "loss_reg": float(loss.reg),
-            **({"loss_density": float(loss.density)} if self.settings.density_penalty else {}),
-            **sae.learned_scalars(),
+            **{f"loss_{part}": float(getattr(loss, part)) for part in parts},
+            **self.sae.learned_scalars(),
             "k_t": k,
-            **({} if sae.threshold is None else {"threshold": float(sae.threshold)}),
+            **({} if threshold is None else {"threshold": float(threshold)}),
             "l0": float(loss.selected.n_active().float().mean()),
-            "fvu": float(error / spread),
+            "fvu": float(loss.residual_BD.pow(2).sum() / variance),
             "dead_fraction": float(self.dead().float().mean()),
             "lr": lr,
         }
@@ -689,40 +635,10 @@ def k_at(settings: Settings, progress: float) -> int | None:
     return curriculum_k(progress, k_start, settings.k_min, settings.curriculum_fraction)
 
 
-def sae_name(layer: int, seed: int) -> str:
-    """What an SAE is called in files of results."""
-    return f"layer_{layer}_seed_{seed}"
-
-
-class ActivationStats(NamedTuple):
-    """What the SAEs of a layer are centred and scaled by."""
-
-    mean_D: Tensor  # of the first activations, in raw units
-    norm_scaling_factor: float  # s with E‖s x‖² = D
-
-
-def activation_stats(settings: Settings, acts_LND: Tensor) -> dict[int, ActivationStats]:
-    """By layer, the mean and the scale of activations."""
-    stats = {}
-    for layer, acts_ND in zip(settings.layers, acts_LND):
-        total_D, squares = torch.zeros_like(acts_ND[0], dtype=torch.float64), 0.0
-        for part_ND in acts_ND.split(8192):  # float64 in parts: all of it would take gigabytes
-            total_D += part_ND.double().sum(0)
-            squares += float(part_ND.double().pow(2).sum())
-        factor = math.sqrt(acts_ND.numel() / squares)
-        stats[layer] = ActivationStats((total_D / len(acts_ND)).float(), factor)
-    return stats
-
-
 def new_sae(
-    settings: Settings,
-    layer: int,
-    seed: int,
-    stats: ActivationStats,
-    fixed: dict[str, float],
-    k: int | None,
-    by_threshold: bool = False,
-) -> CustomSAE:
+    settings: Settings, layer: int, seed: int, stats: ActivationStats, fixed: dict[str, float],
+    k: int | None, by_threshold: bool = False,
+) -> CustomSAE:  # fmt: skip
     """An initialized SAE for a layer's activations, on their device.
 
     Args:
@@ -740,48 +656,29 @@ def new_sae(
 
 
 def new_trainers(
-    run: Run, stats: dict[int, ActivationStats], fixed: dict[tuple[int, int], dict[str, float]]
-) -> dict[tuple[int, int], Trainer]:
+    run: Run, stats: dict[int, ActivationStats], fixed: dict[Key, dict[str, float]]
+) -> dict[Key, Trainer]:
     """A trainer per layer and seed. See `activation_stats`, `constants` and `Trainer`."""
-    settings = run.settings
-    k = k_at(settings, progress=1.0)
-    by_threshold = k is not None and settings.activation == "jumprelu"
-    autocast = run.train_dtype == "bfloat16"
+    s, k = run.settings, k_at(run.settings, progress=1.0)
+    by_threshold = k is not None and s.activation == "jumprelu"
     trainers = {}
-    for layer in settings.layers:
-        for seed in settings.seeds:
-            given = settings, layer, seed, stats[layer], fixed[layer, seed]
-            sae = new_sae(*given, k, by_threshold)
-            trainers[layer, seed] = Trainer(sae, settings, seed, autocast)
+    for (layer, seed), values in fixed.items():
+        sae = new_sae(s, layer, seed, stats[layer], values, k, by_threshold)
+        trainers[layer, seed] = Trainer(sae, s, seed, run.train_dtype == "bfloat16")
     return trainers
-
-
-def constants(run: Run) -> dict[tuple[int, int], dict[str, float]]:
-    """By layer and seed: which of tau_sel, tau_pen and gamma are constants, and their values.
-
-    With `constants_from_run`, all of them: that run's final values for the layer and seed.
-    """
-    settings = run.settings
-    given = {n: getattr(settings, n) for n in LEARNED_SCALARS if getattr(settings, n) is not None}
-    keys = [(layer, seed) for layer in settings.layers for seed in settings.seeds]
-    if settings.constants_from_run is None:
-        return dict.fromkeys(keys, given)
-    return final_values(run.runs / settings.constants_from_run, keys, tuple(LEARNED_SCALARS))
 
 
 @dataclass
 class Training:
     """What training leaves. Keys are (layer, seed), or the layer alone."""
 
-    saes: dict[tuple[int, int], CustomSAE]
+    saes: dict[Key, CustomSAE]
     stats: dict[int, ActivationStats]
     log: TrainingLog
 
 
 def train(
-    run: Run,
-    buffer: ActivationBuffer,
-    start: Callable[..., dict[tuple[int, int], Any]] = new_trainers,
+    run: Run, buffer: ActivationBuffer, start: Callable[..., dict[Key, Any]] = new_trainers
 ) -> Training:
     """Trains an SAE per layer and seed, all on the same text and the same forward passes.
 
@@ -792,72 +689,61 @@ def train(
     Args:
         start: makes the trainers; bench/quality.py has other projects' trained on the same tokens.
     """
-    s, device = run.settings, buffer.lm.hf.device
+    s, device, fixed = run.settings, buffer.lm.hf.device, constants(run, tuple(LEARNED_SCALARS))
     torch.manual_seed(0)  # for what an edit may draw without a generator of its own
     shuffles = {seed: torch.Generator().manual_seed(seed) for seed in s.seeds}
     stats: dict[int, ActivationStats] = {}
-    trainers: dict[tuple[int, int], Trainer] = {}
-    fixed = constants(run)
-    with run.checkpoints(train, start, type(buffer), constants=fixed) as checkpoints:
-        saved = checkpoints.load()
-        with TrainingLog(s, run.out_dir / "train_log.jsonl", saved and saved["log"]) as log:
-            if saved:
-                stats = {
-                    layer: ActivationStats(mean_D.to(device), factor)
-                    for layer, (mean_D, factor) in saved["stats"].items()
+    trainers: dict[Key, Trainer] = {}
+    checkpoints = run.checkpoints(train, start, type(buffer), constants=fixed)
+    saved = checkpoints.load() or {}
+    with checkpoints, TrainingLog(s, run.out_dir / "train_log.jsonl", saved.get("log")) as log:
+        if saved:
+            stats = {at: ActivationStats(m.to(device), f) for at, (m, f) in saved["stats"].items()}
+            trainers = start(run, stats, fixed)
+            for key, trainer in trainers.items():
+                restore(trainer, saved["trainers"][key])
+            for seed, generator in shuffles.items():
+                generator.set_state(saved["shuffles"][seed])
+            buffer.load_state_dict(saved["buffer"])
+        while steps := log.next_steps():
+            with log.timing("seconds_harvest"):
+                acts_LND = None  # not two fillings at once
+                trim_memory()
+                acts_LND = buffer.next_tokens(len(steps) * s.batch, log.progress.advance)
+            with log.timing("seconds_training"):
+                if not trainers:
+                    stats = {at: ActivationStats.of(a_ND) for at, a_ND in zip(s.layers, acts_LND)}
+                    trainers = start(run, stats, fixed)
+                take_steps(s, trainers, acts_LND, shuffles, steps, log)
+            if decided := log.is_budget_due():
+                saes = {key: trainer.sae for key, trainer in trainers.items()}
+                log.fit_budget(evaluation_seconds(run, saes))
+            if decided or checkpoints.due() or log.part == 1:
+                state = {
+                    "log": log.state(),
+                    "stats": {layer: tuple(values) for layer, values in stats.items()},
+                    "trainers": {key: state_of(trainer) for key, trainer in trainers.items()},
+                    "shuffles": {seed: shuffle.get_state() for seed, shuffle in shuffles.items()},
+                    "buffer": buffer.state_dict(),
                 }
-                trainers = start(run, stats, fixed)
-                for key, trainer in trainers.items():
-                    restore(trainer, saved["trainers"][key])
-                for seed, generator in shuffles.items():
-                    generator.set_state(saved["shuffles"][seed])
-                buffer.load_state_dict(saved["buffer"])
-            while steps := log.next_steps():
-                with log.timing("seconds_harvest"):
-                    acts_LND = None  # not two fillings at once
-                    trim_memory()
-                    acts_LND = buffer.next_tokens(len(steps) * s.batch, log.progress.advance)
-                with log.timing("seconds_training"):
-                    if not trainers:
-                        stats = activation_stats(s, acts_LND)
-                        trainers = start(run, stats, fixed)
-                    take_steps(s, trainers, acts_LND, shuffles, steps, log)
-                save = checkpoints.due() or log.part == 1
-                if log.is_budget_due():
-                    saes = {key: trainer.sae for key, trainer in trainers.items()}
-                    log.fit_budget(evaluation_seconds(run, saes))
-                    save = True
-                if save:
-                    state = {
-                        "log": log.state(),
-                        "stats": {layer: tuple(values) for layer, values in stats.items()},
-                        "trainers": {key: state_of(t) for key, t in trainers.items()},
-                        "shuffles": {seed: g.get_state() for seed, g in shuffles.items()},
-                        "buffer": buffer.state_dict(),
-                    }
-                    checkpoints.save(state, log.part)
+                checkpoints.save(state, log.part)
     return Training({key: trainer.sae for key, trainer in trainers.items()}, stats, log)
 
 
 def take_steps(
-    settings: Settings,
-    trainers: dict[tuple[int, int], Trainer],
-    acts_LND: Tensor,
-    shuffles: dict[int, torch.Generator],
-    steps: range,
-    log: TrainingLog,
-) -> None:
+    settings: Settings, trainers: dict[Key, Trainer], acts_LND: Tensor,
+    shuffles: dict[int, torch.Generator], steps: range, log: TrainingLog,
+) -> None:  # fmt: skip
     """Every trainer's steps on one filling of the buffer, each seed in an order of its own."""
-    n = acts_LND.shape[1]
+    n, size = acts_LND.shape[1], settings.batch
     orders = {seed: torch.randperm(n, generator=shuffle) for seed, shuffle in shuffles.items()}
 
-    def batch(key: tuple[int, int], step: int) -> Tensor:
+    def batch(key: Key, step: int) -> Tensor:
         layer, seed = key
-        start = (step - steps.start) * settings.batch
-        rows = orders[seed][start : start + settings.batch]
+        rows = orders[seed][(step - steps.start) * size :][:size]
         return acts_LND[settings.layers.index(layer)][rows.to(acts_LND.device)]
 
-    def training(key: tuple[int, int]) -> Iterator[tuple[Tensor, dict[str, Any] | None]]:
+    def training(key: Key) -> Iterator[tuple[Tensor, dict[str, Any] | None]]:
         for step in steps:
             x_BD = batch(key, step)
             yield trainers[key].step(x_BD, step / log.n_steps, log.is_due(step))
@@ -981,35 +867,24 @@ def evaluate(
 # RECORDS
 # =============================================================================================
 
-
-def layer_metrics(
-    run: Run, layer: int, training: Training, evaluation: dict[str, dict]
-) -> dict[str, list[float]]:
-    """{metric: a value per seed} of one layer, for final_info.json."""
-    per_seed: dict[str, list[float]] = {}
-    for seed in run.settings.seeds:
-        name, twin = sae_name(layer, seed), f"{sae_name(layer, seed)}_untrained"
-        last = training.log.last[layer, seed]
-        row = evaluation["core"][name] | evaluation["probing"][name]
-        for metric, value in evaluation["probing"][twin].items():
-            if metric.startswith("sae_"):
-                row[f"untrained_{metric.removeprefix('sae_')}"] = value
-        for metric in ("l0", "ce_loss_score", "fvu"):
-            row[f"untrained_{metric}"] = evaluation["core"][twin][metric]
-        row |= {m: last[m] for m in (*LEARNED_SCALARS, "w", "dead_fraction")}
-        row |= {m: value for m, value in last.items() if m.startswith("loss")}
-        row["training_tokens"] = training.log.n_steps * run.settings.batch
-        row["n_seeds"] = len(run.settings.seeds)
-        for metric, value in row.items():
-            per_seed.setdefault(metric, []).append(float(value))
-    return per_seed
-
-
-SHOWN = (
+SHOWN = (  # in the block that a run's output ends with
     "l0", "fvu", "ce_loss_score", "frac_alive", "sae_top_1_test_accuracy",
     "sae_top_5_test_accuracy", "untrained_top_5_test_accuracy", "llm_top_5_test_accuracy",
     "tau_sel", "tau_pen", "gamma",
 )  # fmt: skip
+
+
+def figures_of(key: Key, training: Training, scores: dict[str, dict]) -> dict[str, float]:
+    """The figures of one SAE, for final_info.json."""
+    name, last = sae_name(*key), training.log.last[key]
+    core, probing = scores["core"], scores["probing"]
+    untrained = probing[f"{name}_untrained"]
+    figures = core[name] | probing[name]
+    figures |= {f"untrained_{m[4:]}": v for m, v in untrained.items() if m.startswith("sae_")}
+    for metric in ("l0", "ce_loss_score", "fvu"):
+        figures[f"untrained_{metric}"] = core[f"{name}_untrained"][metric]
+    figures |= {metric: last[metric] for metric in (*LEARNED_SCALARS, "w", "dead_fraction")}
+    return figures | {metric: v for metric, v in last.items() if metric.startswith("loss")}
 
 
 # =============================================================================================
@@ -1017,24 +892,15 @@ SHOWN = (
 # =============================================================================================
 
 
-def export(run: Run, training: Training) -> None:
-    """Writes each SAE as SAELens stores it, folded: sae/layer_L/seed_S/."""
-    STAGE.begin("export")
-    for (layer, seed), sae in training.saes.items():
-        folder = run.out_dir / "sae" / f"layer_{layer}" / f"seed_{seed}"
-        export_to_saelens(sae, run.settings, folder)
-
-
 def main(run: Run) -> None:
     """Trains the SAEs on the language model's activations, scores them, records what came out."""
-    STAGE.begin("train")
     texts = documents(run.settings.training_text, "train")
     with TokenStream(texts, run.language_model.tokenizer, run.settings.context) as stream:
         training = train(run, ActivationBuffer(run, stream))
     export(run, training)
     scores, seconds = evaluate(run, training)
-    layers = {f"layer_{at}": layer_metrics(run, at, training, scores) for at in run.settings.layers}
-    write_records(run, layers, SHOWN, training.log, seconds)
+    figures = {key: figures_of(key, training, scores) for key in training.saes}
+    write_records(run, figures, SHOWN, training.log, seconds)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import lzma
 import math
@@ -144,6 +145,22 @@ def read_final_info(run: Path) -> dict[str, Any]:
             f"constants_from_run={run.name!r} needs the final values in {path}, which can't be "
             f"read ({type(error).__name__}: {error}): run {run.name} first"
         ) from error
+
+
+def constants(
+    run: RunLike, names: tuple[str, ...]
+) -> dict[tuple[int, int], dict[str, float]]:
+    """By layer and seed: which of the named scalars are constants, and their values.
+
+    Those that are set; with `constants_from_run` all of them, at that run's final values for the
+    layer and seed.
+    """
+    s = run.settings
+    keys = list(itertools.product(s.layers, s.seeds))
+    if s.constants_from_run is not None:
+        return final_values(run.runs / s.constants_from_run, keys, names)
+    given = {name: getattr(s, name) for name in names if getattr(s, name) is not None}
+    return dict.fromkeys(keys, given)
 
 
 def final_values(
@@ -340,7 +357,7 @@ def odd_results(layers: dict[str, dict[str, list[float]]], d_sae: int) -> list[s
 
 def write_records(
     run: RunLike,
-    layers: dict[str, dict[str, list[float]]],
+    figures: dict[tuple[int, int], dict[str, float]],
     shown: Iterable[str],
     log: TrainingLog,
     seconds: dict[str, float],
@@ -348,14 +365,21 @@ def write_records(
     """Writes warnings.json and, last, final_info.json; prints the closing block.
 
     Args:
-        layers: {metric: a value per seed} of each layer.
+        figures: of each SAE, by layer and seed.
         shown: the metrics to print. log: of the training. seconds: of the evaluation's stages.
     """
     STAGE.begin("records")
     settings = run.settings
     seconds = log.seconds | seconds | {"seconds_total": time.monotonic() - STARTED}
-    for metrics in layers.values():
-        metrics |= {stage: [value] * len(settings.seeds) for stage, value in seconds.items()}
+    counts = {
+        "training_tokens": log.n_steps * settings.batch,
+        "n_seeds": len(settings.seeds),
+    }
+    layers: dict[str, dict[str, list[float]]] = {}
+    for (layer, _), row in figures.items():
+        metrics = layers.setdefault(f"layer_{layer}", {})
+        for metric, value in (row | counts | seconds).items():
+            metrics.setdefault(metric, []).append(float(value))
     overall = {
         "seed": [float(seed) for seed in settings.seeds],
         PRIMARY: primary_metric(layers.values()),

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
 from harness import command
 from harness.checkpoints import Checkpoints
@@ -35,6 +34,7 @@ from harness.interfaces import SAELike, SettingsLike
 from harness.language_model import LanguageModel, language_model_config, load_language_model
 from harness.machine import choose_device, choose_train_dtype, free_gb, make_reproducible
 from harness.records import check_complete, read_final_info, write_config
+from harness.settings import checked_settings
 from harness.start import SOURCES_AT_START
 from harness.store import LEDGER, cached
 
@@ -161,33 +161,6 @@ def perform(main: Callable[[Run], None], run: Run) -> None:
     write_config(run)
     main(run)
     check_complete(run.out_dir)
-
-
-def checked_settings(name: str, make: type[SettingsLike], chosen: dict[str, Any]) -> SettingsLike:
-    """The settings of the run called `name`.
-
-    Raises:
-        ExperimentError: a field that doesn't exist, or a value that can't be, in one sentence.
-    """
-    try:
-        return make(**chosen)
-    except ValidationError as invalid:
-        error = invalid.errors()[0]
-    field = str(error["loc"][0]) if error["loc"] else ""
-    if error["type"] == "unexpected_keyword_argument":
-        raise ExperimentError(
-            f"PLAN[{name!r}] sets what Settings has no field for ({field!r}): "
-            "see the list at the top of experiment.py"
-        )
-    allowed = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    if field:
-        plainly = {"int_type": "a whole number", "float_type": "a number", "bool_type":
-                   "True or False", "string_type": "a string", "tuple_type": "a tuple"}  # fmt: skip
-        allowed = plainly.get(error["type"], allowed)
-        or_none = "None or " if getattr(make, field, "") is None else ""
-        of = f" (of {chosen[field]!r})" if len(error["loc"]) > 1 else ""
-        allowed = f"{field} must be {or_none}{allowed}, but is {error['input']!r}{of}"
-    raise ExperimentError(f"{name}: {allowed}: change it at the top of experiment.py")
 
 
 def set_up(

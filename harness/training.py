@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -171,6 +171,23 @@ def run_side_by_side(
     return sorted(records, key=lambda r: (r["step"], place[r["layer"], r["seed"]]))
 
 
+class ActivationStats(NamedTuple):
+    """What the SAEs of a layer are centred and scaled by."""
+
+    mean_D: Tensor  # in raw units
+    norm_scaling_factor: float  # s with E‖s x‖² = D
+
+    @classmethod
+    def of(cls, acts_ND: Tensor) -> ActivationStats:
+        """Of a layer's raw activations."""
+        total_D, squares = torch.zeros_like(acts_ND[0], dtype=torch.float64), 0.0
+        for part_ND in acts_ND.split(8192):  # float64 in parts: all of it would take gigabytes
+            total_D += part_ND.double().sum(0)
+            squares += float(part_ND.double().pow(2).sum())
+        factor = math.sqrt(acts_ND.numel() / squares)
+        return cls((total_D / len(acts_ND)).float(), factor)
+
+
 class ActivationCache:
     """Harvested activations, kept for the next run on the same text and language model.
 
@@ -189,7 +206,7 @@ class ActivationCache:
         self.reading = self.files.on
 
     def passes(self, n: int, harvest: Callable[[int], list[Tensor]]) -> list[Tensor]:
-        """The activations of the next forward passes: n, at most `PASSES`, or those where they are kept.
+        """The activations of the next forward passes: n, or `PASSES` at most.
 
         Args:
             harvest: makes that many passes on the stream: a tensor (layers, N, D) of each.

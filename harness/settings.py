@@ -1,0 +1,65 @@
+"""What a setting can be, checked where it is made, and the sentence that says so where it isn't."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import pydantic
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from harness.errors import ExperimentError
+
+Count = PositiveInt
+Index = NonNegativeInt
+Positive = PositiveFloat
+NotNegative = NonNegativeFloat
+Part = Annotated[float, Field(ge=0, le=1)]
+
+# A dataclass whose values must have their field's type and bounds: a bool is no number.
+checked = pydantic.dataclasses.dataclass(
+    frozen=True, config=pydantic.ConfigDict(strict=True, extra="forbid")
+)
+
+
+def must_hold(settings: object, rules: dict[str, tuple[Any, str]]) -> None:
+    """ValueError at the first rule that doesn't hold.
+
+    Args:
+        rules: by field, whether its value can be beside those of others, and what it must be.
+    """
+    for field, (holds, allowed) in rules.items():
+        if not holds:
+            raise ValueError(f"{field} must be {allowed}, but is {getattr(settings, field)!r}")
+
+
+def checked_settings(name: str, make: type, chosen: dict[str, Any]) -> Any:
+    """The settings of the run called `name`.
+
+    Args:
+        make: their class, made by `checked`. chosen: the fields that it is given.
+    Raises:
+        ExperimentError: a field that doesn't exist, or a value that can't be, in one sentence.
+    """
+    try:
+        return make(**chosen)
+    except ValueError as error:
+        invalid = error
+    if not isinstance(invalid, pydantic.ValidationError):
+        sentence = str(invalid)
+    else:
+        error = invalid.errors()[0]
+        field = str(error["loc"][0]) if error["loc"] else ""
+        if error["type"] == "unexpected_keyword_argument":
+            raise ExperimentError(
+                f"PLAN[{name!r}] sets what Settings has no field for ({field!r}): "
+                "see the list at the top of experiment.py"
+            )
+        sentence = error["msg"].removeprefix("Value error, ")
+        if field:
+            plainly = {"int_type": "a whole number", "float_type": "a number", "bool_type":
+                       "True or False", "string_type": "a string", "tuple_type": "a tuple"}  # fmt: skip
+            allowed = plainly.get(error["type"], sentence.removeprefix("Input should be "))
+            or_none = "None or " if getattr(make, field, "") is None else ""
+            of = f" (of {chosen[field]!r})" if len(error["loc"]) > 1 else ""
+            sentence = f"{field} must be {or_none}{allowed}, but is {error['input']!r}{of}"
+    raise ExperimentError(f"{name}: {sentence}: change it at the top of experiment.py")
