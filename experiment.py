@@ -13,7 +13,7 @@ import copy
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import harness.start  # isort: skip (first: it reads the code that runs) # noqa: F401
@@ -26,19 +26,18 @@ from torch import Tensor, nn
 from harness.checkpoints import restore, state_of
 from harness.console import STAGE, Progress, redirect_output
 from harness.evaluation.core import (
-    check_core,
     export_to_saelens,
     mean_l0,
     prepare_for_sae_bench,
-    run_core,
     save_core,
+    shared_core_evals,
 )
-from harness.evaluation.probing import probe_data_set, probe_rng_states, save_probing
+from harness.evaluation.estimate import evaluation_seconds
+from harness.evaluation.probing import save_probing, shared_probing
 from harness.machine import in_order, retain_memory_for_steps, trim_memory
 from harness.records import check_results, check_trained, constants, write_records
 from harness.settings import Count, Index, NotNegative, Part, Positive, checked, must_hold
 from harness.startup import Run, launch
-from harness.store import cached_each
 from harness.text import TokenStream, documents
 from harness.training import ActivationCache, ActivationStats, TrainingLog, run_side_by_side
 from sparse_ops import Codes, preactivations, sparse_if_gradients_match
@@ -678,7 +677,8 @@ class Training:
 
 
 def train(
-    run: Run, buffer: ActivationBuffer, start: Callable[..., dict[Key, Any]] = new_trainers
+    run: Run, buffer: ActivationBuffer, start: Callable[..., dict[Key, Any]] = new_trainers,
+    estimate: Callable[[dict[Key, CustomSAE]], float] = lambda saes: 0.0,
 ) -> Training:
     """Trains an SAE per layer and seed, all on the same text and the same forward passes.
 
@@ -688,6 +688,7 @@ def train(
 
     Args:
         start: makes the trainers; bench/quality.py has other projects' trained on the same tokens.
+        estimate: how many seconds the evaluation of folded SAEs will take.
     """
     s, device, fixed = run.settings, buffer.lm.hf.device, constants(run, tuple(LEARNED_SCALARS))
     torch.manual_seed(0)  # for what an edit may draw without a generator of its own
@@ -716,8 +717,8 @@ def train(
                     trainers = start(run, stats, fixed)
                 take_steps(s, trainers, acts_LND, shuffles, steps, log)
             if decided := log.is_budget_due():
-                saes = {key: trainer.sae for key, trainer in trainers.items()}
-                log.fit_budget(evaluation_seconds(run, saes))
+                raw = {k: t.sae.fold_activation_norm_scaling() for k, t in trainers.items()}
+                log.fit_budget(estimate(raw))
             if decided or checkpoints.due() or log.part == 1:
                 state = {
                     "log": log.state(),
@@ -758,17 +759,29 @@ def take_steps(
 # =============================================================================================
 
 
-def core_evaluation(
-    saes: dict[str, CustomSAE],
-    model: Any,
-    settings: Settings,
-    out_dir: Path,
-    advance: Callable[[int], None] = lambda n: None,
-    keys: dict[str, dict] | None = None,
-) -> dict[str, dict[str, float]]:
-    """SAE-Bench's core evaluation of folded SAEs: by name, its scalars by their names, and fvu.
+def core_metrics(
+    sae: Any, store: Any, model: Any, config: Any, ignored: set[int]
+) -> tuple[dict[str, dict], dict[str, list]]:
+    """SAE-Bench's core evaluation of one SAE: scalars by group, and metrics by feature.
 
-    Calls `run_evals`: `multiple_evals` loads the model by name and swallows every exception.
+    Calls `run_evals`, as `multiple_evals` loads the model by name and swallows every exception.
+    The batches of `store` and the passes of `model` are shared by all SAEs.
+    """
+    from sae_bench.evals.core import main as core
+
+    scalars, features = core.run_evals(sae, store, model, config, ignore_tokens=ignored)
+    scalars["misc_metrics"] = core.calculate_misc_metrics(features)
+    return scalars, features
+
+
+def core_evaluation(
+    run: Run,
+    saes: dict[str, CustomSAE],
+    advance: Callable[[int], None] = lambda n: None,
+    keys: dict[str, dict | None] | None = None,
+) -> dict[str, dict[str, float]]:
+    """`core_metrics` of folded SAEs: by name, the scalars by their names, and fvu.
+
     Writes eval_results/core/….json in SAE-Bench's own form.
 
     Args:
@@ -776,36 +789,42 @@ def core_evaluation(
     Raises:
         ExperimentError: a scalar is not finite, or is the -1 that stands for NaN, or L0 is 0.
     """
-    from sae_bench.evals.core import main as core
+    s = run.settings
+    ready = {name: prepare_for_sae_bench(sae, s) for name, sae in saes.items()}
+    results = shared_core_evals(ready, run.sae_bench_model, s, core_metrics, advance, keys)
+    return {
+        name: save_core(name, ready[name], result, s, run.out_dir)
+        for name, result in results.items()
+    }
 
-    ready = {name: prepare_for_sae_bench(sae, settings) for name, sae in saes.items()}
 
-    def compute(names: list[str]) -> dict[str, tuple]:
-        return run_core(
-            {n: ready[n] for n in names}, model, settings, advance, keep=keys is not None
-        )
+def probe(
+    acts: tuple[dict[str, Tensor], ...], who: str, ks: tuple[int, ...]
+) -> dict[str, dict[str, float]]:
+    """SAE-Bench's probes on mean activations, in SAE-Bench's order: {metric: {class: accuracy}}.
 
-    results = cached_each("core evaluation", keys or dict.fromkeys(saes), compute)
-    found: dict[str, dict[str, float]] = {}
-    for name, (scalars, features, fvu) in results.items():
-        scalars["misc_metrics"] = core.calculate_misc_metrics(features)
-        flat = {metric: value for group in scalars.values() for metric, value in group.items()}
-        found[name] = flat | {"fvu": fvu}
-        check_core(name, found[name])
-        save_core(name, ready[name], scalars, features, settings, out_dir)
-    return found
+    Args:
+        acts: of the train and of the test texts, {class: (N, D or F)}.
+        who: "sae" or "llm", as the metrics' names begin.
+    """
+    from sae_bench.evals.sparse_probing import probe_training
+
+    accuracies = {}
+    on_all = dict(use_sklearn=False, batch_size=250, epochs=100, lr=1e-2)
+    for k in (None, *ks):
+        name, options = (f"top_{k}_", {"select_top_k": k}) if k else ("", on_all)
+        _, by_class = probe_training.train_probe_on_activations(*acts, **options)
+        accuracies[f"{who}_{name}test_accuracy"] = by_class
+    return accuracies
 
 
 def sparse_probing(
+    run: Run,
     saes: dict[str, CustomSAE],
-    texts: dict[str, list[dict]],
-    model: Any,
-    settings: Settings,
-    out_dir: Path,
     progress: Progress,
-    keys: dict[str, dict] | None = None,
+    keys: dict[str, dict | None] | None = None,
 ) -> dict[str, dict[str, float]]:
-    """SAE-Bench's sparse probing of folded SAEs: by name, sae_… and llm_… mean accuracies.
+    """`probe` of folded SAEs on every data set: by name, sae_… and llm_… mean accuracies.
 
     Stock SAE-Bench draws all probes of an SAE from one generator, seeded once. This keeps a
     generator state per SAE, so that an SAE's figures are those of a stock call that finds the
@@ -813,53 +832,52 @@ def sparse_probing(
     eval_results/sparse_probing/….json in SAE-Bench's own form.
 
     Args:
-        texts: by data set, the token ids of the train and the test split.
         keys: by SAE, all that its figures depend on beside the texts: they are kept under it.
     """
-    ready = {name: prepare_for_sae_bench(sae, settings) for name, sae in saes.items()}
-    states = probe_rng_states(saes, settings)
+    s = run.settings
+    ready = {name: prepare_for_sae_bench(sae, s) for name, sae in saes.items()}
+    states: dict[str, int | str] = dict.fromkeys(saes, s.probe_seed)
     per_class: dict[str, dict] = {name: {} for name in saes}
-    for dataset, split in texts.items():
-        found = probe_data_set(dataset, split, ready, states, model, settings, keys)
-        for name, results in found.items():
-            per_class[name][f"{dataset}_results"] = results
+    for dataset in run.probe_texts:
+        found = shared_probing(run, dataset, ready, states, probe, keys)
+        for name, accuracies in found.items():
+            per_class[name][f"{dataset}_results"] = accuracies
         progress.advance(len(saes), dataset)
     return {
-        name: save_probing(name, ready[name], per_class[name], settings, out_dir)
-        for name in saes
+        name: save_probing(name, ready[name], per_class[name], s, run.out_dir) for name in saes
     }
 
 
 def evaluate(
     run: Run, training: Training
 ) -> tuple[dict[str, dict[str, dict]], dict[str, float]]:
-    """Scores every SAE and its untrained twin: {kind: {name: results}}, and each kind's seconds.
+    """Scores every SAE and an untrained one: {kind: {name: results}}, and each kind's seconds.
 
-    The twin has the same initialization, width and L0 (it keeps as many features per token as
-    the trained SAE has active), and was never trained. Its name ends in "_untrained".
+    The untrained SAE has the same initialization, width and L0 (it keeps as many features per
+    token as the trained one has active). Its name ends in "_untrained".
     """
-    settings, model, texts, out_dir = run.settings, run.sae_bench_model, run.probe_texts, run.out_dir
-    n_batches = settings.core_reconstruction_batches + settings.core_sparsity_batches
+    s = run.settings
+    n_batches = s.core_reconstruction_batches + s.core_sparsity_batches
     trained = {key: sae.fold_activation_norm_scaling() for key, sae in training.saes.items()}
     saes: dict[str, CustomSAE] = {}
     with Progress("core evaluation", n_batches, "batches") as timed, redirect_output(run.log):
-        l0 = mean_l0(trained, model, settings)
+        l0 = mean_l0(trained, run.sae_bench_model, s)
         for (layer, seed), sae in trained.items():
-            k = min(max(round(l0[layer, seed]), 1), settings.d_sae)
-            twin = new_sae(settings, layer, seed, training.stats[layer], {}, k)
+            k = min(max(round(l0[layer, seed]), 1), s.d_sae)
+            untrained = new_sae(s, layer, seed, training.stats[layer], {}, k)
             name = sae_name(layer, seed)
-            check_trained(training.saes[layer, seed], twin, name)
-            saes |= {name: sae, f"{name}_untrained": twin.fold_activation_norm_scaling()}
+            check_trained(training.saes[layer, seed], untrained, name)
+            saes |= {name: sae, f"{name}_untrained": untrained.fold_activation_norm_scaling()}
         keys = run.evaluation_keys(saes, core_evaluation)
-        core = core_evaluation(saes, model, settings, out_dir, timed.advance, keys)
+        core = core_evaluation(run, saes, timed.advance, keys)
     seconds = {"seconds_core": timed.seconds()}
-    n_probed = len(texts) * len(saes)
+    n_probed = len(run.probe_texts) * len(saes)
     with Progress("sparse probing", n_probed, "SAEs x sets") as timed, redirect_output(run.log):
         keys = run.evaluation_keys(saes, sparse_probing)
-        probing = sparse_probing(saes, texts, model, settings, out_dir, timed, keys)
+        probing = sparse_probing(run, saes, timed, keys)
     seconds["seconds_sparse_probing"] = timed.seconds()
     evaluation = {"core": core, "probing": probing}
-    check_results(saes, evaluation, settings, out_dir)
+    check_results(saes, evaluation, s, run.out_dir)
     return evaluation, seconds
 
 
@@ -892,11 +910,23 @@ def figures_of(key: Key, training: Training, scores: dict[str, dict]) -> dict[st
 # =============================================================================================
 
 
+def export(run: Run, training: Training) -> None:
+    """Writes each SAE, folded, as SAELens stores it, with θ and what follows in theta.json."""
+    STAGE.begin("export")
+    for (layer, seed), sae in training.saes.items():
+        kind = "jumprelu" if sae.threshold is not None else "standard" if sae.k is None else "topk"
+        theta = {**sae.learned_scalars(), "scale": sae.norm_scaling_factor}
+        folder = run.out_dir / "sae" / f"layer_{layer}" / f"seed_{seed}"
+        raw = sae.fold_activation_norm_scaling()
+        export_to_saelens(raw, run.settings, folder, kind=kind, k=sae.k, theta=theta)
+
+
 def main(run: Run) -> None:
     """Trains the SAEs on the language model's activations, scores them, records what came out."""
     texts = documents(run.settings.training_text, "train")
     with TokenStream(texts, run.language_model.tokenizer, run.settings.context) as stream:
-        training = train(run, ActivationBuffer(run, stream))
+        estimate = partial(evaluation_seconds, run, run_evals=core_metrics, probe=probe)
+        training = train(run, ActivationBuffer(run, stream), estimate=estimate)
     export(run, training)
     scores, seconds = evaluate(run, training)
     figures = {key: figures_of(key, training, scores) for key in training.saes}

@@ -34,7 +34,7 @@ import experiment  # noqa: E402
 from bench.common import run_on, settings_of
 from experiment import Settings  # noqa: E402
 from harness.console import Progress, redirect_output
-from harness.evaluation.core import prepare_for_sae_bench, run_core
+from harness.evaluation.core import prepare_for_sae_bench, shared_core_evals
 from harness.fingerprint import versions
 from harness.language_model import LanguageModel
 from harness.machine import peak_memory_gb, processor_name
@@ -143,7 +143,7 @@ def step_flops(settings: Settings, width: int) -> int:
 
 
 def core_flops(config: Any, settings: Settings) -> int:
-    """FLOPs of run_core for one SAE per layer of `settings`.
+    """FLOPs of core evaluation for one SAE per layer of `settings`.
 
     A reconstruction batch: the whole pass; from each SAE's layer on, a pass with zeros and one
     with the reconstruction, which costs 4 D F per token. A sparsity batch: the pass up to the last
@@ -269,7 +269,10 @@ def measure(
         seconds = now(device) - started
     flops = len(keys) * n_steps * step_flops(settings, config.hidden_size)
     stages.add("SAE steps", seconds, n_learned, flops)
-    saes = {key: trainer.sae.fold_activation_norm_scaling() for key, trainer in trainers.items()}
+    saes = {
+        experiment.sae_name(*key): trainer.sae.fold_activation_norm_scaling()
+        for key, trainer in trainers.items()
+    }
     del acts_LND, trainers, buffer
 
     n_batches = settings.core_reconstruction_batches + settings.core_sparsity_batches
@@ -287,7 +290,9 @@ def measure(
         text = write_text(Path(folder) / "text", stream, (n_batches + 1) * settings.core_prompts)
         settings = dataclasses.replace(settings, core_text=str(text))
         ready = {key: prepare_for_sae_bench(sae, settings) for key, sae in saes.items()}
-        results = run_core(ready, model, settings, advance)
+        results = shared_core_evals(
+            ready, model, settings, experiment.core_metrics, advance
+        )
         seconds = now(device) - times[0]
     progress.close()
     n_tokens = n_batches * settings.core_prompts * settings.context

@@ -50,7 +50,7 @@ from bench.figures import of, quality_tables, read_rows
 from bench.trainers import PeerTrainer, exported
 from experiment import Settings
 from harness.console import Progress, redirect_output
-from harness.evaluation.probing import read_probe_texts
+from harness.evaluation.probe_texts import read_probe_texts
 from harness.fused_gemma import for_harvest
 from harness.language_model import load_language_model
 from harness.machine import choose_device, choose_train_dtype, make_reproducible, processor_name
@@ -225,16 +225,13 @@ class Bench:
 
     def score(self, saes: dict[str, Any], settings: Settings, probing: bool) -> dict[str, dict]:
         """SAE-Bench's figures of exported SAEs, by name."""
+        run = dataclasses.replace(self.run, settings=settings)
         with redirect_output(self.log):
-            found = experiment.core_evaluation(saes, self.model, settings, self.out_dir, keys={
-                name: None for name in saes
-            })  # fmt: skip
+            # Keys of None: the language model's passes are kept from cell to cell, figures are not.
+            found = experiment.core_evaluation(run, saes, keys=dict.fromkeys(saes))
             if probing:
-                progress = Progress("sparse probing", len(self.texts) * len(saes), "")
-                probes = experiment.sparse_probing(
-                    saes, self.texts, self.model, settings, self.out_dir, progress
-                )
-                progress.close()
+                with Progress("sparse probing", len(run.probe_texts) * len(saes), "") as progress:
+                    probes = experiment.sparse_probing(run, saes, progress)
                 found = {name: row | probes[name] for name, row in found.items()}
         return found
 

@@ -83,7 +83,7 @@ from experiment import Settings
 from harness import fused_gemma
 from harness.console import Progress, redirect_output
 from harness.evaluation.core import core_text
-from harness.evaluation.probing import read_probe_texts, tinylm_tasks
+from harness.evaluation.probe_texts import read_probe_texts, tinylm_tasks
 from harness.fingerprint import versions
 from harness.language_model import LanguageModel, load_language_model
 from harness.machine import (
@@ -555,19 +555,16 @@ def training_section(sizes: Sizes, device: torch.device) -> Points:
 # ---------------------------------------------------------------------- evaluation
 
 
-def our_evaluation(
-    saes: dict[str, Any], model: Any, settings: Settings, texts: dict[str, list[dict]]
-) -> dict[str, dict[str, float]]:
+def our_evaluation(saes: dict[str, Any], run: Run) -> dict[str, dict[str, float]]:
     """core_evaluation and sparse_probing, with an empty store."""
     before = os.environ.get("XDG_CACHE_HOME")
-    progress = Progress("sparse probing", len(texts) * len(saes), "SAEs x sets")
+    progress = Progress("sparse probing", len(run.probe_texts) * len(saes), "SAEs x sets")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = folder
         try:
-            core = experiment.core_evaluation(saes, model, settings, Path(folder))
-            probing = experiment.sparse_probing(
-                saes, texts, model, settings, Path(folder), progress
-            )
+            run = dataclasses.replace(run, out_dir=Path(folder))
+            core = experiment.core_evaluation(run, saes)
+            probing = experiment.sparse_probing(run, saes, progress)
         finally:
             del os.environ["XDG_CACHE_HOME"]
             if before is not None:
@@ -594,12 +591,14 @@ def evaluation_rows(sizes: Sizes, device: torch.device) -> list[Row]:
     settings = settings_of("speed", "tinylm")
     settings = dataclasses.replace(settings, **sizes.evaluation)
     lm = language_model(settings.model)
-    model, texts = lm.hooked(), read_probe_texts(settings, lm.tokenizer, device)
+    model = lm.hooked()
+    texts = read_probe_texts(settings, lm.tokenizer, device)
+    run = run_on(lm, settings, sae_bench_model=model, probe_texts=texts)
     core_text(settings)  # read now, and not by who comes first
     pieces = training_texts(settings, 2048)
     stream = TokenStream(lambda: iter(pieces), lm.tokenizer, settings.context)
     with contextlib.closing(stream):
-        buffer = experiment.ActivationBuffer(run_on(lm, settings), stream)
+        buffer = experiment.ActivationBuffer(run, stream)
         stats = experiment.activation_stats(settings, buffer.next_tokens(2048))
     saes = {
         experiment.sae_name(layer, 0): experiment.new_sae(
@@ -618,7 +617,7 @@ def evaluation_rows(sizes: Sizes, device: torch.device) -> list[Row]:
         return Contender(name, lambda: call)
 
     with tinylm_tasks(settings):
-        ours = contender(OURS, lambda: our_evaluation(saes, model, settings, texts))
+        ours = contender(OURS, lambda: our_evaluation(saes, run))
         both = [ours, contender("stock SAE-Bench, SAE by SAE", stock)]
         rows = alternate(both, device, sizes.rounds)
         n_figures, apart = largest_difference(figures[OURS], stock(again=True))

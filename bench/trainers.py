@@ -17,8 +17,7 @@ import torch
 from sae_bench.custom_saes.base_sae import BaseSAE
 from torch import Tensor
 
-from experiment import CustomSAE, Settings
-from harness.evaluation.core import export_to_saelens
+from experiment import CustomSAE, Settings, export
 
 
 class PeerTrainer:
@@ -129,7 +128,7 @@ def exported(sae: Any, settings: Settings, layer: int) -> Exported:
 
     with tempfile.TemporaryDirectory() as folder:
         if isinstance(sae, CustomSAE):
-            export_to_saelens(sae, settings, Path(folder))
+            export(sae, settings, Path(folder))
             return Exported(SAE.load_from_disk(folder), settings, layer)
         copy.deepcopy(sae).save_inference_model(folder)
         stored = SAE.load_from_disk(folder)

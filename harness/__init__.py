@@ -3,7 +3,8 @@
     startup          from settings to a Run that can be run: pre-flight, models, texts, rehearsal
     training         a training's log, budget and checkpoints; trainers that advance side by side
     records          what a run writes, and the checks that it can be right
-    evaluation/      core, probing: SAE-Bench's figures, each pass of the language model made once
+    evaluation/      core, probing: SAE-Bench's figures, each pass of the language model made once;
+                     shared_forward, probe_texts, estimate: what they are made of
     fingerprint      all that a result depends on
     language_model   a Hugging Face model in the two forms that training and evaluation need
     fused_gemma      Gemma-2's forward pass on a CPU, faster

@@ -66,7 +66,7 @@ def does_nothing(node: ast.stmt) -> bool:
         return False
 
 
-BY_MAIN = {"evaluate", "write_records", "PROFILES", "PLAN"}  # what MAIN may mention freely
+BY_MAIN = {"evaluate", "core_metrics", "probe", "write_records", "PROFILES", "PLAN"}  # what MAIN may mention freely
 
 
 def hash_definitions(
@@ -328,21 +328,32 @@ def tokens_digest(split: list[dict[str, Any]]) -> str:
 
 
 def llm_probes_key(
-    dataset: str, layer: int, split: list[dict[str, Any]], settings: SettingsLike
+    dataset: str,
+    layer: int,
+    split: list[dict[str, Any]],
+    settings: SettingsLike,
+    source: str,
+    probe: str,
 ) -> dict[str, Any]:
     """All that the language model's probes of a layer and a data set depend on.
 
     Args:
         split: {class: {"input_ids": (N, L)}}, for train and for test.
+        source: of experiment.py. probe: the name of its function that trains and tests them.
     """
+    code, names = reachable_code(source, [probe])
     chosen = ("lm_dtype", "probe_ks", "probe_seed", "probe_llm_batch", "probe_sae_batch")
     device = next(iter(split[0].values()))["input_ids"].device
     return {
         "dataset": dataset,
         "layer": layer,
         "tokens": tokens_digest(split),
-        "setting": {field: getattr(settings, field) for field in chosen},
-        **environment_fingerprint(settings, "import harness", device),
+        "code of": code,
+        "setting": {
+            field: value for field, value in dataclasses.asdict(settings).items()
+            if field in chosen or field in names
+        },
+        **environment_fingerprint(settings, source, device),
     }
 
 

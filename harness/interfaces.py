@@ -43,9 +43,11 @@ class SettingsLike(Protocol):
 
 
 class RunLike(Protocol):
-    """What the records of a run need of it; see `harness.startup.Run`."""
+    """What evaluation and records of a run need of it; see `harness.startup.Run`."""
 
     settings: Any
+    sae_bench_model: Any
+    probe_texts: dict[str, list[dict[str, Any]]]
     profile: str
     device: torch.device
     train_dtype: str
@@ -55,24 +57,19 @@ class RunLike(Protocol):
 
 
 class SAELike(Protocol):
-    """An SAE as SAE-Bench calls it, and what its export needs."""
+    """An SAE as SAE-Bench calls it: a torch module that holds what it computes with."""
 
     cfg: Any
     W_enc: Tensor
     W_dec: Tensor
     b_enc: Tensor
     b_dec: Tensor
-    k: int | None
-    threshold: Tensor | None
-    norm_scaling_factor: float
 
     def encode(self, x: Tensor) -> Tensor: ...
 
     def decode(self, feature_acts: Tensor) -> Tensor: ...
 
-    def fold_activation_norm_scaling(self) -> SAELike: ...
-
-    def learned_scalars(self) -> dict[str, float | None]: ...
+    def state_dict(self) -> dict[str, Tensor]: ...
 
 
 class TrainerLike(Protocol):

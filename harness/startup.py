@@ -21,7 +21,7 @@ from harness.checkpoints import Checkpoints
 from harness.command import check_out_dir, prepare_out_dir
 from harness.console import print_line, redirect_output, rehearsal
 from harness.errors import GET_ACCESS, LOG_IN, TRY_TINYLM, ExperimentError
-from harness.evaluation.probing import read_probe_texts
+from harness.evaluation.probe_texts import read_probe_texts
 from harness.fingerprint import (
     activations_key,
     environment_fingerprint,

@@ -23,7 +23,7 @@ from huggingface_hub import constants
 import experiment
 from harness import ExperimentError
 from harness.evaluation.core import core_store, core_text, prepare_for_sae_bench
-from harness.evaluation.probing import probe_tokens, read_probe_texts
+from harness.evaluation.probe_texts import probe_tokens, read_probe_texts
 from harness.language_model import load_language_model
 from harness.store import sha256_file
 from harness.text import load_dataset, streamed_texts

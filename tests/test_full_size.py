@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import experiment
 from bench import full_size
-from harness.evaluation.core import prepare_for_sae_bench, run_core
+from harness.evaluation.core import prepare_for_sae_bench, shared_core_evals
 from harness.language_model import LanguageModel
 from tests.test_language_model import GEMMA_2_2B
 
@@ -104,7 +104,12 @@ def test_flops_are_those_that_pytorch_counts(tiny, settings) -> None:
     counted = flops_of(lambda: trainers[0, 0].step(acts_LND[0, :64], 0.5, True))
     assert full_size.step_flops(settings, config.hidden_size) == counted
 
-    saes = {k: prepare_for_sae_bench(t.sae.fold_activation_norm_scaling(), settings) for k, t in trainers.items()}
+    saes = {
+        str(key): prepare_for_sae_bench(trainer.sae.fold_activation_norm_scaling(), settings)
+        for key, trainer in trainers.items()
+    }
     model = tiny.hooked()
-    counted = flops_of(lambda: run_core(saes, model, settings, lambda n: None))
+    counted = flops_of(
+        lambda: shared_core_evals(saes, model, settings, experiment.core_metrics)
+    )
     assert full_size.core_flops(config, settings) == pytest.approx(counted, rel=1e-3)

@@ -20,7 +20,8 @@ FLOORS = (
     ("checkpoints", "command", "text"),
     ("language_model",),
     ("fused_gemma", "fingerprint"),
-    ("evaluation.core", "evaluation.probing"),
+    ("evaluation.shared_forward", "evaluation.probe_texts"),
+    ("evaluation.core", "evaluation.probing", "evaluation.estimate"),
     ("training", "records"),
     ("startup",),
 )

@@ -13,7 +13,7 @@ import torch
 from experiment import ActivationBuffer
 from harness import ExperimentError, TokenStream
 from harness.errors import first_line
-from harness.evaluation.probing import probe_names, tinylm_tasks
+from harness.evaluation.probe_texts import probe_names, tinylm_tasks
 from harness.fused_gemma import FusedLanguageModel, for_harvest
 from harness.language_model import hooked_config, load_language_model
 from harness.machine import in_order

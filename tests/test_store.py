@@ -227,7 +227,7 @@ def test_the_keys_of_evaluations() -> None:
     assert keys(SOURCE.replace("residual_BD.pow(2).mean()", "1")) == [core, probing]
     edited = SOURCE.replace("progress.advance(len(saes), dataset)", "progress.advance(1, dataset)")
     assert keys(edited)[0] == core and keys(edited)[1] != probing
-    edited = SOURCE.replace("flat | {", "flat | {'more': 1} | {")
+    edited = SOURCE.replace("core.calculate_misc_metrics(features)", "{}")
     assert keys(edited)[0] != core and keys(edited)[1] == probing
     edited = SOURCE.replace("torch.relu(values)", "values")
     assert keys(edited)[0] != core and keys(edited)[1] != probing

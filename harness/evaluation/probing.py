@@ -2,80 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from harness.console import Progress
-from harness.errors import ExperimentError, error_context, first_line
-from harness.fingerprint import (
-    environment_fingerprint,
-    forward_key,
-    llm_probes_key,
-    text_identity,
-    tokens_digest,
-)
-from harness.interfaces import SAELike, SettingsLike
+from harness.errors import ExperimentError, error_context
+from harness.evaluation.probe_texts import probe_names
+from harness.fingerprint import forward_key, llm_probes_key, tokens_digest
+from harness.interfaces import RunLike, SAELike, SettingsLike
 from harness.machine import in_order, retain_freed_memory
 from harness.store import ACTIVATIONS_GB, TensorCache, cached, cached_each
-from harness.text import corpus_errors, documents, load_dataset
-
-
-@contextlib.contextmanager
-def tinylm_tasks(settings: SettingsLike) -> Iterator[None]:
-    """Makes tinylm's labelled tasks known to SAE-Bench by the names tinylm/A/… and tinylm/B/….
-
-    SAE-Bench knows only its own data sets; this adds to its table of classes and stands in front
-    of its loader, and undoes both afterwards.
-    """
-    if not any(name.startswith("tinylm/") for name in settings.probe_sets):
-        yield
-        return
-    from sae_bench.sae_bench_utils import dataset_info, dataset_utils
-
-    from tinylm import tasks
-
-    stock = dataset_utils.get_multi_label_train_test_data
-    names = {
-        f"tinylm/{letter}/{task}": task
-        for letter, members in tasks.TASK_SETS.items()
-        for task in members
-    }
-
-    def load(name: str, train_size: int, test_size: int, seed: int) -> tuple[dict, dict]:
-        if name not in names:
-            return stock(name, train_size, test_size, seed)
-        with corpus_errors():
-            return tasks.load_task(names[name], train_size, test_size, seed)
-
-    for name, task in names.items():
-        dataset_info.chosen_classes_per_dataset[name] = list(tasks.TASKS[task])
-    dataset_utils.get_multi_label_train_test_data = load
-    try:
-        yield
-    finally:
-        dataset_utils.get_multi_label_train_test_data = stock
-        for name in names:
-            del dataset_info.chosen_classes_per_dataset[name]
-
-
-def probe_names(settings: SettingsLike) -> list[str]:
-    """The data sets of sparse probing; tinylm/A and tinylm/B stand for three tasks each."""
-    names = []
-    for name in settings.probe_sets:
-        if name in ("tinylm/A", "tinylm/B"):
-            from tinylm import tasks
-
-            names += [f"{name}/{task}" for task in tasks.TASK_SETS[name.removeprefix("tinylm/")]]
-        else:
-            names.append(name)
-    return names
 
 
 def probing_config(settings: SettingsLike) -> Any:
@@ -96,105 +37,7 @@ def probing_config(settings: SettingsLike) -> Any:
     )
 
 
-def probe_tokens(
-    dataset: str, tokenizer: Any, device: torch.device, settings: SettingsLike
-) -> list[dict[str, Any]]:
-    """The token ids of a probing data set, train and test, as SAE-Bench draws and tokenizes it.
-
-    Raises:
-        ExperimentError: it has other columns or classes, or too few rows.
-    """
-    from sae_bench.sae_bench_utils import dataset_info, dataset_utils
-
-    too_few = (
-        f"the probing data set {dataset!r} has too few rows for probe_train = "
-        f"{settings.probe_train} and probe_test = {settings.probe_test}: lower them"
-    )
-    stock, dataset_utils.load_dataset = dataset_utils.load_dataset, load_dataset
-    try:
-        split = dataset_utils.get_multi_label_train_test_data(
-            dataset, settings.probe_train, settings.probe_test, settings.probe_seed
-        )
-    except ExperimentError:
-        raise
-    except KeyError as error:
-        raise ExperimentError(
-            f"the probing data set {dataset!r} has no {error}, which SAE-Bench reads: its columns "
-            "or classes have changed; take it out of probe_sets, or pin an older copy"
-        ) from error
-    except Exception as error:
-        if isinstance(error, AssertionError) or "larger sample" in str(error):
-            raise ExperimentError(too_few) from error
-        raise ExperimentError(
-            f"the probing data set {dataset!r} can't be read ({type(error).__name__}: "
-            f"{first_line(error)}): look at its files, or take it out of probe_sets"
-        ) from error
-    finally:
-        dataset_utils.load_dataset = stock
-    classes = dataset_info.chosen_classes_per_dataset[dataset]
-    # SAE-Bench leaves out classes of some data sets that have too few rows.
-    if any(label not in texts for texts in split for label in classes):
-        raise ExperimentError(too_few)
-    return [
-        dataset_utils.tokenize_data_dictionary(
-            dataset_utils.filter_dataset(texts, classes),
-            tokenizer,
-            settings.context,
-            str(device),
-        )
-        for texts in split
-    ]
-
-
-def read_probe_texts(
-    settings: SettingsLike, tokenizer: Any, device: torch.device
-) -> dict[str, list[dict[str, Any]]]:
-    """`probe_tokens` of each data set: read before training, so that what is wrong shows early.
-
-    So is the beginning of the evaluation's text. tinylm's are kept for the next run.
-    """
-
-    def drawn(name: str) -> list[dict[str, Any]]:
-        return [
-            {label: {"input_ids": encoded["input_ids"]} for label, encoded in part.items()}
-            for part in probe_tokens(name, tokenizer, device, settings)
-        ]
-
-    if not settings.core_text.startswith("tinylm"):
-        texts = documents(settings.core_text, "heldout")()
-        if next(texts, None) is None:
-            raise ExperimentError(f"the text {settings.core_text!r} holds no text: check core_text")
-    with tinylm_tasks(settings):
-        names = probe_names(settings)
-        progress = Progress("probing texts", len(names), "data sets")
-        texts = {}
-        for name in names:
-            kept_texts = probing_texts(name, settings, device)
-            texts[name] = [
-                {label: {"input_ids": e["input_ids"].to(device)} for label, e in part.items()}
-                for part in kept_texts.get("all", functools.partial(drawn, name))
-            ]
-            kept_texts.flush()
-            progress.advance(1, name)
-    progress.close()
-    return texts
-
-
-def probing_texts(dataset: str, settings: SettingsLike, device: torch.device) -> TensorCache:
-    """Where the token ids of one of tinylm's tasks are kept; a hub's data sets may change."""
-    if not dataset.startswith("tinylm/"):
-        return TensorCache("probing texts", None)
-    chosen = ("probe_train", "probe_test", "probe_seed")
-    key = {
-        "data set": dataset,
-        "setting": {field: getattr(settings, field) for field in chosen},
-        **environment_fingerprint(settings, "import harness", device),
-        **text_identity("tinylm"),
-    }
-    return TensorCache("probing texts", key)
-
-
-def probing_passes(settings: SettingsLike, model: Any, texts: list[dict[str, Any]]) -> TensorCache:
+def probing_cache(settings: SettingsLike, model: Any, texts: list[dict[str, Any]]) -> TensorCache:
     """Where a data set's passes of the language model are kept, if they are not too large.
 
     Args:
@@ -208,13 +51,83 @@ def probing_passes(settings: SettingsLike, model: Any, texts: list[dict[str, Any
     return TensorCache("probing passes", key)
 
 
-def pooled_features(
+def masked_activations(
+    tokens_NL: Tensor, model: Any, settings: SettingsLike, cache: TensorCache, name: str
+) -> Iterator[list[Tensor]]:
+    """The residual streams of texts, (B, L, D) for each of `settings.layers`.
+
+    `probe_llm_batch` texts at a time, zero at BOS, EOS and padding, as SAE-Bench has it.
+
+    Args:
+        name: the beginning of that under which the passes are kept.
+    """
+    from sae_bench.sae_bench_utils.activation_collection import get_bos_pad_eos_mask
+
+    hooks = [f"blocks.{layer}.hook_resid_post" for layer in settings.layers]
+
+    def one_pass(tokens_BL: Tensor) -> list[Tensor]:
+        _, found = model.run_with_cache(
+            tokens_BL, names_filter=hooks, stop_at_layer=max(settings.layers) + 1
+        )
+        return [found[hook] for hook in hooks]
+
+    for start in range(0, len(tokens_NL), settings.probe_llm_batch):
+        tokens_BL = tokens_NL[start : start + settings.probe_llm_batch]
+        mask_BL = get_bos_pad_eos_mask(tokens_BL, model.tokenizer)
+        acts = cache.get(f"{name}-{start:06d}", functools.partial(one_pass, tokens_BL))
+        yield [acts_BLD.to(mask_BL.device) * mask_BL[:, :, None] for acts_BLD in acts]
+
+
+def regrouped(parts: Iterable[list[Tensor]], size: int) -> Iterator[list[Tensor]]:
+    """Joins and cuts batches into others of `size` rows; the last one has what is left.
+
+    Args:
+        parts: of each batch several tensors, of as many rows.
+    """
+    waiting: list[list[Tensor]] = []
+    n_rows = 0
+    for part in parts:
+        waiting.append(part)
+        n_rows += len(part[0])
+        while n_rows >= size:
+            joined = [torch.cat(tensors) for tensors in zip(*waiting)]
+            # Cloned: what a product of matrices rounds to may depend on where in memory they lie.
+            yield [tensor[:size].clone() for tensor in joined]
+            waiting = [[tensor[size:] for tensor in joined]]
+            n_rows -= size
+    if n_rows:
+        yield [torch.cat(tensors) for tensors in zip(*waiting)]
+
+
+def mean_activations(
+    acts: dict[int, Tensor], saes: dict[str, SAELike], settings: SettingsLike
+) -> dict[Any, Tensor]:
+    """SAE-Bench's means over the tokens of texts: by layer (B, D), by SAE (B, F).
+
+    Args:
+        acts: by layer (B, L, D), zero where a token doesn't count.
+    """
+    from sae_bench.sae_bench_utils import activation_collection as collection
+
+    means: dict[Any, Tensor] = {}
+    for layer in {sae.cfg.hook_layer: None for sae in saes.values()}:
+        means[layer] = collection.create_meaned_model_activations({"": acts[layer]})[""]
+    for key, sae in saes.items():
+        texts = {"": acts[sae.cfg.hook_layer]}
+        means[key] = collection.get_sae_meaned_activations(texts, sae, settings.probe_sae_batch)[""]
+    return means
+
+
+Classes = dict[str, Tensor]  # {class: (N, D)} or {class: (N, F)}
+
+
+def probing_features(
     splits: Sequence[dict[str, Any]],
     model: Any,
     saes: dict[str, SAELike],
     settings: SettingsLike,
-    kept_passes: TensorCache | None = None,
-) -> list[tuple[dict[int, dict], dict[str, dict]]]:
+    keep_passes: bool = False,
+) -> tuple[dict[int, tuple[Classes, ...]], dict[str, tuple[Classes, ...]]]:
     """Mean activations of each text, of the language model and of each SAE, in one forward pass.
 
     The batches are SAE-Bench's (`probe_llm_batch` texts through the model, `probe_sae_batch`
@@ -225,142 +138,118 @@ def pooled_features(
     Args:
         splits: class -> {"input_ids": (N, L)}, from SAE-Bench's tokenize_data_dictionary; of
             several splits, train first.
-        kept_passes: where the language model's are kept.
+        saes: prepared by `prepare_for_sae_bench`.
+        keep_passes: the language model's, for the next run.
     Returns:
-        for each split, by layer {class: (N, D)}, and by the SAE's name {class: (N, F)}.
+        by layer of the SAEs, {class: (N, D)} of each split; by SAE, {class: (N, F)} of each split.
     """
-    from sae_bench.sae_bench_utils import activation_collection as collection
-
-    hooks = {layer: f"blocks.{layer}.hook_resid_post" for layer in settings.layers}
-    kept_passes = kept_passes or TensorCache("", None)
-
-    def one_pass(tokens_BL: Tensor) -> list[Tensor]:
-        _, cache = model.run_with_cache(
-            tokens_BL, names_filter=list(hooks.values()), stop_at_layer=max(hooks) + 1
-        )
-        return [cache[hook] for hook in hooks.values()]
+    cache = probing_cache(settings, model, list(splits)) if keep_passes else TensorCache("", None)
 
     def one_class(item: tuple[int, int, str]) -> dict[Any, Tensor]:
-        """By layer (N, D), and by the SAE's name (N, F)."""
-        at, number, label = item
-        tokens_NL = splits[at][label]["input_ids"]
-        waiting = {layer: [] for layer in hooks}
-        parts: dict[Any, list] = {key: [] for key in (*hooks, *saes)}
-        done = 0
-        for start in range(0, len(tokens_NL), settings.probe_llm_batch):
-            batch_BL = tokens_NL[start : start + settings.probe_llm_batch]
-            mask_BL = collection.get_bos_pad_eos_mask(batch_BL, model.tokenizer)
-            name = f"{('train', 'test')[at]}-{number:03d}-{start:06d}"
-            acts = kept_passes.get(name, functools.partial(one_pass, batch_BL))
-            for layer, acts_BLD in zip(hooks, acts):
-                waiting[layer].append(acts_BLD.to(mask_BL.device) * mask_BL[:, :, None])
-            done_now = start + len(batch_BL)
-            while (size := min(settings.probe_sae_batch, len(tokens_NL) - done)) and (
-                done_now - done >= size
-            ):
-                done += size
-                for layer in hooks:
-                    acts_BLD = torch.cat(waiting[layer])
-                    window = {label: acts_BLD[:size].clone()}
-                    waiting[layer] = [acts_BLD[size:]]
-                    parts[layer].append(collection.create_meaned_model_activations(window)[label])
-                    for name, sae in saes.items():
-                        if sae.cfg.hook_layer == layer:
-                            meaned = collection.get_sae_meaned_activations(
-                                window, sae, settings.probe_sae_batch
-                            )
-                            parts[name].append(meaned[label])
-        return {key: torch.cat(tensors) for key, tensors in parts.items()}
+        split, number, label = item
+        tokens_NL = splits[split][label]["input_ids"]
+        name = f"{('train', 'test')[split]}-{number:03d}"
+        passes = masked_activations(tokens_NL, model, settings, cache, name)
+        means = [
+            mean_activations(dict(zip(settings.layers, acts)), saes, settings)
+            for acts in regrouped(passes, settings.probe_sae_batch)
+        ]
+        return {key: torch.cat([part[key] for part in means]) for key in means[0]}
 
     items = [
-        (at, number, label)
-        for at, tokens in enumerate(splits)
-        for number, label in enumerate(tokens)
+        (split, number, label)
+        for split, classes in enumerate(splits)
+        for number, label in enumerate(classes)
     ]
     found = in_order(one_class, items, torch.device(model.cfg.device))
-    results = [({key: {} for key in hooks}, {key: {} for key in saes}) for _ in splits]
-    for (at, _, label), meaned in zip(items, found):
-        for kind in results[at]:
-            for key in kind:
-                kind[key][label] = meaned[key]
-    kept_passes.flush()
-    return results
+    cache.flush()
+    llm = {sae.cfg.hook_layer: tuple({} for _ in splits) for sae in saes.values()}
+    sae = {key: tuple({} for _ in splits) for key in saes}
+    both = llm | sae
+    for (split, _, label), means in zip(items, found):
+        for key, mean in means.items():
+            both[key][split][label] = mean
+    return llm, sae
 
 
-def probe(train: dict, test: dict, prefix: str, ks: tuple[int, ...]) -> dict[str, dict]:
-    """SAE-Bench's probes on pooled features, in SAE-Bench's order: {metric: {class: accuracy}}."""
-    from sae_bench.evals.sparse_probing import probe_training
-
-    results = {}
-    for k in (None, *ks):
-        options = dict(use_sklearn=False, batch_size=250, epochs=100, lr=1e-2) if k is None else {}
-        try:
-            _, accuracies = probe_training.train_probe_on_activations(
-                train, test, select_top_k=k, **options
-            )
-        except AssertionError as error:
-            raise ExperimentError(
-                "SAE-Bench's probe tells none of the test texts right, which happens with few of "
-                "them: raise probe_test"
-            ) from error
-        middle = "" if k is None else f"top_{k}_"
-        results[f"{prefix}_{middle}test_accuracy"] = accuracies
-    return results
+Probe = Callable[[tuple[Classes, ...], str, tuple[int, ...]], dict[str, dict[str, float]]]
 
 
-def probe_rng_states(saes: Iterable[str], settings: SettingsLike) -> dict[str, str]:
-    """By SAE, the state of the generator that its probes draw from at the start, in hexadecimal."""
-    torch.manual_seed(settings.probe_seed)
-    return dict.fromkeys(saes, torch.get_rng_state().numpy().tobytes().hex())
+def drawn_from(
+    state: int | str, probe: Probe, acts: tuple[Classes, ...], who: str, ks: tuple[int, ...]
+) -> tuple[dict[str, dict[str, float]], str]:
+    """`probe(acts, who, ks)` with torch's generator in a state, and the state that it leaves.
+
+    Args:
+        state: a seed, or what this has returned.
+    """
+    if isinstance(state, int):
+        torch.manual_seed(state)
+    else:
+        torch.set_rng_state(torch.tensor(list(bytes.fromhex(state)), dtype=torch.uint8))
+    try:
+        accuracies = probe(acts, who, ks)
+    except AssertionError as error:
+        raise ExperimentError(
+            "SAE-Bench's probe tells none of the test texts right, which happens with few of "
+            "them: raise probe_test"
+        ) from error
+    return accuracies, torch.get_rng_state().numpy().tobytes().hex()
 
 
-def probe_data_set(
+def shared_probing(
+    run: RunLike,
     dataset: str,
-    split: list[dict],
     saes: dict[str, SAELike],
-    states: dict[str, str],
-    model: Any,
-    settings: SettingsLike,
-    keys: dict[str, dict] | None,
-) -> dict[str, dict]:
-    """SAE-Bench's probes on one data set: by SAE {metric: {class: accuracy}}.
+    states: dict[str, int | str],
+    probe: Probe,
+    keys: dict[str, dict | None] | None = None,
+) -> dict[str, dict[str, dict[str, float]]]:
+    """`probe` of SAEs on one data set, and of the language model at their layers.
 
     The language model's own probes begin at the seed for each data set and are kept from run to
     run: no SAE changes them.
 
     Args:
-        saes: prepared by `prepare_for_sae_bench`. states: see `probe_rng_states`; left as the next set needs them.
+        saes: prepared by `prepare_for_sae_bench`.
+        states: of the generator that each SAE's probes draw from; left as the next set needs them.
+        probe: called with {class: (N, D or F)} of train and of test, "llm" or "sae", and
+            `probe_ks`; returns {metric: {class: accuracy}}.
         keys: by SAE, all that its figures depend on beside texts and states: they are kept under
             it, and the language model's passes are; None: nothing is.
+    Returns:
+        by SAE, {metric: {class: accuracy}}.
     """
-    @retain_freed_memory()
-    def some_saes(names: list[str]) -> dict[str, tuple[dict, str]]:
-        some = {name: saes[name] for name in names}
-        passes = probing_passes(settings, model, split) if keys else None
-        (llm_train, sae_train), (llm_test, sae_test) = pooled_features(
-            split, model, some, settings, passes
-        )
-        llm, results = {}, {}
-        for layer in {sae.cfg.hook_layer: None for sae in some.values()}:
-            torch.manual_seed(settings.probe_seed)
-            key = llm_probes_key(dataset, layer, split, settings)
-            acts = llm_train[layer], llm_test[layer], "llm", settings.probe_ks
-            llm[layer] = cached("language model probes", key, probe, *acts)
-        for name, sae in some.items():
-            torch.set_rng_state(torch.tensor(list(bytes.fromhex(states[name])), dtype=torch.uint8))
-            found = probe(sae_train[name], sae_test[name], "sae", settings.probe_ks)
-            after = torch.get_rng_state().numpy().tobytes().hex()
-            # SAE-Bench's order: the SAE's full probe, the language model's, the SAE's top k.
-            full = {"sae_test_accuracy": found.pop("sae_test_accuracy")}
-            results[name] = full | llm[sae.cfg.hook_layer] | found, after
-        return results
+    settings, split = run.settings, run.probe_texts[dataset]
 
-    before = {"dataset": dataset, "texts": tokens_digest(split)}
-    own = {n: keys and keys[n] | before | {"state": states[n]} for n in saes}
+    def llm_probes(layer: int, acts: tuple[Classes, ...]) -> dict[str, dict[str, float]]:
+        given = dataset, layer, split, settings, run.source, probe.__name__
+        key = llm_probes_key(*given) if run.source else None
+        draws = settings.probe_seed, probe, acts, "llm", settings.probe_ks
+        return cached("language model probes", key, drawn_from, *draws)[0]
+
+    @retain_freed_memory()
+    def probed(names: list[str]) -> dict[str, tuple[dict, str]]:
+        some = {name: saes[name] for name in names}
+        llm_acts, sae_acts = probing_features(
+            split, run.sae_bench_model, some, settings, keys is not None
+        )
+        llm = {layer: llm_probes(layer, acts) for layer, acts in llm_acts.items()}
+        found = {}
+        for name, acts in sae_acts.items():
+            own, after = drawn_from(states[name], probe, acts, "sae", settings.probe_ks)
+            found[name] = own | llm[saes[name].cfg.hook_layer], after
+        return found
+
+    more = {"dataset": dataset, "texts": tokens_digest(split)}
+    keys_here = {
+        name: key and key | more | {"state": states[name]}
+        for name, key in (keys or dict.fromkeys(saes)).items()
+    }
     with error_context(dataset):
-        found = cached_each("sparse probing", own, some_saes)
-    states |= {name: state for name, (_, state) in found.items()}
-    return {name: results for name, (results, _) in found.items()}
+        found = cached_each("sparse probing", keys_here, probed)
+    states |= {name: after for name, (_, after) in found.items()}
+    return {name: accuracies for name, (accuracies, _) in found.items()}
 
 
 def save_probing(
@@ -368,6 +257,8 @@ def save_probing(
 ) -> dict[str, float]:
     """Writes an SAE's sparse-probing results as SAE-Bench's run_eval does; returns the means.
 
+    Args:
+        per_class: {data set's name and "_results": {metric: {class: accuracy}}}.
     Raises:
         ExperimentError: an accuracy is not between 0 and 1.
     """
@@ -379,6 +270,13 @@ def save_probing(
         get_sae_lens_version,
     )
 
+    def place(metric: str) -> int:  # SAE-Bench's order
+        return 0 if metric == "sae_test_accuracy" else 1 if metric.startswith("llm_") else 2
+
+    per_class = {
+        dataset: {metric: metrics[metric] for metric in sorted(metrics, key=place)}
+        for dataset, metrics in per_class.items()
+    }
     config = probing_config(settings)
     details = {
         # sum / len, as SAE-Bench has it: equal figures are to be equal bit for bit.

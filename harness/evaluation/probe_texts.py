@@ -1,0 +1,166 @@
+"""The labelled texts of sparse probing, drawn and tokenized as SAE-Bench does it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from harness.console import Progress
+from harness.errors import ExperimentError, first_line
+from harness.fingerprint import environment_fingerprint, text_identity
+from harness.interfaces import SettingsLike
+from harness.store import TensorCache
+from harness.text import corpus_errors, documents, load_dataset
+
+
+@contextlib.contextmanager
+def tinylm_tasks(settings: SettingsLike) -> Iterator[None]:
+    """Makes tinylm's labelled tasks known to SAE-Bench by the names tinylm/A/… and tinylm/B/….
+
+    SAE-Bench knows only its own data sets; this adds to its table of classes and stands in front
+    of its loader, and undoes both afterwards.
+    """
+    if not any(name.startswith("tinylm/") for name in settings.probe_sets):
+        yield
+        return
+    from sae_bench.sae_bench_utils import dataset_info, dataset_utils
+
+    from tinylm import tasks
+
+    stock = dataset_utils.get_multi_label_train_test_data
+    names = {
+        f"tinylm/{letter}/{task}": task
+        for letter, members in tasks.TASK_SETS.items()
+        for task in members
+    }
+
+    def load(name: str, train_size: int, test_size: int, seed: int) -> tuple[dict, dict]:
+        if name not in names:
+            return stock(name, train_size, test_size, seed)
+        with corpus_errors():
+            return tasks.load_task(names[name], train_size, test_size, seed)
+
+    for name, task in names.items():
+        dataset_info.chosen_classes_per_dataset[name] = list(tasks.TASKS[task])
+    dataset_utils.get_multi_label_train_test_data = load
+    try:
+        yield
+    finally:
+        dataset_utils.get_multi_label_train_test_data = stock
+        for name in names:
+            del dataset_info.chosen_classes_per_dataset[name]
+
+
+def probe_names(settings: SettingsLike) -> list[str]:
+    """The data sets of sparse probing; tinylm/A and tinylm/B stand for three tasks each."""
+    names = []
+    for name in settings.probe_sets:
+        if name in ("tinylm/A", "tinylm/B"):
+            from tinylm import tasks
+
+            names += [f"{name}/{task}" for task in tasks.TASK_SETS[name.removeprefix("tinylm/")]]
+        else:
+            names.append(name)
+    return names
+
+
+def probe_tokens(
+    dataset: str, tokenizer: Any, device: torch.device, settings: SettingsLike
+) -> list[dict[str, Any]]:
+    """The token ids of a probing data set, train and test, as SAE-Bench draws and tokenizes it.
+
+    Raises:
+        ExperimentError: it has other columns or classes, or too few rows.
+    """
+    from sae_bench.sae_bench_utils import dataset_info, dataset_utils
+
+    too_few = (
+        f"the probing data set {dataset!r} has too few rows for probe_train = "
+        f"{settings.probe_train} and probe_test = {settings.probe_test}: lower them"
+    )
+    stock, dataset_utils.load_dataset = dataset_utils.load_dataset, load_dataset
+    try:
+        split = dataset_utils.get_multi_label_train_test_data(
+            dataset, settings.probe_train, settings.probe_test, settings.probe_seed
+        )
+    except ExperimentError:
+        raise
+    except KeyError as error:
+        raise ExperimentError(
+            f"the probing data set {dataset!r} has no {error}, which SAE-Bench reads: its columns "
+            "or classes have changed; take it out of probe_sets, or pin an older copy"
+        ) from error
+    except Exception as error:
+        if isinstance(error, AssertionError) or "larger sample" in str(error):
+            raise ExperimentError(too_few) from error
+        raise ExperimentError(
+            f"the probing data set {dataset!r} can't be read ({type(error).__name__}: "
+            f"{first_line(error)}): look at its files, or take it out of probe_sets"
+        ) from error
+    finally:
+        dataset_utils.load_dataset = stock
+    classes = dataset_info.chosen_classes_per_dataset[dataset]
+    # SAE-Bench leaves out classes of some data sets that have too few rows.
+    if any(label not in texts for texts in split for label in classes):
+        raise ExperimentError(too_few)
+    return [
+        dataset_utils.tokenize_data_dictionary(
+            dataset_utils.filter_dataset(texts, classes),
+            tokenizer,
+            settings.context,
+            str(device),
+        )
+        for texts in split
+    ]
+
+
+def read_probe_texts(
+    settings: SettingsLike, tokenizer: Any, device: torch.device
+) -> dict[str, list[dict[str, Any]]]:
+    """`probe_tokens` of each data set: read before training, so that what is wrong shows early.
+
+    So is the beginning of the evaluation's text. tinylm's are kept for the next run.
+    """
+
+    def drawn(name: str) -> list[dict[str, Any]]:
+        return [
+            {label: {"input_ids": encoded["input_ids"]} for label, encoded in part.items()}
+            for part in probe_tokens(name, tokenizer, device, settings)
+        ]
+
+    if not settings.core_text.startswith("tinylm"):
+        texts = documents(settings.core_text, "heldout")()
+        if next(texts, None) is None:
+            raise ExperimentError(f"the text {settings.core_text!r} holds no text: check core_text")
+    with tinylm_tasks(settings):
+        names = probe_names(settings)
+        progress = Progress("probing texts", len(names), "data sets")
+        texts = {}
+        for name in names:
+            kept_texts = probing_texts(name, settings, device)
+            texts[name] = [
+                {label: {"input_ids": e["input_ids"].to(device)} for label, e in part.items()}
+                for part in kept_texts.get("all", functools.partial(drawn, name))
+            ]
+            kept_texts.flush()
+            progress.advance(1, name)
+    progress.close()
+    return texts
+
+
+def probing_texts(dataset: str, settings: SettingsLike, device: torch.device) -> TensorCache:
+    """Where the token ids of one of tinylm's tasks are kept; a hub's data sets may change."""
+    if not dataset.startswith("tinylm/"):
+        return TensorCache("probing texts", None)
+    chosen = ("probe_train", "probe_test", "probe_seed")
+    key = {
+        "data set": dataset,
+        "setting": {field: getattr(settings, field) for field in chosen},
+        **environment_fingerprint(settings, "import harness", device),
+        **text_identity("tinylm"),
+    }
+    return TensorCache("probing texts", key)

@@ -1,0 +1,229 @@
+"""SAE-Bench's sparse probing against stock SAE-Bench, and what is kept of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from sae_lens import SAE
+
+from bench.common import run_on, settings_of
+from harness.console import Progress
+from harness.evaluation.estimate import evaluation_seconds
+from harness.evaluation.probe_texts import probe_names, read_probe_texts, tinylm_tasks
+from harness.evaluation.probing import probing_config, regrouped
+from harness.fingerprint import llm_probes_key
+from harness.language_model import load_language_model
+from harness.store import store_dir
+from tests.conftest import ROOT, replace
+
+CPU = torch.device("cpu")
+SOURCE = (ROOT / "experiment.py").read_text()
+
+
+def stock_probing(settings, sae, model, artifacts: Path) -> tuple[dict, dict]:
+    """`run_eval_single_sae` twice: the first call also probes the language model."""
+    from sae_bench.evals.sparse_probing import main as stock
+    from sae_bench.sae_bench_utils import general_utils
+
+    sae = general_utils.load_and_format_sae("", sae, "cpu")[1]
+    config = probing_config(settings)
+    load = torch.load
+    torch.load = lambda path: load(path, weights_only=False)  # its own file, just written
+    try:
+        first, second = (
+            stock.run_eval_single_sae(config, sae, model, "cpu", str(artifacts), True)[0]
+            for _ in range(2)
+        )
+    finally:
+        torch.load = load
+    return first, second
+
+
+def test_a_run_s_accuracies_are_stock_sae_bench_s_on_the_stored_sae(
+    toy, toy_run: Path, tmp_path: Path
+) -> None:
+    """SAELens reads the SAE back; SAE-Bench, called directly, finds what the run reported."""
+    settings = settings_of("run_1", "tinylm")
+    model = load_language_model(settings.model).hooked()
+    info = json.loads((toy_run / "final_info.json").read_text())
+    for layer in settings.layers:
+        sae = SAE.load_from_disk(toy_run / "sae" / f"layer_{layer}" / "seed_0")
+        means = info[f"layer_{layer}"]["means"]
+        first, second = stock_probing(settings, sae, model, tmp_path / f"artifacts_{layer}")
+        detail = json.loads(
+            next((toy_run / "eval_results" / "sparse_probing").glob(f"layer_{layer}_seed_0_c*"))
+            .read_text()
+        )["eval_result_details"]  # fmt: skip
+        assert [entry.pop("dataset_name") for entry in detail] == [
+            f"{name}_results" for name in probe_names(settings)
+        ]
+        for at, name in enumerate(probe_names(settings)):
+            for metric, value in second[f"{name}_results"].items():
+                if metric.startswith("sae_"):
+                    assert detail[at][metric] == value, (name, metric)
+        for metric, value in first[f"{probe_names(settings)[0]}_results"].items():
+            if metric.startswith("llm_"):
+                assert detail[0][metric] == value, metric
+        for k in settings.probe_ks:
+            metric = f"sae_top_{k}_test_accuracy"
+            assert means[metric] == pytest.approx(second[metric], abs=1e-12)
+
+
+def test_probing_s_files_have_sae_bench_s_own_form(toy, toy_run: Path) -> None:
+    from pydantic import TypeAdapter
+    from sae_bench.evals.sparse_probing.eval_output import SparseProbingEvalOutput
+
+    settings = settings_of("run_1", "tinylm")
+    files = sorted((toy_run / "eval_results" / "sparse_probing").glob("*.json"))
+    assert len(files) == 2 * len(settings.layers)  # each layer, and its untrained baseline
+    for file in files:
+        output = TypeAdapter(SparseProbingEvalOutput).validate_json(file.read_text())
+        assert output.sae_cfg_dict["d_sae"] == settings.d_sae
+
+
+def test_the_untrained_sae_is_probed_too(toy, toy_run: Path) -> None:
+    settings = settings_of("run_1", "tinylm")
+    info = json.loads((toy_run / "final_info.json").read_text())
+    for layer in settings.layers:
+        means = info[f"layer_{layer}"]["means"]
+        for k in settings.probe_ks:
+            assert 0 <= means[f"untrained_top_{k}_test_accuracy"] <= 1
+
+
+@pytest.mark.parametrize("sizes, size", [([3, 3, 1], 5), ([4, 2], 2), ([2], 5), ([3, 3], 3)])
+def test_regrouped_batches_hold_the_same_rows_in_order(sizes: list[int], size: int) -> None:
+    rows = torch.arange(sum(sizes))[:, None]
+    out = list(regrouped(([part, -part] for part in rows.split(sizes)), size))
+    assert all(torch.equal(first, -second) for first, second in out)
+    assert torch.equal(torch.cat([first for first, _ in out]), rows)
+    assert [len(first) for first, _ in out] == [len(part) for part in rows.split(size)]
+
+
+@pytest.fixture()
+def scored(toy, toy_lm, tmp_path: Path, monkeypatch):
+    """A run at toy sizes with a store of its own, and what probes an SAE in it.
+
+    The latter takes a run and keys, and returns the SAE's accuracies.
+    """
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    settings = settings_of("run_1", "tinylm")
+    settings = dataclasses.replace(settings, layers=(2,), probe_ks=(1, 2, 5), probe_train=20)
+    run = run_on(
+        toy_lm, settings, sae_bench_model=toy_lm.hooked(), out_dir=tmp_path, source=SOURCE,
+        probe_texts=read_probe_texts(settings, toy_lm.tokenizer, CPU),
+    )  # fmt: skip
+    sae = toy.new_sae(settings, 2, 0, (torch.zeros(32), 1.0), {}, 4)
+
+    def score(run=run, keys=None) -> dict:
+        return toy.sparse_probing(run, {"sae": sae}, Progress("probing", 2, "SAEs"), keys)["sae"]
+
+    return run, score
+
+
+def test_the_language_model_s_probes_are_computed_once(toy, scored, monkeypatch) -> None:
+    """The second run reads them; the figures are the same, and an SAE's own are not touched."""
+    run, score = scored
+    calls = []
+    stock = toy.probe
+
+    def probe(acts, who, ks):
+        calls.append(who)
+        return stock(acts, who, ks)
+
+    monkeypatch.setattr(toy, "probe", probe)
+
+    def probes_of(*arguments) -> tuple[dict, list[str]]:
+        calls.clear()
+        return score(*arguments), list(calls)
+
+    first, called = probes_of()
+    assert called == ["llm", "sae", "llm", "sae"]
+    assert probes_of() == (first, ["sae", "sae"])
+    for file in store_dir().joinpath("language_model_probes").iterdir():
+        file.write_text(file.read_text().replace("0.", "1.", 1))
+    assert probes_of() == (first, ["llm", "sae", "llm", "sae"])  # damage is found
+    other, called = probes_of(
+        dataclasses.replace(run, settings=dataclasses.replace(run.settings, probe_seed=43))
+    )
+    assert other != first and called == ["llm", "sae", "llm", "sae"]
+
+
+def test_an_edit_of_probe_leaves_no_language_model_s_probes_in_use(scored) -> None:
+    run, _ = scored
+    (name, split), *_ = run.probe_texts.items()
+
+    def key(old: str = "", new: str = "") -> dict:
+        assert old in SOURCE
+        source = SOURCE.replace(old, new) if old else SOURCE
+        return llm_probes_key(name, 2, split, run.settings, source, "probe")
+
+    assert key("epochs=100", "epochs=50") != key()
+    assert key("torch.relu(values)", "values") == key()  # the SAE's
+    assert key("core.calculate_misc_metrics(features)", "{}") == key()
+
+
+def test_the_language_model_s_passes_are_made_once(scored, monkeypatch) -> None:
+    """Another SAE's evaluation reads them; a damaged one is made again; a rehearsal keeps none."""
+    run, score = scored
+    model = run.sae_bench_model
+    calls, run_with_cache, numbers = [], model.run_with_cache, iter(range(100))
+    monkeypatch.setattr(
+        model, "run_with_cache", lambda *a, **k: (calls.append(1), run_with_cache(*a, **k))[1]
+    )
+
+    def passes_of(keep: bool = True) -> tuple[dict, int]:
+        calls.clear()
+        found = score(keys={"sae": {"SAE": next(numbers)}} if keep else None)
+        return found, len(calls)
+
+    anew, n_passes = passes_of(keep=False)
+    assert n_passes > 10 and not store_dir().joinpath("probing_passes").exists()
+    assert passes_of() == (anew, n_passes)
+    assert passes_of() == (anew, 0)
+    file = min(store_dir().glob("probing_passes/*/*"))
+    *rest, last = file.read_bytes()
+    file.write_bytes(bytes([*rest, last ^ 1]))
+    assert passes_of() == (anew, 1)
+    replace(monkeypatch, "ACTIVATIONS_GB", 1e-6)
+    assert passes_of() == (anew, n_passes)
+
+
+def test_the_estimate_of_an_evaluation_draws_nothing_from_the_training_s_generator(
+    toy, scored
+) -> None:
+    run, _ = scored
+    saes = {(2, 0): toy.new_sae(run.settings, 2, 0, (torch.zeros(32), 1.0), {}, 4)}
+    before = torch.get_rng_state()
+    seconds = evaluation_seconds(run, saes, run_evals=toy.core_metrics, probe=toy.probe)
+    assert 0 < seconds < 600 and torch.equal(torch.get_rng_state(), before)
+
+
+def test_tinylm_s_accuracies_are_stock_sae_bench_s(tmp_path: Path) -> None:
+    """On the shipped model and its tasks, exactly."""
+    import experiment
+
+    settings = dataclasses.replace(
+        settings_of("run_1", "tinylm"), layers=(2,), probe_train=24, probe_test=12,
+        probe_ks=(1, 2, 5),
+    )  # fmt: skip
+    lm = load_language_model("tinylm")
+    model = lm.hooked()
+    stats = torch.randn(256, generator=torch.Generator().manual_seed(0)), 1.0
+    sae = experiment.new_sae(settings, 2, 0, stats, {}, 16)
+    texts = read_probe_texts(settings, lm.tokenizer, CPU)
+    run = run_on(lm, settings, sae_bench_model=model, probe_texts=texts, out_dir=tmp_path)
+    ours = experiment.sparse_probing(run, {"sae": sae}, Progress("sparse probing", 3, "SAEs"))
+    with tinylm_tasks(settings):
+        first, second = stock_probing(settings, sae, model, tmp_path / "artifacts")
+    for k in settings.probe_ks:
+        metric = f"sae_top_{k}_test_accuracy"
+        assert ours["sae"][metric] == second[metric]
+    (file,) = (tmp_path / "eval_results" / "sparse_probing").glob("*.json")
+    detail = json.loads(file.read_text())["eval_result_details"][0]
+    for metric, value in first[f"{detail['dataset_name']}"].items():
+        if metric.startswith("llm_"):
+            assert detail[metric] == value, metric
