@@ -6,6 +6,8 @@
     evaluation/      core, probing: SAE-Bench's figures, each pass of the language model made once;
                      shared_forward, probe_texts, estimate: what they are made of
     fingerprint      all that a result depends on
+    call_graph       the code that it depends on, from the objects at hand
+    syntax           the statements of a Python file
     language_model   a Hugging Face model in the two forms that training and evaluation need
     fused_gemma      Gemma-2's forward pass on a CPU, faster
     text             from a data set to packed contexts

@@ -22,10 +22,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from harness.call_graph import own_files
 from harness.console import STAGE
 from harness.errors import ExperimentError
 from harness.evaluation.probing import probing_config
-from harness.fingerprint import own_files, versions
+from harness.fingerprint import versions
 from harness.interfaces import RunLike, SAELike, SettingsLike
 from harness.machine import memory_gb, peak_memory_gb, processor_name
 from harness.start import HERE, STARTED

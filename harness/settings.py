@@ -21,6 +21,15 @@ checked = pydantic.dataclasses.dataclass(
 )
 
 
+PLAINLY = {  # what pydantic says in other words
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "True or False",
+    "string_type": "a string",
+    "tuple_type": "a tuple",
+}
+
+
 def must_hold(settings: object, rules: dict[str, tuple[Any, str]]) -> None:
     """ValueError at the first rule that doesn't hold.
 
@@ -56,9 +65,7 @@ def checked_settings(name: str, make: type, chosen: dict[str, Any]) -> Any:
             )
         sentence = error["msg"].removeprefix("Value error, ")
         if field:
-            plainly = {"int_type": "a whole number", "float_type": "a number", "bool_type":
-                       "True or False", "string_type": "a string", "tuple_type": "a tuple"}  # fmt: skip
-            allowed = plainly.get(error["type"], sentence.removeprefix("Input should be "))
+            allowed = PLAINLY.get(error["type"], sentence.removeprefix("Input should be "))
             or_none = "None or " if getattr(make, field, "") is None else ""
             of = f" (of {chosen[field]!r})" if len(error["loc"]) > 1 else ""
             sentence = f"{field} must be {or_none}{allowed}, but is {error['input']!r}{of}"

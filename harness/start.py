@@ -31,3 +31,8 @@ def _sources() -> dict[Path, str]:
 
 
 SOURCES_AT_START = _sources()
+
+
+def source_at_start(file: Path) -> str:
+    """What stood in a file when the command began; of one that came later, what stands there."""
+    return SOURCES_AT_START.get(file) or file.read_text(encoding="utf-8")

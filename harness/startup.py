@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from harness import command
+from harness.call_graph import hash_definitions
 from harness.checkpoints import Checkpoints
 from harness.command import check_out_dir, prepare_out_dir
 from harness.console import print_line, redirect_output, rehearsal
@@ -26,7 +27,6 @@ from harness.fingerprint import (
     activations_key,
     environment_fingerprint,
     evaluation_keys,
-    hash_definitions,
     training_key,
 )
 from harness.fused_gemma import FusedLanguageModel, for_harvest
@@ -35,7 +35,7 @@ from harness.language_model import LanguageModel, language_model_config, load_la
 from harness.machine import choose_device, choose_train_dtype, free_gb, make_reproducible
 from harness.records import check_complete, read_final_info, write_config
 from harness.settings import checked_settings
-from harness.start import SOURCES_AT_START
+from harness.start import source_at_start
 from harness.store import LEDGER, cached
 
 DESCRIPTION = "Train and score a parametric contrastive SAE."
@@ -74,7 +74,7 @@ class Run:
         """All that the activations of a class of buffers depend on; None: they are not kept."""
         if not self.keeps:
             return None
-        given = self.settings, self.source, self.train_dtype, self.language_model
+        given = self.settings, self.source, buffer, self.train_dtype, self.language_model
         return activations_key(*given)
 
     def checkpoints(self, *roots: object, constants: dict) -> Checkpoints:
@@ -85,7 +85,8 @@ class Run:
         """
         if not self.keeps:
             return Checkpoints(None)
-        given = self.settings, self.source, constants, self.train_dtype, self.device
+        roots = *roots, self.language_model
+        given = self.settings, self.source, roots, constants, self.train_dtype, self.device
         return Checkpoints(training_key(*given))
 
     def evaluation_keys(self, saes: dict[str, SAELike], *roots: object) -> dict[str, dict] | None:
@@ -96,7 +97,8 @@ class Run:
         """
         if not self.keeps:
             return None
-        return evaluation_keys(saes, self.settings, self.source, [r.__name__ for r in roots])
+        roots = *roots, self.sae_bench_model
+        return evaluation_keys(saes, self.settings, self.source, roots)
 
     def in_miniature(self, folder: Path) -> Run:
         """The same run at a size that takes seconds, into another folder; nothing of it is kept.
@@ -140,7 +142,7 @@ def launch(
         the exit status. On failure the end of standard error says why, in words.
     """
     file = Path(inspect.getfile(main)).resolve()
-    source = SOURCES_AT_START.get(file) or file.read_text(encoding="utf-8")
+    source = source_at_start(file)
 
     def attempt(out_dir: Path, log: Path) -> None:
         check_out_dir(out_dir)
@@ -210,10 +212,11 @@ def rehearse(main: Callable[[Run], None], run: Run) -> None:
 
     Nothing of it is shown or kept, but for that it passed.
     """
+    code = hash_definitions(run.source, run.settings)
     key = {
-        "code of": hash_definitions(run.source)[0],
+        "code of": code.parts,
         "setting": dataclasses.asdict(run.settings),
-        **environment_fingerprint(run.settings, run.source, run.device),
+        **environment_fingerprint(run.settings, code, run.device),
     }
 
     def in_miniature() -> float:

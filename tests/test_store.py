@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import collections
 import dataclasses
 import errno
@@ -17,17 +16,7 @@ from typing import BinaryIO
 import pytest
 import torch
 
-import experiment
 from harness.checkpoints import Checkpoints
-from harness.fingerprint import (
-    activations_key,
-    environment_fingerprint,
-    evaluation_keys,
-    hash_definitions,
-    own_modules,
-    training_key,
-)
-from harness.start import ENVIRON_AT_START as ENVIRONMENT
 from harness.startup import Run
 from harness.store import (
     LEDGER,
@@ -45,197 +34,6 @@ from tests.conftest import ROOT, replace, settings_of
 
 SOURCE = (ROOT / "experiment.py").read_text()
 NOT_TRAINING = ("EVALUATION", "RECORDS")
-
-
-# ------------------------------------------------------------------------------- the key
-
-
-def changed_in_one_place() -> list[tuple[str, str, str]]:
-    """(section, function, experiment.py with one constant of the function changed)."""
-    lines = SOURCE.splitlines(keepends=True)
-    found = []
-    sections = [
-        (number, lines[number][2:].split()[0].rstrip(":,"))
-        for number in range(1, len(lines) - 1)
-        if lines[number - 1].startswith("# ===") and lines[number + 1].startswith("# ===")
-    ]
-    tree = ast.parse(SOURCE)
-    methods = [
-        (f"{node.name}.{part.name}", part)
-        for node in tree.body if isinstance(node, ast.ClassDef)
-        for part in node.body if isinstance(part, ast.FunctionDef)
-    ]  # fmt: skip
-    functions = [(node.name, node) for node in tree.body if isinstance(node, ast.FunctionDef)]
-    for name, node in methods + functions:
-        section = [title for at, title in sections if at < node.lineno][-1]
-        docstring = ast.get_docstring(node) is not None
-        constants = [
-            constant
-            for statement in node.body[docstring:]
-            for constant in ast.walk(statement)
-            if isinstance(constant, ast.Constant) and type(constant.value) in (int, float)
-        ]
-        new = list(lines)
-        if constants:
-            at = constants[0]
-            line = new[at.lineno - 1].encode()
-            line = line[: at.col_offset] + b"7" + line[at.end_col_offset :]
-            new[at.lineno - 1] = line.decode()
-        else:  # a statement more, where there is nothing to change
-            first = node.body[docstring]
-            indent = " " * first.col_offset
-            new.insert(first.lineno - 1, f"{indent}unused = 7\n")
-        found.append((section, name, "".join(new)))
-    return found
-
-
-def test_a_constant_in_any_function_changes_the_keys_that_hang_on_it() -> None:
-    """Of training: all but those of evaluation and records. Of evaluation: all but records'."""
-    training = hash_definitions(SOURCE, NOT_TRAINING)[0]
-    evaluation = hash_definitions(SOURCE, NOT_TRAINING[1:])[0]
-    cases = changed_in_one_place()
-    assert len(cases) > 40
-    seen = set()
-    for section, name, text in cases:
-        seen.add(section)
-        changed = hash_definitions(text, NOT_TRAINING)[0]
-        if section in NOT_TRAINING:
-            assert changed == training, name
-        else:
-            differing = {n for n in changed | training if changed.get(n) != training.get(n)}
-            assert differing == {name}, (name, differing)
-        changed = hash_definitions(text, NOT_TRAINING[1:])[0]
-        assert (changed == evaluation) == (section == "RECORDS"), name
-    assert {"THE", "TRAINING", "EVALUATION", "RECORDS", "MAIN"} <= seen
-
-
-@pytest.mark.parametrize(
-    "old, new, anew",
-    [
-        ("# Unselected", "", False),
-        ('    """Rows of W_dec back to unit norm."""', '    """Other words."""', False),
-        ('"run_4": dict(', '"run_44": dict(k_min=3), "run_4": dict(', False),
-        ("lr: float = 1.5e-3  #", "lr: float = 1.6e-3  #", False),  # the setting is in the key
-        ("SHOWN = (\n", "SHOWN = (\n    'l1',\n", False),
-        ("SHOWN = (\n", "torch.manual_seed(3)\nSHOWN = (\n", True),  # does something
-        ("SHOWN = (\n", "SHOWN = torch.manual_seed(3)\nX = (\n", True),
-        ("    return min(rise, fall)", "    return min(rise, fall, len(SHOWN))", True),
-        ("import copy\n", "import copy\nimport csv\n", True),  # in doubt
-        ("SHOWN = (\n", "X = CustomSAE.encode = None\nSHOWN = (\n", True),
-        ("SHOWN = (\n", "def f(x=print(1)):\n    pass\n\n\nSHOWN = (\n", True),
-        ("SHOWN = (\n", "class X:\n    print(1)\n\n\nSHOWN = (\n", True),
-        ("SHOWN = (\n", "def f(x=1):\n    print(x)\n\n\nSHOWN = (\n", False),
-        ("    lr: float = 1.5e-3  #", "    aux = 1.0\n    lr: float = 1.5e-3  #", True),
-        ("    k_start = min(", '    PROFILES["tinylm"]\n    k_start = min(', True),
-        ("    k_start = min(", '    globals()["layer_metrics"]\n    k_start = min(', True),
-        ("texts = documents(settings.training_text", "texts = SHOWN(settings.training_text",
-         True),
-    ],
-)
-def test_what_else_trains_anew(old: str, new: str, anew: bool) -> None:
-    if old == "# Unselected":
-        text = SOURCE.replace("\n\n\n", "\n\n\n# a comment\n", 3)
-    else:
-        assert SOURCE.count(old) == 1
-        text = SOURCE.replace(old, new)
-    parts = hash_definitions(SOURCE, NOT_TRAINING)[0]
-    assert (hash_definitions(text, NOT_TRAINING)[0] != parts) == anew
-
-
-def test_code_of_the_evaluation_that_training_calls_is_in_its_key() -> None:
-    """Directly, or by way of another function of an excluded section."""
-    text = SOURCE.replace("    return min(rise, fall)", "    return layer_metrics(rise, fall)")
-    parts = hash_definitions(text, NOT_TRAINING)[0]
-    assert "layer_metrics" in parts and "sae_name" in parts
-    again = text.replace('row["training_tokens"] = training.tokens', "pass")
-    assert again != text and hash_definitions(again, NOT_TRAINING)[0] != parts
-
-
-def test_settings_in_the_key() -> None:
-    """Training's; those of the evaluation alone are not, unless training's code names them."""
-    settings = experiment.settings_of("run_1", "tinylm")
-    cpu = torch.device("cpu")
-
-    def key(source: str = SOURCE, **changes) -> dict:
-        s = dataclasses.replace(settings, **changes)
-        return training_key(s, source, {}, "float32", cpu)
-
-    same = key()
-    for changes in ({"probe_ks": (1, 2, 5)}, {"core_prompts": 8}, {"compare_to": "run_2"},
-                    {"description": "other"}):  # fmt: skip
-        assert key(**changes) == same
-    for changes in ({"lr": 1e-3}, {"seeds": (1,)}, {"lm_dtype": "bfloat16"}, {"gamma": 0.1}):
-        assert key(**changes) != same
-    uses = SOURCE.replace("x_BD = x_BD.to(sae.W_enc.dtype) * sae.norm_scaling_factor",
-                          "x_BD = x_BD[: settings.core_prompts] * sae.norm_scaling_factor")  # fmt: skip
-    assert uses != SOURCE and key(uses) != key(uses, core_prompts=8)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(threads + 1)
-    assert key() != same
-    torch.set_num_threads(threads)
-    assert training_key(settings, SOURCE, {}, "bfloat16", cpu) != same
-
-
-def test_a_module_of_one_s_own_and_numeric_variables_are_in_the_key(tmp_path, monkeypatch) -> None:
-    """Also one that another imports; but for docstrings and comments."""
-    replace(monkeypatch, "HERE", tmp_path)
-    (tmp_path / "losses.py").write_text("import parts\n")
-    (tmp_path / "parts").mkdir()
-    (tmp_path / "parts" / "tanh.py").write_text('"""Words."""\nX = 1\n')
-    source = "import numpy\ndef f():\n    from losses import huber\n"
-    first = own_modules(source)
-    assert set(first) == {"losses.py", "parts/tanh.py"}
-    (tmp_path / "parts" / "tanh.py").write_text('"""Other words."""\nX = 1  # one\n')
-    own_modules.cache_clear()
-    assert own_modules(source) == first
-    (tmp_path / "parts" / "tanh.py").write_text("X = 2\n")
-    own_modules.cache_clear()
-    assert own_modules(source) != first
-    monkeypatch.undo()
-    own_modules.cache_clear()
-    settings = experiment.settings_of("run_1", "tinylm")
-    before = environment_fingerprint(settings, SOURCE, torch.device("cpu"))
-    assert {"harness/store.py", "tinylm/corpus.py"} <= set(before["file"])
-    monkeypatch.setitem(ENVIRONMENT, "OMP_SCHEDULE", "dynamic")
-    assert environment_fingerprint(settings, SOURCE, torch.device("cpu")) != before
-    monkeypatch.undo()
-    reads = SOURCE + '\nX = float(os.environ.get("FACTOR", 1)) + len(os.environ["PLACE"])\n'
-    before = environment_fingerprint(settings, reads, torch.device("cpu"))
-    for name in ("FACTOR", "PLACE", "OTHER"):
-        monkeypatch.setitem(ENVIRONMENT, name, "3")
-        after = environment_fingerprint(settings, reads, torch.device("cpu"))
-        assert (after == before) == (name == "OTHER"), name
-        before = after
-
-
-def test_the_keys_of_evaluations() -> None:
-    """An edit of one part of the evaluation leaves the other's; untrained twins outlive an edit
-    of the loss, whose SAEs have other weights."""
-    settings = experiment.settings_of("run_1", "tinylm")
-    torch.manual_seed(0)
-    sae = experiment.new_sae(settings, 2, 0, torch.zeros(32), 1.0, {}, 4)
-
-    def keys(source: str = SOURCE, sae=sae, **changes) -> list[dict]:
-        s = dataclasses.replace(settings, **changes)
-        return [
-            evaluation_keys({"sae": sae}, s, source, [root])["sae"]
-            for root in ("core_evaluation", "sparse_probing")
-        ]
-
-    core, probing = keys()
-    assert keys(lr=1.0, batch=64, seeds=(3,)) == [core, probing]
-    assert keys(SOURCE.replace("residual_BD.pow(2).mean()", "1")) == [core, probing]
-    edited = SOURCE.replace("progress.advance(len(saes), dataset)", "progress.advance(1, dataset)")
-    assert keys(edited)[0] == core and keys(edited)[1] != probing
-    edited = SOURCE.replace("core.calculate_misc_metrics(features)", "{}")
-    assert keys(edited)[0] != core and keys(edited)[1] == probing
-    edited = SOURCE.replace("torch.relu(values)", "values")
-    assert keys(edited)[0] != core and keys(edited)[1] != probing
-    for changes in ({"probe_ks": (1, 2, 5)}, {"core_prompts": 8}, {"context": 64}):
-        assert keys(**changes) != [core, probing]
-    other = experiment.new_sae(settings, 2, 0, torch.zeros(32), 1.0, {}, 4)
-    other.cutoff = 0.1  # no parameter, and yet a part of what an edited SAE computes with
-    assert keys(sae=other)[0] != core
 
 
 # ------------------------------------------------------------------------------- the store
@@ -436,20 +234,3 @@ def test_tensors_are_written_while_work_goes_on(own_cache: Path, monkeypatch, ca
     again.keep("e", {"x": torch.arange(4)})
     with pytest.raises(TypeError, match="a state that is none"):
         again.flush()
-
-
-def test_the_keys_of_activations(toy, toy_lm, monkeypatch) -> None:
-    """An edit of the loss or of its settings leaves them, one of the buffer doesn't."""
-    settings = experiment.settings_of("run_1", "tinylm")
-
-    def key(source: str = SOURCE, **changes) -> dict:
-        s = dataclasses.replace(settings, **changes)
-        return activations_key(s, source, "float32", toy_lm)
-
-    same = key()
-    assert key(lr=1.0, batch=64, seeds=(3,), training_tokens=2_000_000, d_sae=64) == same
-    assert key(SOURCE.replace("residual_BD.pow(2).mean()", "residual_BD.abs().mean()")) == same
-    assert key(SOURCE.replace("keep_BL = ~torch.isin", "keep_BL = torch.isin")) != same
-    for changes in ({"layers": (1,)}, {"context": 64}, {"harvest_contexts": 4}):
-        assert key(**changes) != same
-    assert key(training_tokens=10**9) is None

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from harness.call_graph import reachable_code
 from harness.console import Progress
 from harness.errors import ExperimentError, first_line
 from harness.fingerprint import environment_fingerprint, text_identity
@@ -160,7 +161,7 @@ def probing_texts(dataset: str, settings: SettingsLike, device: torch.device) ->
     key = {
         "data set": dataset,
         "setting": {field: getattr(settings, field) for field in chosen},
-        **environment_fingerprint(settings, "import harness", device),
+        **environment_fingerprint(settings, reachable_code(None, [read_probe_texts]), device),
         **text_identity("tinylm"),
     }
     return TensorCache("probing texts", key)

@@ -47,7 +47,8 @@ def probing_cache(settings: SettingsLike, model: Any, texts: list[dict[str, Any]
     numbers *= len(settings.layers) * model.cfg.d_model
     key = None
     if numbers * model.cfg.dtype.itemsize <= ACTIVATIONS_GB * 1e9:
-        key = forward_key(settings, model.cfg.device, texts=tokens_digest(texts))
+        roots = probing_features, model
+        key = forward_key(settings, model.cfg.device, roots, texts=tokens_digest(texts))
     return TensorCache("probing passes", key)
 
 
@@ -223,7 +224,8 @@ def shared_probing(
     settings, split = run.settings, run.probe_texts[dataset]
 
     def llm_probes(layer: int, acts: tuple[Classes, ...]) -> dict[str, dict[str, float]]:
-        given = dataset, layer, split, settings, run.source, probe.__name__
+        roots = probing_features, probe, run.sae_bench_model
+        given = dataset, layer, split, settings, run.source, roots
         key = llm_probes_key(*given) if run.source else None
         draws = settings.probe_seed, probe, acts, "llm", settings.probe_ks
         return cached("language model probes", key, drawn_from, *draws)[0]

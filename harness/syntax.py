@@ -1,0 +1,219 @@
+"""The statements of a Python file: what each binds and mentions, and whether it does more."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from harness.store import digest
+
+PACKAGE = __name__.split(".")[0]
+ALL = "*"  # in the place of a name: everything of a file
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+DEFINITIONS = (ast.ClassDef, *FUNCTIONS)
+# Calls and decorators that only make an object, so that reading them does no more.
+MAKERS = {
+    "dict", "list", "tuple", "set", "frozenset", "partial", "range", "len", "min", "max", "Path",
+    "Field", "ConfigDict", "torch", "functools", "contextlib", "dataclasses", "dataclass",
+    "checked_dataclass", "property", "staticmethod", "classmethod", "cache", "lru_cache",
+    "cached_property", "wraps", "contextmanager", "abstractmethod", "field_validator",
+    "model_validator",
+}  # fmt: skip
+
+
+class Statement(NamedTuple):
+    """A statement at the top level of a file.
+
+    Attributes:
+        parts: (name, hash of its syntax, no comments or docstrings); of a class, by method.
+        binds: the names that it binds; of a class, its methods too, as ".method".
+        mentions: the names that it mentions; attributes also as ".attribute".
+        imports: the modules that it imports, anywhere in it, and the names it takes from each.
+        always: whether reading it does more than to bind names.
+    """
+
+    node: ast.stmt
+    parts: tuple[tuple[str, str], ...]
+    binds: frozenset[str]
+    mentions: frozenset[str]
+    imports: tuple[tuple[str, str], ...]
+    always: bool
+
+
+def without_docstrings(tree: ast.AST) -> ast.AST:
+    """The tree, its docstrings taken out; comments are in no tree."""
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(node, (ast.Module, *DEFINITIONS)) and body:
+            first = body[0]
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+                node.body = body[1:]
+    return tree
+
+
+def names_in(node: ast.AST) -> set[str]:
+    """Every name that code mentions; attributes also as ".attribute", and so words in strings.
+
+    `ALL` is among them where names of the file may be looked up that stand nowhere.
+    """
+    found: set[str] = set()
+    for n in ast.walk(node):
+        if isinstance(n, ast.Name):
+            found |= {n.id, ALL} if n.id in ("globals", "eval", "exec") else {n.id}
+        elif isinstance(n, ast.Attribute):
+            found |= {n.attr, f".{n.attr}"}
+            if n.attr == "modules" and isinstance(n.value, ast.Name) and n.value.id == "sys":
+                found.add(ALL)
+        elif isinstance(n, ast.Constant) and isinstance(n.value, str):
+            found |= {f".{word}" for word in n.value.split(".") if word.isidentifier()}
+    return found
+
+
+def bound_by(node: ast.stmt) -> set[str]:
+    """The names that a statement binds, and those of a class's methods as ".method"."""
+    if isinstance(node, ast.ClassDef):
+        methods = {f".{part.name}" for part in node.body if isinstance(part, FUNCTIONS)}
+        return {node.name} | {name for name in methods if not name.startswith(".__")}
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        return {alias.asname or alias.name.split(".")[0] for alias in node.names}
+    if isinstance(node, FUNCTIONS):
+        return {node.name}
+    stored = (n for n in ast.walk(node) if isinstance(n, ast.Name))
+    inside = {n.name for n in ast.walk(node) if isinstance(n, DEFINITIONS)}
+    return {n.id for n in stored if isinstance(n.ctx, ast.Store)} | inside
+
+
+def does_something(node: ast.stmt) -> bool:
+    """Whether reading a statement may do more than to bind names to what it says."""
+    if isinstance(node, DEFINITIONS):
+        if any(first_name(decorator) not in MAKERS for decorator in node.decorator_list):
+            return True
+        evaluated = [a for d in node.decorator_list for a in getattr(d, "args", [])]
+        if isinstance(node, ast.ClassDef):  # a keyword is a metaclass, or for one
+            evaluated += node.bases
+            if node.keywords or any(does_something(part) for part in node.body):
+                return True
+        else:
+            evaluated += [*node.args.defaults, *filter(None, node.args.kw_defaults)]
+    elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        if not all(isinstance(target, (ast.Name, ast.Tuple)) for target in targets):
+            return True
+        evaluated = [node.value] if node.value else []
+    else:
+        return not isinstance(node, ast.Pass)
+    return any(calls_something(value) for value in evaluated)
+
+
+def first_name(expression: ast.AST) -> str:
+    """Of a decorator, a name or call with dots: its beginning."""
+    while isinstance(expression, (ast.Call, ast.Attribute)):
+        expression = getattr(expression, "func", getattr(expression, "value", None))
+    return getattr(expression, "id", "")
+
+
+def calls_something(expression: ast.AST) -> bool:
+    """Whether evaluating it calls a function that may do more than to make an object."""
+    if isinstance(expression, ast.Lambda):
+        return any(calls_something(value) for value in expression.args.defaults)
+    if isinstance(expression, (ast.Await, ast.Yield, ast.YieldFrom, ast.NamedExpr)):
+        return True
+    if isinstance(expression, ast.Call):
+        called = expression.func
+        if getattr(called, "id", getattr(called, "attr", "")) not in MAKERS:
+            return True
+    return any(calls_something(child) for child in ast.iter_child_nodes(expression))
+
+
+@functools.cache
+def read_statements(source: str, settings_class: type | None = None) -> tuple[Statement, ...]:
+    """The statements of a file, in order.
+
+    The block that begins the run is taken apart: of its last statement, which does so, nothing is
+    followed.
+
+    Args:
+        settings_class: of its fields and of what checks them nothing is read: the values count.
+    """
+    tree = without_docstrings(ast.parse(source))
+    registers = any(isinstance(n, FUNCTIONS) and n.name == "__init_subclass__"
+                    for n in ast.walk(tree))  # fmt: skip
+    nodes: list[tuple[ast.stmt, bool]] = []  # with whether it begins the run
+    for node in tree.body:
+        if isinstance(node, ast.If) and "__name__" in names_in(node.test):
+            nodes += [(inner, inner is node.body[-1]) for inner in node.body]
+        elif isinstance(node, ast.ImportFrom) and is_of_harness(node):
+            each = (ast.ImportFrom(node.module, [alias], 0) for alias in node.names)
+            nodes += [(ast.copy_location(alone, node), False) for alone in each]
+        else:
+            nodes.append((node, False))
+    found = []
+    for node, begins in nodes:
+        if isinstance(node, ast.ClassDef) and settings_class:
+            leave_fields(node, settings_class)
+        imports = isinstance(node, (ast.Import, ast.ImportFrom))
+        always = begins or (not is_of_harness(node) if imports else does_something(node))
+        always |= registers and isinstance(node, ast.ClassDef)
+        found.append(statement_of(node, always, follow=not begins))
+    return tuple(found)
+
+
+def statement_of(node: ast.stmt, always: bool, follow: bool = True) -> Statement:
+    return Statement(
+        node,
+        parts=tuple(hashes_of(node)),
+        binds=frozenset(bound_by(node)),
+        mentions=frozenset(names_in(node) if follow else ()),
+        imports=tuple(imports_in(node)),
+        always=always,
+    )
+
+
+def imports_in(node: ast.AST) -> Iterator[tuple[str, str]]:
+    """The modules that code imports, each with a name that it takes from it, or `ALL`."""
+    for n in ast.walk(node):
+        if isinstance(n, ast.Import):
+            yield from ((alias.name, ALL) for alias in n.names)
+        elif isinstance(n, ast.ImportFrom) and not n.level:  # a package's own are all in the key
+            for alias in n.names:
+                yield n.module, alias.name
+                yield f"{n.module}.{alias.name}", ALL
+        elif isinstance(n, ast.Call) and n.args and isinstance(n.args[0], ast.Constant):
+            if names_in(n.func) & {"import_module", "__import__"}:
+                yield str(n.args[0].value), ALL
+
+
+def is_of_harness(node: ast.stmt) -> bool:
+    """Whether it imports names from the harness: they count one by one, where they are used."""
+    return isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == PACKAGE
+
+
+def leave_fields(node: ast.ClassDef, settings_class: type) -> None:
+    """Takes the fields of a settings' class out of its syntax, and the methods that check them."""
+    if node.name not in {base.__qualname__ for base in settings_class.__mro__}:
+        return
+    fields = {field.name for field in dataclasses.fields(settings_class)}
+
+    def stays(part: ast.stmt) -> bool:
+        if isinstance(part, ast.AnnAssign):
+            return getattr(part.target, "id", "") not in fields
+        decorators = getattr(part, "decorator_list", [])
+        return not any(n.endswith("validator") for d in decorators for n in names_in(d))
+
+    node.body = [part for part in node.body if stays(part)]
+
+
+def hashes_of(node: ast.stmt) -> Iterator[tuple[str, str]]:
+    """The parts of a statement with hashes: of a class, each method is a part of its own."""
+    if isinstance(node, ast.ClassDef):
+        for part in node.body:
+            if isinstance(part, DEFINITIONS):
+                yield f"{node.name}.{part.name}", digest(ast.dump(part))
+        rest = [part for part in node.body if not isinstance(part, DEFINITIONS)]
+        node = ast.ClassDef(node.name, node.bases, node.keywords, rest, node.decorator_list)
+    target = getattr(node, "target", (getattr(node, "targets", None) or [None])[0])
+    name = getattr(node, "name", getattr(target, "id", "the top level"))
+    yield name, digest(ast.dump(node))
