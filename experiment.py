@@ -287,10 +287,13 @@ class CustomSAE(BaseSAE):
     def encode(self, x: Tensor) -> Tensor:
         """(…, D) -> (…, F): the features, of which the selected are kept."""
         pre = self.preactivations(x)
-        if self.k is not None or self.threshold is not None:
-            # Before the activation, as SAELens: bfloat16 has ties, and zeros change who wins them.
-            pre = pre.only(select(pre, self.k, self.threshold))
-        return pre.map(self.activation).acts
+        f = pre.map(self.activation)
+        if self.k is None and self.threshold is None:
+            return f.acts
+        # The k largest before the activation, as in SAELens: bfloat16 has ties, and zeros change
+        # who wins them.
+        by = pre if self.threshold is None else f
+        return f.only(select(by, self.k, self.threshold)).acts
 
     def decode(self, feature_acts: Tensor | Codes) -> Tensor:
         """(…, F) -> (…, D)."""
