@@ -13,7 +13,6 @@ import copy
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, Any, Literal
 
 import harness.start  # isort: skip (first: it reads the code that runs) # noqa: F401
@@ -25,15 +24,9 @@ from torch import Tensor, nn
 
 from harness.checkpoints import restore, state_of
 from harness.console import STAGE, Progress, redirect_output
-from harness.evaluation.core import (
-    export_to_saelens,
-    mean_l0,
-    prepare_for_sae_bench,
-    save_core,
-    shared_core_evals,
-)
+from harness.evaluation.core import core_evaluation, export_to_saelens, mean_l0
 from harness.evaluation.estimate import evaluation_seconds
-from harness.evaluation.probing import save_probing, shared_probing
+from harness.evaluation.probing import sparse_probing
 from harness.machine import in_order, retain_memory_for_steps, trim_memory
 from harness.records import check_results, check_trained, constants, write_records
 from harness.settings import Count, Index, NotNegative, Part, Positive, checked, must_hold
@@ -42,9 +35,7 @@ from harness.text import TokenStream, documents
 from harness.training import ActivationCache, ActivationStats, TrainingLog, run_side_by_side
 from sparse_ops import Codes, preactivations, sparse_if_gradients_match
 
-# =============================================================================================
-# SETTINGS AND PLAN: edit these directly
-# =============================================================================================
+# ---- SETTINGS AND PLAN: edit these directly -----------------------------------------------------
 
 @checked
 class Settings:
@@ -112,8 +103,8 @@ class Settings:
         tasks = {name[:8] for name in self.probe_sets if name.startswith("tinylm/")}
         batch, different = f"at least batch = {self.batch}", "one or more, all different"
         must_hold(self, {
-            "layers": (0 < len(self.layers) == len(set(self.layers)), different),
-            "seeds": (0 < len(self.seeds) == len(set(self.seeds)), different),
+            "layers": (0 < len(self.layers) == len({*self.layers}), different),
+            "seeds": (0 < len(self.seeds) == len({*self.seeds}), different),
             "k_min": (self.k_min <= self.d_sae, f"at most d_sae = {self.d_sae}"),
             "training_tokens": (self.training_tokens >= self.batch, batch),
             "buffer_tokens": (self.buffer_tokens >= self.batch, batch),
@@ -129,17 +120,15 @@ class Settings:
 PROFILES: dict[str, dict[str, Any]] = {
     "tinylm": {},  # the defaults above
     "gemma-2-2b": dict(
-        model="google/gemma-2-2b",
-        lm_dtype="bfloat16",
-        layers=(5, 12, 19),
-        training_text="monology/pile-uncopyrighted",
+        model="google/gemma-2-2b", lm_dtype="bfloat16",
+        layers=(5, 12, 19), training_text="monology/pile-uncopyrighted",
         d_sae=2304,  # 16384 is the next step up
         k_min=64, k_start_factor=4.0, curriculum_fraction=0.3,
         training_tokens=50_000_000, budget_minutes=110.0,
         batch=2048, lr=3e-4, lr_warmup=0.02, dead_feature_window=2_500_000,
         harvest_contexts=64, log_every=100,
-        core_text="Skylion007/openwebtext",
-        core_reconstruction_batches=200, core_sparsity_batches=2000,
+        core_text="Skylion007/openwebtext", core_reconstruction_batches=200,
+        core_sparsity_batches=2000,
         probe_sets=(
             *(f"LabHC/bias_in_bios_class_set{n}" for n in (1, 2, 3)),
             "canrager/amazon_reviews_mcauley_1and5",
@@ -174,9 +163,7 @@ PLAN: dict[str, dict[str, Any]] = {
                    dead_feature_window=30_000, seeds=FIVE),
 }  # fmt: skip
 
-# =============================================================================================
-# THE METHOD: the SAE, its loss, its curriculum
-# =============================================================================================
+# ---- THE METHOD: the SAE, its loss, its curriculum ----------------------------------------------
 
 # The scalars that can be learned, low + width · σ(θ): name, θ, low, width.
 LEARNED_SCALARS = {
@@ -197,8 +184,7 @@ class CustomSAE(BaseSAE):
     selection and S holds all active ones. W_enc is (D, F), W_dec (F, D) with rows of unit norm.
 
     Args:
-        d_in, d_sae: D and F.
-        model_name, hook_layer: the residual stream it reads: blocks.{hook_layer}.hook_resid_post.
+        d_in, d_sae: D and F. hook_layer: it reads blocks.{hook_layer}.hook_resid_post.
         k: features that `encode` keeps of each token, or None.
         by_threshold: `encode` keeps what is above `threshold`, a number that `Trainer` moves.
         fixed: values of tau_sel, tau_pen or gamma that are constants; the others are learned.
@@ -206,18 +192,11 @@ class CustomSAE(BaseSAE):
     """
 
     def __init__(
-        self,
-        d_in: int,
-        d_sae: int,
-        model_name: str,
-        hook_layer: int,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        k: int | None = None,
-        fixed: dict[str, float] | None = None,
-        norm_scaling_factor: float = 1.0,
-        by_threshold: bool = False,
-    ) -> None:
+        self, d_in: int, d_sae: int, model_name: str, hook_layer: int,
+        device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
+        k: int | None = None, fixed: dict[str, float] | None = None,
+        norm_scaling_factor: float = 1.0, by_threshold: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__(d_in, d_sae, model_name, hook_layer, torch.device(device), dtype)
         self.k = k
         self.fixed = dict(fixed or {})
@@ -247,14 +226,8 @@ class CustomSAE(BaseSAE):
         """tau_sel, tau_pen, gamma, their w = γ τ_pen, and the θ (None where there is none)."""
         record = {name: self.scalar(name).item() for name in LEARNED_SCALARS}
         record["w"] = record["gamma"] * record["tau_pen"]
-        for theta, *_ in LEARNED_SCALARS.values():
-            parameter = getattr(self, theta)
-            record[theta] = None if parameter is None else parameter.item()
-        return record
-
-    def weights(self) -> list[nn.Parameter]:
-        """W_enc, W_dec, b_enc, b_dec."""
-        return [self.W_enc, self.W_dec, self.b_enc, self.b_dec]
+        thetas = {theta: getattr(self, theta) for theta, *_ in LEARNED_SCALARS.values()}
+        return record | {name: None if p is None else p.item() for name, p in thetas.items()}
 
     @torch.no_grad()
     def initialize(self, seed: int, mean_D: Tensor) -> None:
@@ -319,9 +292,8 @@ class CustomSAE(BaseSAE):
     def fold_activation_norm_scaling(self) -> CustomSAE:
         """The same SAE for activations in raw units.
 
-        f is linear in the scale: with b_enc/s, b_dec/s and threshold/s in the place of b_enc, b_dec
-        and threshold, W_enc and W_dec unchanged, raw activations give features and reconstructions
-        in raw units.
+        f is linear in the scale: with b_enc, b_dec and threshold divided by it, raw activations
+        give features and reconstructions in raw units.
         """
         raw = copy.deepcopy(self)
         for shifted in (raw.b_enc, raw.b_dec, raw.threshold):
@@ -332,11 +304,7 @@ class CustomSAE(BaseSAE):
 
 
 def select(f: Codes, k: int | None, threshold: Tensor | None = None) -> Tensor:
-    """S: the k largest features of each token, or those above a threshold.
-
-    Returns:
-        places in each row of `f.acts`, or a mask of its shape.
-    """
+    """S: the k largest features of each token, as places; those above a threshold, as a mask."""
     return f.largest(k) if threshold is None else f.above(threshold)
 
 
@@ -354,14 +322,9 @@ class Loss:
 
 
 def contrastive_loss(
-    sae: CustomSAE,
-    x_BD: Tensor,
-    k: int | None,
-    reg_lambda: float,
-    loss_variant: str = "contrastive",
-    sparse: bool = False,
-    cost_F: Tensor | None = None,
-) -> Loss:
+    sae: CustomSAE, x_BD: Tensor, k: int | None, reg_lambda: float,
+    loss_variant: str = "contrastive", sparse: bool = False, cost_F: Tensor | None = None,
+) -> Loss:  # fmt: skip
     """The loss on a batch of scaled activations (docs/method.md, The loss).
 
         L_pen = τ_pen · mean over tokens of Σ_{i ∉ S} tanh(f_i / τ_sel)
@@ -371,12 +334,10 @@ def contrastive_loss(
 
     Args:
         x_BD: (B, D), with E‖x‖² = D.
-        k: S is the k largest features, or those above the SAE's threshold, which alone reconstruct
-            and are not penalised. None: no selection; every active feature reconstructs, all but
-            the strongest are penalised.
-        loss_variant: "as_written" is the method as it was first written down, kept as an ablation:
-            no selection, tanh(f / τ_sel) averaged over tokens and features alike, and the
-            reconstruction loss is mean ‖x − x̂‖.
+        k: S is the k largest features, or those above the SAE's threshold. None: no selection;
+            every active feature reconstructs, all but the strongest are penalised.
+        loss_variant: "as_written" is the method as first written down, an ablation: no selection,
+            tanh(f / τ_sel) averaged over tokens and features alike, reconstruction mean ‖x − x̂‖.
         sparse: f holds the active features alone, where they are few (`Codes`): the same loss,
             faster; `Trainer.step` holds the one against the other. `f.dense()` is always (B, F).
         cost_F: φ p, constants; None: no L_density.
@@ -405,14 +366,14 @@ def contrastive_loss(
     return Loss(total, reconstruction, penalty, reg, density, selected, residual_BD)
 
 
-def curriculum_k(progress: float, k_start: int, k_min: int, fraction: float) -> int:
-    """k_t: from k_start log-linearly down to k_min over the first `fraction` of training.
-
-    Args:
-        progress: tokens seen / tokens in all, from 0 to 1.
-    """
+def k_at(settings: Settings, progress: float) -> int | None:
+    """k_t, from k_start log-linearly to k_min; None: no selection. `progress`: part of training."""
+    if not settings.curriculum or settings.loss_variant == "as_written":
+        return None
+    k_min, fraction = settings.k_min, settings.curriculum_fraction
     if progress >= fraction:
         return k_min
+    k_start = min(round(settings.k_start_factor * k_min), settings.d_sae)
     return round(k_start * (k_min / k_start) ** (progress / fraction))
 
 
@@ -423,18 +384,11 @@ def lr_factor(progress: float, warmup: float, decay: float) -> float:
     return min(rise, fall)
 
 
-# =============================================================================================
-# THE ACTIVATION BUFFER
-# =============================================================================================
+# ---- THE ACTIVATION BUFFER ----------------------------------------------------------------------
 
 
 class ActivationBuffer:
-    """Activations of the run's layers in the order of the text, BOS, EOS and padding left out.
-
-    Args:
-        run: its language model, layers, and contexts per forward pass.
-        stream: the text, in contexts of token ids.
-    """
+    """Activations of the run's layers in the order of the text, BOS, EOS and padding left out."""
 
     def __init__(self, run: Run, stream: TokenStream) -> None:
         self.lm, self.stream = run.language_model, stream
@@ -457,8 +411,7 @@ class ActivationBuffer:
     def next_tokens(self, n: int, advance: Callable[[int], None] = lambda n: None) -> Tensor:
         """The activations of the next n tokens: (layers, n, D), on the model's device.
 
-        Args:
-            advance: called with the number of tokens of each few forward passes.
+        `advance` is called with the number of tokens that forward passes have added.
         """
         hf, have = self.lm.hf, 0
         shape = (len(self.layers), n, hf.config.hidden_size)
@@ -487,9 +440,7 @@ class ActivationBuffer:
         self.leftover_LND = None if leftover is None else leftover.to(self.lm.hf.device)
 
 
-# =============================================================================================
-# TRAINING
-# =============================================================================================
+# ---- TRAINING -----------------------------------------------------------------------------------
 
 
 Key = tuple[int, int]  # layer and seed
@@ -497,17 +448,11 @@ sae_name = "layer_{}_seed_{}".format  # of layer and seed: what an SAE is called
 
 
 class Trainer:
-    """One SAE and what its training needs: Adam with a group for θ, and the count of dead features.
-
-    Args:
-        sae: initialized, on its device, in float32.
-        settings: the run's.
-        autocast: matrix products in bfloat16.
-    """
+    """One SAE, in float32, and what its training needs; `autocast`: products in bfloat16."""
 
     def __init__(self, sae: CustomSAE, settings: Settings, seed: int, autocast: bool = False):
         self.sae, self.settings, self.autocast = sae, settings, autocast
-        groups = [{"params": sae.weights(), "lr": settings.lr}]
+        groups = [{"params": [sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec], "lr": settings.lr}]
         if sae.thetas():
             groups.append({"params": sae.thetas(), "lr": settings.theta_lr})
         self.optimizer = torch.optim.Adam(groups, fused=True)
@@ -532,14 +477,13 @@ class Trainer:
         self.start_threshold(x_BD, k)
         weight = settings.density_penalty
         cost_F = weight * self.firing_rate_F if weight else None
+        given = k, settings.reg_lambda, settings.loss_variant
 
         def loss_of(sparse: bool) -> Loss:
-            variant = settings.loss_variant
-            return contrastive_loss(sae, x_BD, k, settings.reg_lambda, variant, sparse, cost_F)
+            return contrastive_loss(sae, x_BD, *given, sparse, cost_F)
 
         with torch.autocast(x_BD.device.type, torch.bfloat16, enabled=self.autocast):
-            parameters = list(sae.parameters())
-            loss, self.sparse = sparse_if_gradients_match(self.sparse, loss_of, parameters)
+            loss, self.sparse = sparse_if_gradients_match(self.sparse, loss_of, [*sae.parameters()])
         self.optimizer.zero_grad()
         loss.total.backward()
         sae.remove_parallel_gradient()
@@ -629,24 +573,11 @@ class Trainer:
         }
 
 
-def k_at(settings: Settings, progress: float) -> int | None:
-    """k_t of a run at this point of its training; None where it selects nothing."""
-    if not settings.curriculum or settings.loss_variant == "as_written":
-        return None
-    k_start = min(round(settings.k_start_factor * settings.k_min), settings.d_sae)
-    return curriculum_k(progress, k_start, settings.k_min, settings.curriculum_fraction)
-
-
 def new_sae(
     settings: Settings, layer: int, seed: int, stats: ActivationStats, fixed: dict[str, float],
     k: int | None, by_threshold: bool = False,
 ) -> CustomSAE:  # fmt: skip
-    """An initialized SAE for a layer's activations, on their device.
-
-    Args:
-        fixed: the constants among tau_sel, tau_pen and gamma.
-        by_threshold: it selects by a threshold, whatever k.
-    """
+    """An initialized SAE for a layer's activations, on their device. See `CustomSAE`."""
     mean_D, factor = stats
     shape = (len(mean_D), settings.d_sae, settings.model, layer, mean_D.device)
     options = dict(fixed=fixed, norm_scaling_factor=factor, by_threshold=by_threshold)
@@ -657,9 +588,7 @@ def new_sae(
     return sae
 
 
-def new_trainers(
-    run: Run, stats: dict[int, ActivationStats], fixed: dict[Key, dict[str, float]]
-) -> dict[Key, Trainer]:
+def new_trainers(run: Run, stats: dict[int, ActivationStats], fixed: dict) -> dict[Key, Trainer]:
     """A trainer per layer and seed. See `activation_stats`, `constants` and `Trainer`."""
     s, k = run.settings, k_at(run.settings, progress=1.0)
     by_threshold = k is not None and s.activation == "jumprelu"
@@ -685,9 +614,8 @@ def train(
 ) -> Training:
     """Trains an SAE per layer and seed, all on the same text and the same forward passes.
 
-    Learning rate and k_t are functions of tokens / total. With `budget_minutes`, the total is
-    reduced once, after 5% of it, if training and evaluation would not fit. Goes on from what an
-    earlier attempt has saved: the weights come out as without the interruption.
+    With `budget_minutes`, the total is reduced once, after 5% of it, if training and evaluation
+    would not fit. Goes on from what an earlier attempt has saved, to the same weights.
 
     Args:
         start: makes the trainers; bench/quality.py has other projects' trained on the same tokens.
@@ -757,14 +685,10 @@ def take_steps(
         log.add(steps, run_side_by_side(trainings, batch, steps, log, acts_LND.device))
 
 
-# =============================================================================================
-# EVALUATION, by SAE-Bench
-# =============================================================================================
+# ---- EVALUATION, by SAE-Bench -------------------------------------------------------------------
 
 
-def core_metrics(
-    sae: Any, store: Any, model: Any, config: Any, ignored: set[int]
-) -> tuple[dict[str, dict], dict[str, list]]:
+def core_metrics(sae: Any, store: Any, model: Any, config: Any, ignored: set) -> tuple[dict, dict]:
     """SAE-Bench's core evaluation of one SAE: scalars by group, and metrics by feature.
 
     Calls `run_evals`, as `multiple_evals` loads the model by name and swallows every exception.
@@ -777,33 +701,7 @@ def core_metrics(
     return scalars, features
 
 
-def core_evaluation(
-    run: Run,
-    saes: dict[str, CustomSAE],
-    advance: Callable[[int], None] = lambda n: None,
-    keys: dict[str, dict | None] | None = None,
-) -> dict[str, dict[str, float]]:
-    """`core_metrics` of folded SAEs: by name, the scalars by their names, and fvu.
-
-    Writes eval_results/core/….json in SAE-Bench's own form.
-
-    Args:
-        keys: by SAE, all that its figures depend on: they are kept under it.
-    Raises:
-        ExperimentError: a scalar is not finite, or is the -1 that stands for NaN, or L0 is 0.
-    """
-    s = run.settings
-    ready = {name: prepare_for_sae_bench(sae, s) for name, sae in saes.items()}
-    results = shared_core_evals(ready, run.sae_bench_model, s, core_metrics, advance, keys)
-    return {
-        name: save_core(name, ready[name], result, s, run.out_dir)
-        for name, result in results.items()
-    }
-
-
-def probe(
-    acts: tuple[dict[str, Tensor], ...], who: str, ks: tuple[int, ...]
-) -> dict[str, dict[str, float]]:
+def probe(acts: tuple[dict[str, Tensor], ...], who: str, ks: tuple[int, ...]) -> dict[str, dict]:
     """SAE-Bench's probes on mean activations, in SAE-Bench's order: {metric: {class: accuracy}}.
 
     Args:
@@ -821,48 +719,15 @@ def probe(
     return accuracies
 
 
-def sparse_probing(
-    run: Run,
-    saes: dict[str, CustomSAE],
-    progress: Progress,
-    keys: dict[str, dict | None] | None = None,
-) -> dict[str, dict[str, float]]:
-    """`probe` of folded SAEs on every data set: by name, sae_… and llm_… mean accuracies.
-
-    Stock SAE-Bench draws all probes of an SAE from one generator, seeded once. This keeps a
-    generator state per SAE, so that an SAE's figures are those of a stock call that finds the
-    activations stored (the second call of `run_eval_single_sae`). Writes
-    eval_results/sparse_probing/….json in SAE-Bench's own form.
-
-    Args:
-        keys: by SAE, all that its figures depend on beside the texts: they are kept under it.
-    """
-    s = run.settings
-    ready = {name: prepare_for_sae_bench(sae, s) for name, sae in saes.items()}
-    states: dict[str, int | str] = dict.fromkeys(saes, s.probe_seed)
-    per_class: dict[str, dict] = {name: {} for name in saes}
-    for dataset in run.probe_texts:
-        found = shared_probing(run, dataset, ready, states, probe, keys)
-        for name, accuracies in found.items():
-            per_class[name][f"{dataset}_results"] = accuracies
-        progress.advance(len(saes), dataset)
-    return {
-        name: save_probing(name, ready[name], per_class[name], s, run.out_dir) for name in saes
-    }
-
-
-def evaluate(
-    run: Run, training: Training
-) -> tuple[dict[str, dict[str, dict]], dict[str, float]]:
+def evaluate(run: Run, training: Training) -> tuple[dict[str, dict], dict[str, float]]:
     """Scores every SAE and an untrained one: {kind: {name: results}}, and each kind's seconds.
 
     The untrained SAE has the same initialization, width and L0 (it keeps as many features per
     token as the trained one has active). Its name ends in "_untrained".
     """
-    s = run.settings
+    s, saes = run.settings, {}
     n_batches = s.core_reconstruction_batches + s.core_sparsity_batches
     trained = {key: sae.fold_activation_norm_scaling() for key, sae in training.saes.items()}
-    saes: dict[str, CustomSAE] = {}
     with Progress("core evaluation", n_batches, "batches") as timed, redirect_output(run.log):
         l0 = mean_l0(trained, run.sae_bench_model, s)
         for (layer, seed), sae in trained.items():
@@ -871,22 +736,19 @@ def evaluate(
             name = sae_name(layer, seed)
             check_trained(training.saes[layer, seed], untrained, name)
             saes |= {name: sae, f"{name}_untrained": untrained.fold_activation_norm_scaling()}
-        keys = run.evaluation_keys(saes, core_evaluation)
-        core = core_evaluation(run, saes, timed.advance, keys)
+        keys = run.evaluation_keys(saes, core_metrics)
+        core = core_evaluation(run, saes, core_metrics, timed.advance, keys)
     seconds = {"seconds_core": timed.seconds()}
     n_probed = len(run.probe_texts) * len(saes)
     with Progress("sparse probing", n_probed, "SAEs x sets") as timed, redirect_output(run.log):
-        keys = run.evaluation_keys(saes, sparse_probing)
-        probing = sparse_probing(run, saes, timed, keys)
+        probing = sparse_probing(run, saes, probe, timed, run.evaluation_keys(saes, probe))
     seconds["seconds_sparse_probing"] = timed.seconds()
-    evaluation = {"core": core, "probing": probing}
-    check_results(saes, evaluation, s, run.out_dir)
-    return evaluation, seconds
+    scores = {"core": core, "probing": probing}
+    check_results(saes, scores, s, run.out_dir)
+    return scores, seconds
 
 
-# =============================================================================================
-# RECORDS
-# =============================================================================================
+# ---- RECORDS ------------------------------------------------------------------------------------
 
 SHOWN = (  # in the block that a run's output ends with
     "l0", "fvu", "ce_loss_score", "frac_alive", "sae_top_1_test_accuracy",
@@ -908,9 +770,7 @@ def figures_of(key: Key, training: Training, scores: dict[str, dict]) -> dict[st
     return figures | {metric: v for metric, v in last.items() if metric.startswith("loss")}
 
 
-# =============================================================================================
-# MAIN
-# =============================================================================================
+# ---- MAIN ---------------------------------------------------------------------------------------
 
 
 def export(run: Run, training: Training) -> None:
@@ -919,17 +779,17 @@ def export(run: Run, training: Training) -> None:
     for (layer, seed), sae in training.saes.items():
         kind = "jumprelu" if sae.threshold is not None else "standard" if sae.k is None else "topk"
         theta = {**sae.learned_scalars(), "scale": sae.norm_scaling_factor}
-        folder = run.out_dir / "sae" / f"layer_{layer}" / f"seed_{seed}"
-        raw = sae.fold_activation_norm_scaling()
-        export_to_saelens(raw, run.settings, folder, kind=kind, k=sae.k, theta=theta)
+        raw, folder = sae.fold_activation_norm_scaling(), f"sae/layer_{layer}/seed_{seed}"
+        export_to_saelens(raw, run.settings, run.out_dir / folder, kind, k=sae.k, theta=theta)
 
 
 def main(run: Run) -> None:
     """Trains the SAEs on the language model's activations, scores them, records what came out."""
     texts = documents(run.settings.training_text, "train")
     with TokenStream(texts, run.language_model.tokenizer, run.settings.context) as stream:
-        estimate = partial(evaluation_seconds, run, run_evals=core_metrics, probe=probe)
-        training = train(run, ActivationBuffer(run, stream), estimate=estimate)
+        training = train(run, ActivationBuffer(run, stream), estimate=(
+            lambda saes: evaluation_seconds(run, saes, core_metrics, probe)
+        ))  # fmt: skip
     export(run, training)
     scores, seconds = evaluate(run, training)
     figures = {key: figures_of(key, training, scores) for key in training.saes}

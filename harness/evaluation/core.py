@@ -14,7 +14,7 @@ import torch
 from harness.errors import ExperimentError, error_context
 from harness.evaluation.shared_forward import CountingSAE, ModelView, SharedForward, StoreView
 from harness.fingerprint import forward_key, text_identity
-from harness.interfaces import SAELike, SettingsLike
+from harness.interfaces import RunLike, SAELike, SettingsLike
 from harness.machine import retain_freed_memory, run_cooperatively
 from harness.store import ACTIVATIONS_GB, TensorCache, cached_each, write_json
 from harness.text import documents, load_dataset, special_token_ids, text_errors, text_rows
@@ -164,6 +164,32 @@ def shared_core_evals(
             f"the text {settings.core_text!r} is too short for one batch of core_prompts = "
             f"{settings.core_prompts} contexts: lower it, or choose another core_text"
         ) from error
+
+
+def core_evaluation(
+    run: RunLike,
+    saes: dict[str, SAELike],
+    run_evals: RunEvals,
+    advance: Callable[[int], None] = lambda n: None,
+    keys: dict[str, dict | None] | None = None,
+) -> dict[str, dict[str, float]]:
+    """`run_evals` of folded SAEs: by name, the scalars by their names, and fvu.
+
+    Writes eval_results/core/….json in SAE-Bench's own form.
+
+    Args:
+        run_evals, advance: see `shared_core_evals`.
+        keys: by SAE, all that its figures depend on: they are kept under it.
+    Raises:
+        ExperimentError: a scalar is not finite, or is the -1 that stands for NaN, or L0 is 0.
+    """
+    s = run.settings
+    ready = {name: prepare_for_sae_bench(sae, s) for name, sae in saes.items()}
+    results = shared_core_evals(ready, run.sae_bench_model, s, run_evals, advance, keys)
+    return {
+        name: save_core(name, ready[name], result, s, run.out_dir)
+        for name, result in results.items()
+    }
 
 
 def mean_l0(

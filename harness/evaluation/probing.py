@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harness.console import Progress
 from harness.errors import ExperimentError, error_context
+from harness.evaluation.core import prepare_for_sae_bench
 from harness.evaluation.probe_texts import probe_names
 from harness.fingerprint import forward_key, llm_probes_key, tokens_digest
 from harness.interfaces import RunLike, SAELike, SettingsLike
@@ -252,6 +254,38 @@ def shared_probing(
         found = cached_each("sparse probing", keys_here, probed)
     states |= {name: after for name, (_, after) in found.items()}
     return {name: accuracies for name, (accuracies, _) in found.items()}
+
+
+def sparse_probing(
+    run: RunLike,
+    saes: dict[str, SAELike],
+    probe: Probe,
+    progress: Progress,
+    keys: dict[str, dict | None] | None = None,
+) -> dict[str, dict[str, float]]:
+    """`probe` of folded SAEs on every data set: by name, sae_… and llm_… mean accuracies.
+
+    Stock SAE-Bench draws all probes of an SAE from one generator, seeded once. This keeps a
+    generator state per SAE, so that an SAE's figures are those of a stock call that finds the
+    activations stored (the second call of `run_eval_single_sae`). Writes
+    eval_results/sparse_probing/….json in SAE-Bench's own form.
+
+    Args:
+        probe: see `shared_probing`. progress: counts SAEs times data sets.
+        keys: by SAE, all that its figures depend on beside the texts: they are kept under it.
+    """
+    s = run.settings
+    ready = {name: prepare_for_sae_bench(sae, s) for name, sae in saes.items()}
+    states: dict[str, int | str] = dict.fromkeys(saes, s.probe_seed)
+    per_class: dict[str, dict] = {name: {} for name in saes}
+    for dataset in run.probe_texts:
+        found = shared_probing(run, dataset, ready, states, probe, keys)
+        for name, accuracies in found.items():
+            per_class[name][f"{dataset}_results"] = accuracies
+        progress.advance(len(saes), dataset)
+    return {
+        name: save_probing(name, ready[name], per_class[name], s, run.out_dir) for name in saes
+    }
 
 
 def save_probing(
