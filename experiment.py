@@ -18,24 +18,26 @@ from typing import Annotated, Any, Literal
 import harness.start  # isort: skip (first: it reads the code that runs) # noqa: F401
 
 import torch
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from sae_bench.custom_saes.base_sae import BaseSAE
 from torch import Tensor, nn
 
 from harness.checkpoints import restore, state_of
-from harness.console import STAGE, Progress, redirect_output
 from harness.evaluation.core import core_evaluation, export_to_saelens, mean_l0
 from harness.evaluation.estimate import evaluation_seconds
 from harness.evaluation.probing import sparse_probing
-from harness.machine import in_order, retain_memory_for_steps, trim_memory
-from harness.records import check_results, check_trained, constants, write_records
-from harness.settings import Count, Index, NotNegative, Part, Positive, checked, must_hold
+from harness.machine import in_order, trim_memory
+from harness.records import check_results, write_records
+from harness.settings import checked, must_hold
 from harness.startup import Run, launch
 from harness.text import TokenStream, documents
 from harness.training import ActivationCache, ActivationStats, TrainingLog, run_side_by_side
 from sparse_ops import Codes, preactivations, sparse_if_gradients_match
 
 # ---- SETTINGS AND PLAN: edit these directly -----------------------------------------------------
+
+Part = Annotated[float, Field(ge=0, le=1)]  # of training
+
 
 @checked
 class Settings:
@@ -47,54 +49,54 @@ class Settings:
     model: str = "tinylm"  # a Hugging Face name or folder; "tinylm": the built-in model
     lm_dtype: Literal["float32", "bfloat16"] = "float32"  # of the language model in evaluation
     train_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of training's matrix products
-    layers: tuple[Index, ...] = (1, 2, 4)  # SAEs read blocks.L.hook_resid_post
+    layers: tuple[NonNegativeInt, ...] = (1, 2, 4)  # SAEs read blocks.L.hook_resid_post
     context: Annotated[int, Field(ge=2)] = 128  # tokens per context, BOS first
     training_text: str = "tinylm"  # a data set with a "text" column; "tinylm": its corpus
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     # The SAE and its loss (docs/method.md, The loss).
-    d_sae: Count = 1024  # F, the number of features
+    d_sae: PositiveInt = 1024  # F, the number of features
     loss_variant: Literal["contrastive", "as_written"] = "contrastive"  # or as first written down
-    tau_sel: Positive | None = None  # selection temperature; None: learned in (0.1, 0.5)
-    tau_pen: Positive | None = None  # penalty temperature; None: learned in (0.05, 0.25)
-    gamma: NotNegative | None = None  # loss weight; None: learned in (0, 0.3)
+    tau_sel: PositiveFloat | None = None  # selection temperature; None: learned in (0.1, 0.5)
+    tau_pen: PositiveFloat | None = None  # penalty temperature; None: learned in (0.05, 0.25)
+    gamma: NonNegativeFloat | None = None  # loss weight; None: learned in (0, 0.3)
     constants_from_run: str | None = None  # fix all three at this run's final values, by layer
-    reg_lambda: NotNegative = 0.01  # λ of L_reg, on the learned θ
+    reg_lambda: NonNegativeFloat = 0.01  # λ of L_reg, on the learned θ
     activation: Literal["topk", "jumprelu"] = "topk"  # of each token; above a threshold, k in mean
     threshold_rate: Annotated[float, Field(gt=0, le=1)] = 0.05  # by which it follows k, per step
-    density_penalty: NotNegative = 0.0  # φ: selected features cost as often as they fire
+    density_penalty: NonNegativeFloat = 0.0  # φ: selected features cost as often as they fire
     curriculum: bool = True  # False: no selection, all active features reconstruct (k_min = 1)
-    k_min: Count = 16  # features selected per token at the end of the curriculum
-    k_start_factor: Positive = 2.0  # the curriculum starts at k_start = k_start_factor · k_min
+    k_min: PositiveInt = 16  # features selected per token at the end of the curriculum
+    k_start_factor: PositiveFloat = 2.0  # the curriculum starts at k_start = k_start_factor · k_min
     curriculum_fraction: Part = 0.1  # part of training after which k_t = k_min
 
     # Training.
-    seeds: tuple[Index, ...] = (0,)  # each sets initialization and the order of the tokens
-    training_tokens: Count = 1_200_000
-    budget_minutes: Positive | None = None  # training is shortened once to what fits into it
-    batch: Count = 512  # tokens per step
-    lr: Positive = 1.5e-3  # Adam's learning rate for weights and biases
+    seeds: tuple[NonNegativeInt, ...] = (0,)  # each sets initialization and the order of the tokens
+    training_tokens: PositiveInt = 1_200_000
+    budget_minutes: PositiveFloat | None = None  # training is shortened once to what fits into it
+    batch: PositiveInt = 512  # tokens per step
+    lr: PositiveFloat = 1.5e-3  # Adam's learning rate for weights and biases
     lr_warmup: Part = 0.2  # part of training over which it rises from 0, while θ settles
     lr_decay: Part = 0.2  # part of training, at the end, over which it falls to 0
-    theta_lr: Positive = 1e-2  # Adam's learning rate for θ: no warm-up, no decay
-    dead_feature_window: Count = 10_000  # tokens without firing that make a feature dead
+    theta_lr: PositiveFloat = 1e-2  # Adam's learning rate for θ: no warm-up, no decay
+    dead_feature_window: PositiveInt = 10_000  # tokens without firing that make a feature dead
     resample: bool = True  # bring dead features back, until the learning rate decays
-    buffer_tokens: Count = 262_144  # activations per layer held, and shuffled, at once
-    harvest_contexts: Count = 16  # contexts per forward pass of the language model
-    log_every: Count = 20  # steps between lines of train_log.jsonl
+    buffer_tokens: PositiveInt = 262_144  # activations per layer held, and shuffled, at once
+    harvest_contexts: PositiveInt = 16  # contexts per forward pass of the language model
+    log_every: PositiveInt = 20  # steps between lines of train_log.jsonl
 
     # Evaluation, by SAE-Bench.
     core_text: str = "tinylm"  # a data set with a "text" column; "tinylm": its held-out text
-    core_prompts: Count = 16  # contexts per batch
-    core_reconstruction_batches: Count = 10
-    core_sparsity_batches: Count = 40
+    core_prompts: PositiveInt = 16  # contexts per batch
+    core_reconstruction_batches: PositiveInt = 10
+    core_sparsity_batches: PositiveInt = 40
     probe_sets: tuple[str, ...] = ("tinylm/B",)  # data sets; "tinylm/A": for choosing, B: to report
     probe_train: Annotated[int, Field(ge=4)] = 300  # SAE-Bench's probe_train_set_size
     probe_test: Annotated[int, Field(ge=4)] = 200  # half of it, as of probe_train, per class
-    probe_ks: tuple[Count, ...] = (1, 2, 5, 10, 20, 50)
-    probe_llm_batch: Count = 32
-    probe_sae_batch: Count = 125
-    probe_seed: Index = 42
+    probe_ks: tuple[PositiveInt, ...] = (1, 2, 5, 10, 20, 50)
+    probe_llm_batch: PositiveInt = 32
+    probe_sae_batch: PositiveInt = 125
+    probe_seed: NonNegativeInt = 42
     compare_to: str = "run_1"  # the run that the verdict compares this one to
 
     def __post_init__(self) -> None:
@@ -621,7 +623,7 @@ def train(
         start: makes the trainers; bench/quality.py has other projects' trained on the same tokens.
         estimate: how many seconds the evaluation of folded SAEs will take.
     """
-    s, device, fixed = run.settings, buffer.lm.hf.device, constants(run, tuple(LEARNED_SCALARS))
+    s, device, fixed = run.settings, buffer.lm.hf.device, run.constants(tuple(LEARNED_SCALARS))
     torch.manual_seed(0)  # for what an edit may draw without a generator of its own
     shuffles = {seed: torch.Generator().manual_seed(seed) for seed in s.seeds}
     stats: dict[int, ActivationStats] = {}
@@ -680,9 +682,8 @@ def take_steps(
             x_BD = batch(key, step)
             yield trainers[key].step(x_BD, step / log.n_steps, log.is_due(step))
 
-    with retain_memory_for_steps(settings, acts_LND.shape[-1]):
-        trainings = {key: training(key) for key in trainers}
-        log.add(steps, run_side_by_side(trainings, batch, steps, log, acts_LND.device))
+    trainings = {key: training(key) for key in trainers}
+    log.add(steps, run_side_by_side(trainings, batch, steps, log, acts_LND))
 
 
 # ---- EVALUATION, by SAE-Bench -------------------------------------------------------------------
@@ -728,19 +729,18 @@ def evaluate(run: Run, training: Training) -> tuple[dict[str, dict], dict[str, f
     s, saes = run.settings, {}
     n_batches = s.core_reconstruction_batches + s.core_sparsity_batches
     trained = {key: sae.fold_activation_norm_scaling() for key, sae in training.saes.items()}
-    with Progress("core evaluation", n_batches, "batches") as timed, redirect_output(run.log):
+    with run.stage("core evaluation", n_batches, "batches") as timed:
         l0 = mean_l0(trained, run.sae_bench_model, s)
         for (layer, seed), sae in trained.items():
             k = min(max(round(l0[layer, seed]), 1), s.d_sae)
             untrained = new_sae(s, layer, seed, training.stats[layer], {}, k)
             name = sae_name(layer, seed)
-            check_trained(training.saes[layer, seed], untrained, name)
             saes |= {name: sae, f"{name}_untrained": untrained.fold_activation_norm_scaling()}
         keys = run.evaluation_keys(saes, core_metrics)
         core = core_evaluation(run, saes, core_metrics, timed.advance, keys)
     seconds = {"seconds_core": timed.seconds()}
     n_probed = len(run.probe_texts) * len(saes)
-    with Progress("sparse probing", n_probed, "SAEs x sets") as timed, redirect_output(run.log):
+    with run.stage("sparse probing", n_probed, "SAEs x sets") as timed:
         probing = sparse_probing(run, saes, probe, timed, run.evaluation_keys(saes, probe))
     seconds["seconds_sparse_probing"] = timed.seconds()
     scores = {"core": core, "probing": probing}
@@ -775,7 +775,6 @@ def figures_of(key: Key, training: Training, scores: dict[str, dict]) -> dict[st
 
 def export(run: Run, training: Training) -> None:
     """Writes each SAE, folded, as SAELens stores it, with θ and what follows in theta.json."""
-    STAGE.begin("export")
     for (layer, seed), sae in training.saes.items():
         kind = "jumprelu" if sae.threshold is not None else "standard" if sae.k is None else "topk"
         theta = {**sae.learned_scalars(), "scale": sae.norm_scaling_factor}

@@ -242,14 +242,13 @@ def load_run(folder):
     records = read_records(folder / "final_info.json", info, folder.name, settings.get("seeds"))
     tests = next((text for source in (settings, config) for key in ("description", "tests", "note")
                   if isinstance(text := source.get(key), str) and text), "")
-    given, log = bool(config.get("given")), None
-    try:
-        if not given:  # run_0 was never trained: there is nothing to log
-            log = read_log(next(folder.glob("train_log.jsonl.xz"), folder / "train_log.jsonl"))
+    name, given, log = folder.name, bool(config.get("given")), None
+    try:  # run_0 was never trained: there is nothing to log
+        plain, packed = folder / "train_log.jsonl", folder / "train_log.jsonl.xz"
+        log = None if given else read_log(packed if packed.exists() else plain)
     except ValueError as error:
-        complain(f"{error}: {folder.name} stands in the tables and is left out of the curves.")
-    label = labels.get(folder.name, folder.name)
-    return Run(folder.name, label, profile, given, tests, settings, log), records
+        complain(f"{error}: {name} stands in the tables and is left out of the curves.")
+    return Run(name, labels.get(name, name), profile, given, tests, settings, log), records
 
 
 def load_reports(root):

@@ -18,6 +18,7 @@
     machine          processor and memory
     verdict          better or worse
     errors           failures whose message is the whole story
+    settings         what a setting can be, and the sentence where it isn't
     interfaces       what the harness asks of settings, SAE and trainer
     start            what has to be read before anything else is imported
 
@@ -25,5 +26,14 @@
 """
 
 PUBLIC = {
+    "checkpoints": ("restore", "state_of"),
+    "evaluation.core": ("core_evaluation", "export_to_saelens", "mean_l0"),
+    "evaluation.estimate": ("evaluation_seconds",),
+    "evaluation.probing": ("sparse_probing",),
+    "machine": ("in_order", "trim_memory"),
+    "records": ("check_results", "write_records"),
+    "settings": ("checked", "must_hold"),
     "startup": ("Run", "launch"),
+    "text": ("TokenStream", "documents"),
+    "training": ("ActivationCache", "ActivationStats", "TrainingLog", "run_side_by_side"),
 }

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from harness.call_graph import own_files
 from harness.console import STAGE
@@ -278,21 +277,6 @@ def check_complete(out_dir: Path) -> None:
     if not (out_dir / "final_info.json").exists():
         raise ExperimentError(
             f"the run ended, but there is no {out_dir.name}/final_info.json: look at write_records"
-        )
-
-
-def check_trained(trained: nn.Module, untrained: nn.Module, name: str) -> None:
-    """ExperimentError where training left an SAE as it was, or weights that are no numbers."""
-    for parameter, tensor in trained.named_parameters():
-        if not torch.isfinite(tensor).all():
-            raise ExperimentError(
-                f"{name}: {parameter} holds values that are not finite after training: "
-                "look at the loss and at lr"
-            )
-    if torch.equal(trained.W_enc, untrained.W_enc):
-        raise ExperimentError(
-            f"{name}: no training step was done, its weights are those it was initialized with: "
-            "look at the training loop"
         )
 
 

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
 import pydantic
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from harness.errors import ExperimentError
-
-Count = PositiveInt
-Index = NonNegativeInt
-Positive = PositiveFloat
-NotNegative = NonNegativeFloat
-Part = Annotated[float, Field(ge=0, le=1)]
 
 # A dataclass whose values must have their field's type and bounds: a bool is no number.
 checked = pydantic.dataclasses.dataclass(

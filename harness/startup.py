@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -9,7 +10,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from harness import command
 from harness.call_graph import hash_definitions
 from harness.checkpoints import Checkpoints
 from harness.command import check_out_dir, prepare_out_dir
-from harness.console import print_line, redirect_output, rehearsal
+from harness.console import Progress, print_line, redirect_output, rehearsal
 from harness.errors import GET_ACCESS, LOG_IN, TRY_TINYLM, ExperimentError
 from harness.evaluation.probe_texts import read_probe_texts
 from harness.fingerprint import (
@@ -33,7 +34,7 @@ from harness.fused_gemma import FusedLanguageModel, for_harvest
 from harness.interfaces import SAELike, SettingsLike
 from harness.language_model import LanguageModel, language_model_config, load_language_model
 from harness.machine import choose_device, choose_train_dtype, free_gb, make_reproducible
-from harness.records import check_complete, read_final_info, write_config
+from harness.records import check_complete, constants, read_final_info, write_config
 from harness.settings import checked_settings
 from harness.start import source_at_start
 from harness.store import LEDGER, cached
@@ -69,6 +70,16 @@ class Run:
     log: Path = Path(os.devnull)
     source: str = ""
     keeps: bool = False
+
+    @contextlib.contextmanager
+    def stage(self, name: str, total: int, unit: str) -> Iterator[Progress]:
+        """A stage with its progress, in which what libraries print goes to the log."""
+        with Progress(name, total, unit) as progress, redirect_output(self.log):
+            yield progress
+
+    def constants(self, names: tuple[str, ...]) -> dict[tuple[int, int], dict[str, float]]:
+        """By layer and seed: which of these scalars are constants, and their values."""
+        return constants(self, names)
 
     def activations_key(self, buffer: type) -> dict[str, Any] | None:
         """All that the activations of a class of buffers depend on; None: they are not kept."""

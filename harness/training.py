@@ -17,7 +17,7 @@ from torch import Tensor
 from harness.console import Progress, print_line
 from harness.errors import ExperimentError, error_context, first_line
 from harness.interfaces import SettingsLike
-from harness.machine import in_threads
+from harness.machine import in_threads, retain_memory_for_steps
 from harness.store import TensorCache, place_for
 from harness.text import TokenStream
 
@@ -123,7 +123,7 @@ def run_side_by_side(
     batch_of: Callable[[tuple[int, int], int], Tensor],
     steps: range,
     log: TrainingLog,
-    device: torch.device,
+    acts_LND: Tensor,
 ) -> list[dict[str, Any]]:
     """Takes the steps of several trainings; their records, in order of steps.
 
@@ -134,6 +134,7 @@ def run_side_by_side(
         trainings: by layer and seed, what yields the loss of each step, and its record or None.
         batch_of: the activations (B, D) of a layer and seed at a step, for what goes wrong.
         steps: the numbers of the steps that they yield. log: of what came before.
+        acts_LND: the activations that the batches are drawn from.
     Raises:
         ExperimentError: a loss is not finite.
     """
@@ -163,10 +164,11 @@ def run_side_by_side(
 
     records: list[dict[str, Any]] = []
     parts = [range(i, min(i + 32, steps.stop)) for i in range(steps.start, steps.stop, 32)]
-    for _, part, found in in_threads(some_steps, list(trainings), parts, device):
-        records += found
-        note = "fvu " + "/".join(f"{r['fvu']:.2f}" for r in last.values() if r)
-        log.progress.advance(len(part) * batch, note)
+    with retain_memory_for_steps(log.settings, acts_LND.shape[-1]):
+        for _, part, found in in_threads(some_steps, list(trainings), parts, acts_LND.device):
+            records += found
+            note = "fvu " + "/".join(f"{r['fvu']:.2f}" for r in last.values() if r)
+            log.progress.advance(len(part) * batch, note)
     place = {key: index for index, key in enumerate(trainings)}
     return sorted(records, key=lambda r: (r["step"], place[r["layer"], r["seed"]]))
 

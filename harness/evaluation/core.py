@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from harness.console import STAGE
 from harness.errors import ExperimentError, error_context
 from harness.evaluation.shared_forward import CountingSAE, ModelView, SharedForward, StoreView
 from harness.fingerprint import forward_key, text_identity
@@ -184,6 +185,8 @@ def core_evaluation(
         ExperimentError: a scalar is not finite, or is the -1 that stands for NaN, or L0 is 0.
     """
     s = run.settings
+    for name, sae in saes.items():
+        check_trained(name, sae, saes.get(f"{name}_untrained"))
     ready = {name: prepare_for_sae_bench(sae, s) for name, sae in saes.items()}
     results = shared_core_evals(ready, run.sae_bench_model, s, run_evals, advance, keys)
     return {
@@ -258,6 +261,21 @@ def save_core(
     return flat
 
 
+def check_trained(name: str, sae: SAELike, untrained: SAELike | None) -> None:
+    """ExperimentError where training left an SAE as it was, or weights that are no numbers."""
+    for parameter, tensor in sae.named_parameters():
+        if not torch.isfinite(tensor).all():
+            raise ExperimentError(
+                f"{name}: {parameter} holds values that are not finite after training: "
+                "look at the loss and at lr"
+            )
+    if untrained is not None and torch.equal(sae.W_enc, untrained.W_enc):
+        raise ExperimentError(
+            f"{name}: no training step was done, its weights are those it was initialized with: "
+            "look at the training loop"
+        )
+
+
 def check_core(name: str, metrics: dict[str, float]) -> None:
     """ExperimentError where a scalar of core is not finite, is the -1 for NaN, or L0 is 0."""
     for metric, value in metrics.items():
@@ -291,6 +309,7 @@ def export_to_saelens(
     Raises:
         ExperimentError: SAELens reads back something else.
     """
+    STAGE.begin("export")
     from sae_lens import SAE
     from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
     from sae_lens.saes.sae import SAEMetadata

@@ -293,6 +293,8 @@ def save_probing(
 ) -> dict[str, float]:
     """Writes an SAE's sparse-probing results as SAE-Bench's run_eval does; returns the means.
 
+    Over 60 lines, as one piece: half of them fill the fields of SAE-Bench's record.
+
     Args:
         per_class: {data set's name and "_results": {metric: {class: accuracy}}}.
     Raises:
