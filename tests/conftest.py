@@ -18,6 +18,9 @@ sys.path.insert(0, str(ROOT))
 os.environ["SAE_PROFILE"] = "tinylm"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as experiment.py has it
+# Its threads spin while they wait: a toy run took twice the time. They change no bit (the golden
+# run passes with and without).
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 SOURCES = [inspect.getsource(module) for module in (argparse, ast, inspect, random)]
 OWN_MODULES = ("harness", "sparse_ops", "experiment", "bench", "tests", "test_")  # how names begin
@@ -25,6 +28,15 @@ TOY_TASKS = {
     "toy/modules": dict(zip(("argparse", "ast", "inspect", "random"), SOURCES)),
     "toy/halves": {"first": SOURCES[0], "second": SOURCES[2]},
 }
+
+
+LONGEST = ("loop", "evaluation", "gemma", "golden", "checkpoints", "training", "run", "speed")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first: of two workers, none ends long after the other."""
+    order = {f"test_{name}.py": at for at, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -40,6 +52,16 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What outlives a run in this test alone."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "parametric-sae"
+
+
+@pytest.fixture(scope="session")
+def hf_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Hugging Face's caches of the commands that `tests.forked` starts from then on."""
+    from tests import forked
+
+    folder = tmp_path_factory.mktemp("hf")
+    forked.start_server(folder)
+    return folder
 
 
 def toy_config(vocab_size: int, n_layers: int):
@@ -133,6 +155,26 @@ def settings_of(experiment, name: str, profile: str = "tinylm"):
 
     chosen = experiment.PROFILES[profile] | experiment.PLAN.get(name, {})
     return checked_settings(name, experiment.Settings, chosen)
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    """Puts `new` in the place of `old`, which must stand in the file once."""
+    text = path.read_text()
+    assert text.count(old) == 1, (old, text.count(old))
+    path.write_text(text.replace(old, new))
+
+
+def add_runs(path: Path, runs: dict[str, dict]) -> None:
+    """Adds runs to the beginning of PLAN in an experiment.py, as a user does: a line for each."""
+    text = path.read_text()
+    (plan,) = [
+        node.value for node in ast.parse(text).body
+        if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", None) == "PLAN"
+    ]  # fmt: skip
+    lines = text.splitlines(keepends=True)
+    assert lines[plan.lineno - 1].endswith("{\n")
+    lines[plan.lineno:plan.lineno] = [f"    {name!r}: {runs[name]!r},\n" for name in runs]
+    path.write_text("".join(lines))
 
 
 def copy_project(folder: Path) -> None:

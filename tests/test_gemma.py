@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
 import subprocess
@@ -13,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import gemma_fixture
-from tests.conftest import ROOT, copy_project
+from tests import forked, gemma_fixture
+from tests.conftest import add_runs, copy_project
 
 LAYERS = (5, 12, 19)
 KS = (1, 2, 5, 10, 20, 50)
@@ -29,7 +28,6 @@ CLASSES = {
     "Helsinki-NLP/europarl": ["en", "fr", "de", "es", "nl"],
 }
 PILE = "monology/pile-uncopyrighted"
-PLAN = "PLAN: dict[str, dict[str, Any]] = {\n"
 TOY_SIZES = dict(
     description="toy sizes",
     device="cpu",
@@ -62,13 +60,14 @@ from sae_lens import SAE
 from sae_lens.training.activations_store import ActivationsStore
 
 import experiment
-from harness.command import main
+from harness.startup import checked_settings
 from harness.evaluation.core import core_config
 from harness.evaluation.probing import probing_config
 from harness.language_model import load_language_model
 
 torch.set_num_threads(len(os.sched_getaffinity(0)))
-settings = experiment.settings_of("run_x", "gemma-2-2b")
+chosen = experiment.PROFILES["gemma-2-2b"] | experiment.PLAN["run_x"]
+settings = checked_settings("run_x", experiment.Settings, chosen)
 model = load_language_model(settings.model, settings.lm_dtype).hooked()
 assert model.tokenizer.padding_side == "left"
 sae = general_utils.load_and_format_sae("", SAE.load_from_disk(sys.argv[1]), "cpu")[1]
@@ -87,63 +86,40 @@ scalars, _ = core.run_evals(
 with open("stock.json", "w") as file:
     json.dump({"probing": calls, "core": scalars}, file)
 """
-# Runs in several folders, one after the other: importing the libraries takes longer than failing.
-IN_FOLDERS = """import os
-import sys
-
-import experiment
-from harness.command import main
-
-for folder in sys.argv[1:]:
-    os.chdir(folder)
-    assert main(experiment.run, ["--out_dir=run_x"]) == 1
-"""
 
 
-def python(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """A Python of its own in `folder`, with its caches there and without a network.
+def environment(hf_home: Path, folder: Path) -> dict[str, str]:
+    return forked.environment(
+        hf_home, SAE_PROFILE="gemma-2-2b", XDG_CACHE_HOME=str(folder / "cache")
+    )
 
-    It has one core: at toy sizes threads cost more than they save, and on a busy machine they wait
-    for each other.
-    """
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-    environment |= {
-        "SAE_PROFILE": "gemma-2-2b",
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(folder / "hf"),
-        "XDG_CACHE_HOME": str(folder / "cache"),
-    }
-    cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {max(cores)})
-    try:
-        return subprocess.run(
-            [sys.executable, *arguments],
-            cwd=folder, env=environment, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-    finally:
-        os.sched_setaffinity(0, cores)
+
+def in_fork(hf_home: Path, folder: Path, *arguments: str) -> tuple[int, str, str]:
+    """`python arguments` in a folder, with a store there: exit status, output, errors."""
+    process = forked.Forked(folder, *arguments, environment=environment(hf_home, folder))
+    out, error = process.communicate(300)
+    return process.returncode, out, error
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(hf_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the code, its plan extended by run_x, the data sets and the model."""
     folder = tmp_path_factory.mktemp("gemma")
     gemma_fixture.write_datasets(folder)
-    gemma_fixture.write_model(folder / "hf")
+    gemma_fixture.write_model(hf_home)
     copy_project(folder)
-    text = (ROOT / "experiment.py").read_text()
-    assert text.count(PLAN) == 1
-    text = text.replace(PLAN, f"{PLAN}    'run_x': {TOY_SIZES!r},\n")
-    (folder / "experiment.py").write_text(text)
+    add_runs(folder / "experiment.py", {"run_x": TOY_SIZES})
     (folder / "stock.py").write_text(STOCK)
-    (folder / "in_folders.py").write_text(IN_FOLDERS)
     return folder
 
 
 @pytest.fixture(scope="module")
-def finished(place: Path) -> subprocess.CompletedProcess:
-    """The command, ended."""
-    return python(place, "experiment.py", "--out_dir=run_x")
+def finished(hf_home: Path, place: Path) -> subprocess.CompletedProcess:
+    """The command, ended: no fork, but a Python of its own, as a user starts it."""
+    return subprocess.run(
+        [sys.executable, "experiment.py", "--out_dir=run_x"], cwd=place,
+        env=environment(hf_home, place), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -230,11 +206,14 @@ def test_core_results_are_finite(run_x: Path, layer: int) -> None:
     assert 0 < means["l0"] <= 4 and means["fvu"] < means["untrained_fvu"]
 
 
-def test_results_are_stock_sae_bench_on_the_stored_sae(place: Path, run_x: Path) -> None:
+def test_results_are_stock_sae_bench_on_the_stored_sae(
+    hf_home: Path, place: Path, run_x: Path
+) -> None:
     """In bfloat16, with texts padded on the left, exactly: no figure is off by a single text."""
     layer = LAYERS[1]
-    done = python(place, "stock.py", str(run_x / "sae" / f"layer_{layer}" / "seed_0"))
-    assert done.returncode == 0, done.stderr
+    sae = run_x / "sae" / f"layer_{layer}" / "seed_0"
+    status, _, error = in_fork(hf_home, place, "stock.py", str(sae))
+    assert status == 0, error
     stock = json.loads((place / "stock.json").read_text())
     first, second = stock["probing"]
     details = results(run_x, "sparse_probing", layer)["eval_result_details"]
@@ -250,12 +229,17 @@ def test_results_are_stock_sae_bench_on_the_stored_sae(place: Path, run_x: Path)
             assert ours[group][metric] == value, metric
 
 
-def test_what_is_not_there_is_one_sentence(place: Path) -> None:
+def test_what_is_not_there_is_one_sentence(hf_home: Path, place: Path) -> None:
     """Said at once, and with nothing written. SAE-Bench's eight names are of five data sets."""
     (place / "elsewhere").mkdir()
-    done = python(place / "elsewhere", "../experiment.py", "--out_dir=run_x")
-    assert done.returncode == 1
-    (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("cause: ")]
+    (hf_home / "hub").rename(hf_home / "away")
+    try:
+        arguments = "../experiment.py", "--out_dir=run_x"
+        status, _, error = in_fork(hf_home, place / "elsewhere", *arguments)
+    finally:
+        (hf_home / "away").rename(hf_home / "hub")
+    assert status == 1
+    (sentence,) = [line for line in error.splitlines() if line.startswith("cause: ")]
     assert re.search(
         r"the model 'google/gemma-2-2b' is not in the local cache \S+ and HF_HUB_OFFLINE is set: "
         r".* \(and 7 more of the kind\)$",
@@ -264,7 +248,7 @@ def test_what_is_not_there_is_one_sentence(place: Path) -> None:
     assert not (place / "elsewhere" / "run_x").exists()
 
 
-def test_changed_data_is_one_sentence(place: Path) -> None:
+def test_changed_data_is_one_sentence(hf_home: Path, place: Path) -> None:
     """Of data sets that changed on the hub, and of text that is none."""
     changed = {
         "column": lambda at: gemma_fixture.write_bias_in_bios(
@@ -274,21 +258,18 @@ def test_changed_data_is_one_sentence(place: Path) -> None:
         "text": lambda at: gemma_fixture.write_pile(at / PILE, texts=[" \n"] * 40),
         "text column": lambda at: gemma_fixture.write_pile(at / PILE, text_column="content"),
     }
-    for case, write in changed.items():
-        for name in gemma_fixture.WRITERS:
-            shutil.copytree(place / name, place / case / name)
-        write(place / case)
-    done = python(place, "in_folders.py", *(str(place / case) for case in changed))
-    assert done.returncode == 0, done.stderr
     expected = (
         "the probing data set 'LabHC/bias_in_bios_class_set1' has no 'hard_text', ",
         "the probing data set 'fancyzhx/ag_news' has too few rows for probe_train = 40 and ",
         "the training text holds no text",
         f"the text '{PILE}' must have a column 'text', but has ['content', 'meta']: ",
     )
-    sentences = [line for line in done.stderr.splitlines() if line.startswith("cause: ")]
-    assert len(sentences) == len(changed)
-    for sentence, says in zip(sentences, expected):
-        assert sentence.startswith(f"cause: {says}")
-    for case in changed:
+    for (case, write), says in zip(changed.items(), expected, strict=True):
+        for name in gemma_fixture.WRITERS:
+            shutil.copytree(place / name, place / case / name)
+        write(place / case)
+        arguments = "../experiment.py", "--out_dir=run_x"
+        status, _, error = in_fork(hf_home, place / case, *arguments)
+        (sentence,) = [line for line in error.splitlines() if line.startswith("cause: ")]
+        assert status == 1 and sentence.startswith(f"cause: {says}")
         assert not (place / case / "run_x" / "final_info.json").exists()

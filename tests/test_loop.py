@@ -11,22 +11,22 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests import gemma_fixture
-from tests.conftest import copy_project
+from tests import forked, gemma_fixture
+from tests.conftest import add_runs, copy_project, edit
 
-PLAN = "PLAN: dict[str, dict[str, Any]] = {\n"
 PILE, NEWS = "monology/pile-uncopyrighted", "fancyzhx/ag_news"
 SIZES = dict(
     layers=(0, 2), context=32, training_text=PILE, core_text=PILE, d_sae=64, k_min=4,
-    training_tokens=81_920, batch=128, buffer_tokens=4096, harvest_contexts=8, dead_feature_window=1024,
-    log_every=8, core_prompts=4, core_reconstruction_batches=2, core_sparsity_batches=4,
-    probe_sets=(NEWS,), probe_train=40, probe_test=20, probe_llm_batch=8, probe_sae_batch=15,
+    training_tokens=40_960, batch=128, buffer_tokens=4096, harvest_contexts=8,
+    dead_feature_window=1024, log_every=8, core_prompts=4, core_reconstruction_batches=2,
+    core_sparsity_batches=4,
+    probe_sets=(NEWS,), probe_ks=(1, 2, 5), probe_train=40, probe_test=20, probe_llm_batch=8,
+    probe_sae_batch=15,
 )  # fmt: skip
 # experiment.py as a user starts it, but for how often its training saves itself.
 SAVING_OFTEN = """
@@ -43,54 +43,32 @@ LIMIT = 120.0  # seconds that a driver waits; 7,200 in earnest
 class Driver:
     """A folder with the code and all that it reads, and a program that runs the command in it."""
 
-    def __init__(self, folder: Path, model: Path) -> None:
-        self.folder, self.n_started = folder, 0
+    def __init__(self, folder: Path, model: Path, hf_home: Path) -> None:
+        self.folder, self.hf_home = folder, hf_home
         gemma_fixture.write_pile(folder / PILE)
         gemma_fixture.write_ag_news(folder / NEWS)
         copy_project(folder)
         (folder / "saving_often.py").write_text(SAVING_OFTEN)
         sizes = SIZES | {"model": str(model)}
-        runs = "".join(f"    '{name}': {sizes!r},\n" for name in ("run_a", "run_b", "run_c"))
-        self.edit("experiment.py", re.escape(PLAN), PLAN + runs.replace("\\", r"\\"))
+        add_runs(folder / "experiment.py", dict.fromkeys(("run_a", "run_b", "run_c"), sizes))
 
-    def edit(self, file: str, pattern: str, replacement: str) -> None:
-        path = self.folder / file
-        text, n = re.subn(pattern, replacement, path.read_text())
-        assert n == 1, (pattern, n)
-        path.write_text(text)
+    def edit(self, file: str, old: str, new: str) -> None:
+        edit(self.folder / file, old, new)
 
-    def start(self, run: str, cache: str | Path = "cache") -> subprocess.Popen:
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-        environment |= {
-            "SAE_PROFILE": "tinylm",
-            "HF_HUB_OFFLINE": "1",
-            "HF_HOME": str(self.folder / "hf"),
-            "XDG_CACHE_HOME": str(self.folder / cache),
-            "PYTHONUNBUFFERED": "1",
-        }
-        # One core each: at toy sizes threads cost more than they save, and wait for each other.
-        cores = sorted(os.sched_getaffinity(0))
-        self.n_started += 1
-        os.sched_setaffinity(0, {cores[self.n_started % len(cores)]})
-        try:
-            return subprocess.Popen(
-                [sys.executable, "saving_often.py", f"--out_dir={run}"],
-                cwd=self.folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                text=True, start_new_session=True,
-            )  # fmt: skip
-        finally:
-            os.sched_setaffinity(0, cores)
+    def start(self, run: str, cache: str | Path = "cache") -> forked.Forked:
+        environment = forked.environment(
+            self.hf_home, SAE_PROFILE="tinylm", XDG_CACHE_HOME=str(self.folder / cache)
+        )
+        return forked.Forked(
+            self.folder, "saving_often.py", f"--out_dir={run}", environment=environment
+        )
 
-    def finish(self, process: subprocess.Popen, run: str) -> tuple[int, str, str]:
+    def finish(self, process: forked.Forked, run: str) -> tuple[int, str, str]:
         """Exit status, output, and what a driver shows of standard error.
 
         See docs/operations.md, A program that drives the experiment.
         """
-        try:
-            out, error = process.communicate(timeout=LIMIT)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            out, error = process.communicate()
+        out, error = process.communicate(LIMIT)
         if process.returncode:
             shutil.rmtree(self.folder / run, ignore_errors=True)
         return process.returncode, out, error[-1500:]
@@ -118,7 +96,6 @@ class Driver:
             for line in lines
         ]
 
-
     def results(self, run: str) -> tuple:
         return self.weights(run), self.figures(run), self.log_lines(run)
 
@@ -128,10 +105,12 @@ def sha256(path: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def driver(toy_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Driver:
-    """With run_a complete; its cache is "cache", and `undisturbed` what it left."""
-    made = Driver(tmp_path_factory.mktemp("driver"), toy_model)
+def driver(toy_model: Path, hf_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Driver:
+    """With run_a complete, in "cache", after `seconds`; `undisturbed` is what it left."""
+    made = Driver(tmp_path_factory.mktemp("driver"), toy_model, hf_home)
+    began = time.monotonic()
     status, out, error = made.run("run_a")
+    made.seconds = time.monotonic() - began
     assert status == 0 and error == "", error
     assert "rehearsal: the whole run in miniature passed" in out
     made.undisturbed = made.results("run_a")
@@ -141,13 +120,8 @@ def driver(toy_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Driver:
 def test_killed_at_ten_moments_the_run_ends_as_if_it_had_not_been(driver: Driver) -> None:
     """Weights, figures and log are those of the run that nobody disturbed, bit for bit."""
     draw = random.Random(0)
-    began = time.monotonic()
-    status, _, _ = driver.run("run_b", "other")
-    assert status == 0
-    whole = time.monotonic() - began
-    shutil.rmtree(driver.folder / "other")
-    shutil.rmtree(driver.folder / "run_b")
-    moments = sorted(draw.uniform(0.3, 0.95) * whole for _ in range(10))  # the first one kills
+    shares = (draw.uniform(0.1, 0.95) for _ in range(10))
+    moments = sorted(share * driver.seconds for share in shares)  # the first one kills
     said = []
     for moment in moments:
         process = driver.start("run_b", "killed")
@@ -182,13 +156,13 @@ def test_an_edit_costs_what_it_changed(driver: Driver) -> None:
     assert status == 0 and "number_of_seeds" in driver.figures("run_a")["layer_0"], error
     assert "rehearsal: the whole run" in out and "sparse probing: kept" in out
 
-    driver.edit("experiment.py", r"progress\.advance\(len\(saes\), dataset\)",
+    driver.edit("experiment.py", "progress.advance(len(saes), dataset)",
                 "progress.advance(len(saes) * 1, dataset)")  # fmt: skip
     status, out, _ = driver.run("run_a")
     assert status == 0 and "training: kept" in out and "sparse probing: kept" not in out
     assert "language model probes: kept" in out
 
-    driver.edit("experiment.py", r"residual_BD\.pow\(2\)\.mean\(\)", "residual_BD.abs().mean()")
+    driver.edit("experiment.py", "residual_BD.pow(2).mean()", "residual_BD.abs().mean()")
     status, out, _ = driver.run("run_a")
     assert status == 0
     assert "training: anew, as this differs from the last attempt: code of contrastive_loss" in out
@@ -196,7 +170,7 @@ def test_an_edit_costs_what_it_changed(driver: Driver) -> None:
     (driver.folder / "experiment.py").write_text(experiment)
 
 
-@pytest.mark.parametrize("stage", ["sparse_probing", "write_records"])
+@pytest.mark.parametrize("stage", ["sparse_probing", "layer_metrics"])
 def test_an_edit_that_breaks_the_end_is_found_at_the_beginning(driver: Driver, stage: str) -> None:
     experiment = (driver.folder / "experiment.py").read_text()
     (function,) = [
@@ -223,7 +197,7 @@ def test_two_at_once(driver: Driver) -> None:
     time.sleep(0.2)
     second = driver.start("run_b", "shared")
     third = driver.start("run_c", "shared")
-    results = [process.communicate(timeout=LIMIT) for process in (first, second, third)]
+    results = [process.communicate(LIMIT) for process in (first, second, third)]
     statuses = [process.returncode for process in (first, second, third)]
     assert sorted(statuses[:2]) == [0, 1] and statuses[2] == 0, results
     (_, error) = results[statuses.index(1)]
@@ -239,7 +213,7 @@ def test_told_to_end_it_says_so_and_leaves_no_process(driver: Driver) -> None:
             break
     time.sleep(0.5)
     os.kill(process.pid, signal.SIGTERM)
-    _, error = process.communicate(timeout=LIMIT)
+    _, error = process.communicate(LIMIT)
     assert process.returncode == 128 + signal.SIGTERM
     assert "cause: it was told to end (SIGTERM)" in error
     assert "to do: give the same command again" in error
@@ -251,7 +225,7 @@ def test_told_to_end_it_says_so_and_leaves_no_process(driver: Driver) -> None:
             break
     os.kill(process.pid, signal.SIGKILL)  # the command alone, as a driver does
     process.wait(LIMIT)
-    process.communicate()
+    process.communicate(LIMIT)
     deadline = time.monotonic() + 5
     while processes_of_session(process.pid) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -303,7 +277,7 @@ def test_results_on_a_full_disk_are_a_clear_failure_and_training_is_kept(
         pytest.skip("no tmpfs can be mounted here")
     try:
         process = driver.start(str(small / "run_b"), "cache")
-        out, error = process.communicate(timeout=LIMIT)
+        out, error = process.communicate(LIMIT)
         assert process.returncode == 1
         assert "cause: a disk is full (" in error
         assert re.search(r"it goes on from what is kept \(.*training", error)
