@@ -21,13 +21,14 @@ import zstandard
 from huggingface_hub import constants
 
 import experiment
-from harness import ExperimentError
+from harness.errors import ExperimentError
 from harness.evaluation.core import core_store, core_text, prepare_for_sae_bench
 from harness.evaluation.probe_texts import probe_tokens, read_probe_texts
 from harness.language_model import load_language_model
 from harness.store import sha256_file
 from harness.text import load_dataset, streamed_texts
 from tests import gemma_fixture
+from tests.conftest import settings_of
 
 CPU = torch.device("cpu")
 SCRIPT = """import datasets
@@ -119,7 +120,7 @@ def test_a_named_data_set_runs_its_script_and_says_so(
     gemma_fixture.write_openwebtext(Path("Skylion007/openwebtext"))
     stock, modules = dataset_utils.load_dataset, datasets.config.HF_MODULES_CACHE
     settings = dataclasses.replace(
-        experiment.settings_of("run_1", "gemma-2-2b"), probe_train=40, probe_test=20, context=32
+        settings_of(experiment, "run_1", "gemma-2-2b"), probe_train=40, probe_test=20, context=32
     )
     train, _ = probe_tokens("codeparrot/github-code", toy_lm.tokenizer, CPU, settings)
     assert list(train) == ["C", "Python", "HTML", "Java", "PHP"]
@@ -196,7 +197,7 @@ def test_a_text_cut_short_is_one_sentence(form: str, tmp_path: Path, monkeypatch
 def core(toy_lm, tmp_path: Path, monkeypatch):
     """A function that makes the store of the evaluation text "own"; its settings."""
     settings = dataclasses.replace(
-        experiment.settings_of("run_1", "tinylm"), context=32, core_text="own", probe_sets=()
+        settings_of(experiment, "run_1", "tinylm"), context=32, core_text="own"
     )
     model = toy_lm.hooked()
     sae = prepare_for_sae_bench(experiment.CustomSAE(32, 64, "toy", 0, k=4), settings)

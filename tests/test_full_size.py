@@ -12,8 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import experiment
 from bench import full_size
+from bench.common import run_on
 from harness.evaluation.core import prepare_for_sae_bench, shared_core_evals
 from harness.language_model import LanguageModel
+from tests.conftest import settings_of
 from tests.test_language_model import GEMMA_2_2B
 
 
@@ -32,7 +34,7 @@ def tiny() -> LanguageModel:
 def settings(tmp_path: Path) -> experiment.Settings:
     stream = full_size.RandomTokens(full_size.TINY["vocab_size"], 32)
     return dataclasses.replace(
-        experiment.settings_of("full_size", "gemma-2-2b"),
+        settings_of(experiment, "full_size", "gemma-2-2b"),
         layers=(0, 2),
         context=32,
         d_sae=48,
@@ -42,6 +44,7 @@ def settings(tmp_path: Path) -> experiment.Settings:
         core_prompts=2,
         core_reconstruction_batches=2,
         core_sparsity_batches=3,
+        probe_ks=(1, 2, 5),
     )
 
 
@@ -98,9 +101,9 @@ def test_flops_are_those_that_pytorch_counts(tiny, settings) -> None:
 
     acts_LND = torch.stack(tiny.activations(tokens_BL, settings.layers)).flatten(1, 2)
     keys = [(layer, 0) for layer in settings.layers]
-    measured = experiment.measure(settings, acts_LND)
+    stats = experiment.activation_stats(settings, acts_LND)
     fixed = dict.fromkeys(keys, {})
-    trainers = experiment.start_trainers(settings, measured, fixed, autocast=False)
+    trainers = experiment.new_trainers(run_on(tiny.cast("float32"), settings), stats, fixed)
     counted = flops_of(lambda: trainers[0, 0].step(acts_LND[0, :64], 0.5, True))
     assert full_size.step_flops(settings, config.hidden_size) == counted
 

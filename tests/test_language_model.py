@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiment import ActivationBuffer
-from harness import ExperimentError, TokenStream
-from harness.errors import first_line
+from experiment import ActivationBuffer, Settings
+from harness.errors import ExperimentError, first_line
 from harness.evaluation.probe_texts import probe_names, tinylm_tasks
 from harness.fused_gemma import FusedLanguageModel, for_harvest
 from harness.language_model import hooked_config, load_language_model
 from harness.machine import in_order
-from harness.text import documents, passages, streamed_texts
-from tests.conftest import ROOT, SOURCES
+from harness.startup import Run
+from harness.text import TokenStream, documents, passages, streamed_texts
+from tests.conftest import ROOT, SOURCES, settings_of
 
 # The published config.json of google/gemma-2-2b, as far as the architecture goes.
 GEMMA_2_2B = dict(
@@ -213,8 +213,9 @@ def test_buffer_hands_out_every_text_token_once_in_order(toy_lm) -> None:
             for at in range(2)
         ]
     )  # fmt: skip
-    buffer = ActivationBuffer(toy_lm, stream_of(SOURCES, toy_lm.tokenizer), layers, contexts=4)
-    taken = torch.cat([buffer.take(n) for n in (7, 130, 64, 99)], dim=1)
+    settings = Settings(layers=layers, harvest_contexts=4)
+    buffer = ActivationBuffer(Run(settings, toy_lm), stream_of(SOURCES, toy_lm.tokenizer))
+    taken = torch.cat([buffer.next_tokens(n) for n in (7, 130, 64, 99)], dim=1)
     assert taken.shape == (2, 300, 32)
     assert torch.equal(taken, expected[:, :300])
 
@@ -222,7 +223,7 @@ def test_buffer_hands_out_every_text_token_once_in_order(toy_lm) -> None:
 def test_repository_has_the_published_layers_of_both_profiles() -> None:
     import experiment
 
-    tinylm, gemma = (experiment.settings_of("x", p) for p in ("tinylm", "gemma-2-2b"))
+    tinylm, gemma = (settings_of(experiment, "x", p) for p in ("tinylm", "gemma-2-2b"))
     assert (tinylm.layers, tinylm.d_sae, tinylm.k_min) == ((1, 2, 4), 1024, 16)
     assert (gemma.layers, gemma.d_sae, gemma.k_min) == ((5, 12, 19), 2304, 64)
     assert (ROOT / "tinylm" / "config.json").exists()
@@ -233,7 +234,7 @@ def test_tinylm_tasks_are_registered_and_undone() -> None:
 
     import experiment
 
-    settings = experiment.settings_of("x", "tinylm")
+    settings = settings_of(experiment, "x", "tinylm")
     before = dict(dataset_info.chosen_classes_per_dataset)
     stock = dataset_utils.get_multi_label_train_test_data
     names = probe_names(settings)

@@ -15,9 +15,9 @@ import torch
 from huggingface_hub import constants, errors
 
 import experiment
-from harness import ExperimentError
+from harness.errors import ExperimentError
 from harness.startup import fit_core_batches, memory_estimate, preflight
-from tests.conftest import replace
+from tests.conftest import replace, settings_of
 from tests.test_language_model import GEMMA_2_2B
 
 CPU = torch.device("cpu")
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 @pytest.fixture()
 def gemma(tmp_path: Path, monkeypatch) -> experiment.Settings:
     """The profile's settings, an empty cache, and a hub that has and grants everything."""
-    settings = experiment.settings_of("run_try", "gemma-2-2b")
+    settings = settings_of(experiment, "run_try", "gemma-2-2b")
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -52,7 +52,7 @@ def refuse(monkeypatch, name: str, error: type[Exception]) -> None:
 
 
 def test_tinylm_needs_nothing() -> None:
-    assert preflight(experiment.settings_of("run_1", "tinylm"), CPU) == []
+    assert preflight(settings_of(experiment, "run_1", "tinylm"), CPU) == []
 
 
 def test_what_is_needed_is_said_per_part(gemma, monkeypatch) -> None:

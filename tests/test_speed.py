@@ -18,12 +18,12 @@ import torch
 from bench import loop, speed
 from harness.machine import processor_name
 from harness.text import documents, passages
-from tests.conftest import replace
+from tests.conftest import replace, settings_of
 
 CPU = torch.device("cpu")
 TINY = dataclasses.replace(
     speed.TINY, rounds=1, shapes=((32, 64, 4, 1),), batch=128, peak=64, tokens=512, lengths=(512,),
-    evaluation=dict(probe_sets=("toy/halves",), probe_ks=(1, 2), core_sparsity_batches=2),
+    evaluation=dict(probe_sets=("toy/halves",), probe_ks=(1, 2, 5), core_sparsity_batches=2),
 )  # fmt: skip
 
 
@@ -144,7 +144,7 @@ def test_harvest_has_a_row_per_contender(short_texts) -> None:
 
 def test_harvests_count_the_same_tokens(toy, toy_lm) -> None:
     """All of a context but BOS, once for all layers."""
-    settings = toy.settings_of("speed", "tinylm")
+    settings = settings_of(toy, "speed", "tinylm")
     tokens_NL = torch.randint(3, 300, (16, settings.context))
     tokens_NL[:, 0] = toy_lm.tokenizer.bos_token_id
     model = toy_lm.hooked()
