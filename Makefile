@@ -30,8 +30,9 @@ setup: $(READY)
 run: $(READY)
 	@$(PY) experiment.py --out_dir='$(OUT)'
 
+# Two files of tests at a time, each in a process that makes what its tests share once.
 test: $(READY)
-	@$(PY) -m pytest
+	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 plot: $(READY)
 	@$(PY) plot.py
