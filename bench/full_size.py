@@ -38,7 +38,7 @@ from harness.evaluation.core import prepare_for_sae_bench, shared_core_evals
 from harness.fingerprint import versions
 from harness.language_model import LanguageModel
 from harness.machine import peak_memory_gb, processor_name
-from harness.training import TrainingLog
+from harness.training import ActivationStats, TrainingLog
 
 PAD, EOS, BOS = 0, 1, 2
 GEMMA_2_2B = dict(
@@ -254,7 +254,7 @@ def measure(
         raise SystemExit("the random model's activations are not finite")
 
     keys = [(layer, seed) for layer in settings.layers for seed in settings.seeds]
-    stats = experiment.activation_stats(settings, acts_LND)
+    stats = {at: ActivationStats.of(a_ND) for at, a_ND in zip(settings.layers, acts_LND)}
     trainers = experiment.new_trainers(run, stats, dict.fromkeys(keys, {}))
     shuffles = {seed: torch.Generator().manual_seed(seed) for seed in settings.seeds}
     portion = settings.buffer_tokens // settings.batch

@@ -50,7 +50,9 @@ from bench.figures import of, quality_tables, read_rows
 from bench.trainers import PeerTrainer, exported
 from experiment import Settings
 from harness.console import Progress, redirect_output
+from harness.evaluation.core import core_evaluation
 from harness.evaluation.probe_texts import read_probe_texts
+from harness.evaluation.probing import sparse_probing
 from harness.fused_gemma import for_harvest
 from harness.language_model import load_language_model
 from harness.machine import choose_device, choose_train_dtype, make_reproducible, processor_name
@@ -228,10 +230,12 @@ class Bench:
         run = dataclasses.replace(self.run, settings=settings)
         with redirect_output(self.log):
             # Keys of None: the language model's passes are kept from cell to cell, figures are not.
-            found = experiment.core_evaluation(run, saes, keys=dict.fromkeys(saes))
+            found = core_evaluation(
+                run, saes, experiment.core_metrics, keys=dict.fromkeys(saes)
+            )
             if probing:
                 with Progress("sparse probing", len(run.probe_texts) * len(saes), "") as progress:
-                    probes = experiment.sparse_probing(run, saes, progress)
+                    probes = sparse_probing(run, saes, experiment.probe, progress)
                 found = {name: row | probes[name] for name, row in found.items()}
         return found
 

@@ -82,8 +82,9 @@ from bench.peers import Call
 from experiment import Settings
 from harness import fused_gemma
 from harness.console import Progress, redirect_output
-from harness.evaluation.core import core_text
+from harness.evaluation.core import core_evaluation, core_text
 from harness.evaluation.probe_texts import read_probe_texts, tinylm_tasks
+from harness.evaluation.probing import sparse_probing
 from harness.fingerprint import versions
 from harness.language_model import LanguageModel, load_language_model
 from harness.machine import (
@@ -97,6 +98,7 @@ from harness.start import SOURCES_AT_START
 from harness.startup import Run
 from harness.store import sha256_file
 from harness.text import TokenStream, documents
+from harness.training import ActivationStats
 
 INSTALL = "python -m pip install --no-deps --target bench/.peers -r bench/peers.txt"
 OURS = "this project"
@@ -317,7 +319,7 @@ def set_active(sae: experiment.CustomSAE, x_BD: Tensor, active: float) -> None:
 
 def new_trainer(settings: Settings, x_NBD: Tensor, autocast: bool) -> experiment.Trainer:
     """A trainer of one SAE on raw activations (N, B, D)."""
-    stats = experiment.activation_stats(settings, x_NBD.flatten(0, 1)[None])
+    stats = {0: ActivationStats.of(x_NBD.flatten(0, 1))}
     run = Run(settings, None, train_dtype="bfloat16" if autocast else "float32")
     return experiment.new_trainers(run, stats, {(0, 0): {}})[0, 0]
 
@@ -563,8 +565,8 @@ def our_evaluation(saes: dict[str, Any], run: Run) -> dict[str, dict[str, float]
         os.environ["XDG_CACHE_HOME"] = folder
         try:
             run = dataclasses.replace(run, out_dir=Path(folder))
-            core = experiment.core_evaluation(run, saes)
-            probing = experiment.sparse_probing(run, saes, progress)
+            core = core_evaluation(run, saes, experiment.core_metrics)
+            probing = sparse_probing(run, saes, experiment.probe, progress)
         finally:
             del os.environ["XDG_CACHE_HOME"]
             if before is not None:
@@ -599,7 +601,8 @@ def evaluation_rows(sizes: Sizes, device: torch.device) -> list[Row]:
     stream = TokenStream(lambda: iter(pieces), lm.tokenizer, settings.context)
     with contextlib.closing(stream):
         buffer = experiment.ActivationBuffer(run, stream)
-        stats = experiment.activation_stats(settings, buffer.next_tokens(2048))
+        acts_LND = buffer.next_tokens(2048)
+    stats = {at: ActivationStats.of(a_ND) for at, a_ND in zip(settings.layers, acts_LND)}
     saes = {
         experiment.sae_name(layer, 0): experiment.new_sae(
             settings, layer, 0, layer_stats, {}, settings.k_min

@@ -177,6 +177,11 @@ def add_runs(path: Path, runs: dict[str, dict]) -> None:
     path.write_text("".join(lines))
 
 
+def weights_of(sae) -> list:
+    """W_enc, W_dec, b_enc, b_dec."""
+    return [sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec]
+
+
 def copy_project(folder: Path) -> None:
     """Copies what the command runs into a folder; the built-in language model stays here."""
     for file in ("experiment.py", "sparse_ops.py"):

@@ -15,6 +15,7 @@ from bench import full_size
 from bench.common import run_on
 from harness.evaluation.core import prepare_for_sae_bench, shared_core_evals
 from harness.language_model import LanguageModel
+from harness.training import ActivationStats
 from tests.conftest import settings_of
 from tests.test_language_model import GEMMA_2_2B
 
@@ -101,7 +102,7 @@ def test_flops_are_those_that_pytorch_counts(tiny, settings) -> None:
 
     acts_LND = torch.stack(tiny.activations(tokens_BL, settings.layers)).flatten(1, 2)
     keys = [(layer, 0) for layer in settings.layers]
-    stats = experiment.activation_stats(settings, acts_LND)
+    stats = {at: ActivationStats.of(a_ND) for at, a_ND in zip(settings.layers, acts_LND)}
     fixed = dict.fromkeys(keys, {})
     trainers = experiment.new_trainers(run_on(tiny.cast("float32"), settings), stats, fixed)
     counted = flops_of(lambda: trainers[0, 0].step(acts_LND[0, :64], 0.5, True))

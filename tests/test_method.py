@@ -19,9 +19,10 @@ from experiment import (
     Settings,
     Trainer,
     contrastive_loss,
-    curriculum_k,
+    k_at,
 )
 from sparse_ops import Codes
+from tests.conftest import weights_of
 
 
 def make_sae(
@@ -56,7 +57,7 @@ def sigmoid(theta: float) -> float:
 
 def by_hand(sae: CustomSAE, x: torch.Tensor, k: int | None, lam: float, form: str) -> dict:
     """The formulas, token by token, in plain Python and numpy (docs/method.md, The loss)."""
-    W_enc, W_dec, b_enc, b_dec = (p.detach().numpy() for p in sae.weights())
+    W_enc, W_dec, b_enc, b_dec = (p.detach().numpy() for p in weights_of(sae))
     theta = {
         name: None if name in sae.fixed else getattr(sae, t).item()
         for name, (t, _, _) in LEARNED_SCALARS.items()
@@ -198,11 +199,12 @@ def test_learning_can_only_weaken_the_penalty() -> None:
 
 
 def test_curriculum() -> None:
-    steps = [curriculum_k(t / 1000, 64, 16, 0.3) for t in range(1001)]
+    settings = Settings(k_min=16, k_start_factor=4.0, curriculum_fraction=0.3)
+    steps = [k_at(settings, t / 1000) for t in range(1001)]
     assert steps[0] == 64 and steps[300] == 16 and set(steps[300:]) == {16}
     assert steps == sorted(steps, reverse=True)
     assert steps[150] == 32  # half-way, the geometric mean
-    assert curriculum_k(0.0, 64, 16, 0.0) == 16
+    assert k_at(dataclasses.replace(settings, curriculum_fraction=0.0), 0.0) == 16
     default = Settings()
     assert experiment.k_at(default, 0.0) == default.k_start_factor * default.k_min
     assert experiment.k_at(default, 1.0) == default.k_min
@@ -248,7 +250,7 @@ def test_initialization() -> None:
 def test_encode_decode_are_the_formula_on_any_leading_shape() -> None:
     sae = make_sae(k=2)
     x = inputs(n=6).reshape(2, 3, 3)
-    W_enc, W_dec, b_enc, b_dec = (p.detach().numpy() for p in sae.weights())
+    W_enc, W_dec, b_enc, b_dec = (p.detach().numpy() for p in weights_of(sae))
     f = np.maximum((x.numpy() - b_dec) @ W_enc + b_enc, 0)
     f[f < np.sort(f, axis=-1)[..., -2:-1]] = 0
     assert np.allclose(sae.encode(x).detach().numpy(), f)
@@ -290,8 +292,8 @@ def test_what_is_above_the_threshold_reconstructs_and_is_not_penalised(fixed, sp
     loss = contrastive_loss(sae, x, 4, 0.0, sparse=sparse)
     assert float(loss.penalty) == pytest.approx(float(penalty))
     for one, other in zip(
-        torch.autograd.grad(loss.total, sae.weights()),
-        torch.autograd.grad(error + penalty, sae.weights()),
+        torch.autograd.grad(loss.total, weights_of(sae)),
+        torch.autograd.grad(error + penalty, weights_of(sae)),
     ):
         assert torch.allclose(one, other, rtol=1e-10, atol=1e-12)
     if sparse:  # without a penalty the others aren't looked at
@@ -532,7 +534,7 @@ def test_bfloat16_products_leave_float32_weights_and_nearly_the_same_training() 
         sae = experiment.new_sae(settings, 0, 0, RAW, {}, settings.k_min)
         trainer = Trainer(sae, settings, 0, autocast)
         trainer.step(structured(64), 0.5, log=False)
-        grads[autocast] = torch.cat([p.grad.flatten() for p in sae.weights()])
+        grads[autocast] = torch.cat([p.grad.flatten() for p in weights_of(sae)])
         assert all(p.dtype == torch.float32 for p in sae.parameters())
     difference = (grads[True] - grads[False]).norm() / grads[False].norm()
     assert 0 < difference < 0.02

@@ -14,7 +14,7 @@ from bench.common import run_on, settings_of
 from harness.console import Progress
 from harness.evaluation.estimate import evaluation_seconds
 from harness.evaluation.probe_texts import probe_names, read_probe_texts, tinylm_tasks
-from harness.evaluation.probing import probing_config, regrouped
+from harness.evaluation.probing import probing_config, regrouped, sparse_probing
 from harness.fingerprint import llm_probes_key
 from harness.language_model import load_language_model
 from harness.store import store_dir
@@ -216,7 +216,9 @@ def test_tinylm_s_accuracies_are_stock_sae_bench_s(tmp_path: Path) -> None:
     sae = experiment.new_sae(settings, 2, 0, stats, {}, 16)
     texts = read_probe_texts(settings, lm.tokenizer, CPU)
     run = run_on(lm, settings, sae_bench_model=model, probe_texts=texts, out_dir=tmp_path)
-    ours = experiment.sparse_probing(run, {"sae": sae}, Progress("sparse probing", 3, "SAEs"))
+    ours = sparse_probing(
+        run, {"sae": sae}, experiment.probe, Progress("sparse probing", 3, "SAEs")
+    )
     with tinylm_tasks(settings):
         first, second = stock_probing(settings, sae, model, tmp_path / "artifacts")
     for k in settings.probe_ks:

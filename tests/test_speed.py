@@ -18,7 +18,7 @@ import torch
 from bench import loop, speed
 from harness.machine import processor_name
 from harness.text import documents, passages
-from tests.conftest import replace, settings_of
+from tests.conftest import replace, settings_of, weights_of
 
 CPU = torch.device("cpu")
 TINY = dataclasses.replace(
@@ -118,9 +118,9 @@ def test_states_have_the_l0_that_is_promised(autocast: bool) -> None:
         assert columns["L0"] == pytest.approx(k[name], rel=0.1) and columns["L0"] <= k[name]
         call = speed.our_step(settings, x_NBD, autocast, name, b_enc)
         trainer = call.__closure__[[*call.__code__.co_freevars].index("trainer")].cell_contents
-        before = [weight.detach().clone() for weight in trainer.sae.weights()]
+        before = [weight.detach().clone() for weight in weights_of(trainer.sae)]
         assert [call() for _ in range(2)] == [1024, 1024]
-        for weight, was in zip(trainer.sae.weights(), before):
+        for weight, was in zip(weights_of(trainer.sae), before):
             assert torch.allclose(weight, was, atol=1e-6)
 
 
