@@ -17,7 +17,8 @@ import torch
 from sae_bench.custom_saes.base_sae import BaseSAE
 from torch import Tensor
 
-from experiment import CustomSAE, Settings, export
+from experiment import CustomSAE, Settings
+from harness.evaluation.core import export_to_saelens
 
 
 class PeerTrainer:
@@ -128,7 +129,9 @@ def exported(sae: Any, settings: Settings, layer: int) -> Exported:
 
     with tempfile.TemporaryDirectory() as folder:
         if isinstance(sae, CustomSAE):
-            export(sae, settings, Path(folder))
+            kind = {"relu": "standard"}.get(sae.cfg.activation_fn_str, sae.cfg.activation_fn_str)
+            raw = sae.fold_activation_norm_scaling()
+            export_to_saelens(raw, settings, Path(folder), kind=kind, k=sae.k)
             return Exported(SAE.load_from_disk(folder), settings, layer)
         copy.deepcopy(sae).save_inference_model(folder)
         stored = SAE.load_from_disk(folder)

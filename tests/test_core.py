@@ -27,7 +27,7 @@ from tests.conftest import replace
 STATS = torch.zeros(32), 1.0  # of activations: their mean, and the factor to unit norm
 
 
-def stored_sae(settings, out_dir: Path, layer: int):
+def stored_sae(out_dir: Path, layer: int):
     """What SAELens reads of a run's SAE."""
     return SAE.load_from_disk(out_dir / "sae" / f"layer_{layer}" / "seed_0")
 
@@ -42,7 +42,7 @@ def test_a_run_s_core_figures_are_stock_sae_bench_s_on_the_stored_sae(toy, toy_r
     model = load_language_model(settings.model).hooked()
     info = json.loads((toy_run / "final_info.json").read_text())
     for layer in settings.layers:
-        sae = stored_sae(settings, toy_run, layer)
+        sae = stored_sae(toy_run, layer)
         assert sae.cfg.architecture() == "topk" and sae.cfg.k == settings.k_min
         metadata = sae.cfg.metadata
         assert metadata.model_name == settings.model
@@ -193,19 +193,19 @@ def test_fvu_is_the_formula(toy, toy_lm) -> None:
 def test_exported_sae_gives_the_same_output(toy, toy_lm, tmp_path: Path, changes, form) -> None:
     settings = dataclasses.replace(settings_of("run_1", "tinylm"), layers=(2,), **changes)
     mean = torch.randn(32, generator=torch.Generator().manual_seed(1))
-    run = run_on(toy_lm, settings)
+    run = run_on(toy_lm, settings, out_dir=tmp_path)
     trainers = toy.new_trainers(run, {2: (mean, 0.7)}, {(2, 0): {"gamma": 0.1}})
     sae = trainers[2, 0].sae
     if form == "jumprelu":
         sae.threshold.fill_(0.9)
-    toy.export(sae, settings, tmp_path)
-    stored = SAE.load_from_disk(tmp_path)
+    toy.export(run, toy.Training({(2, 0): sae}, {}, None))
+    stored = stored_sae(tmp_path, 2)
     assert stored.cfg.architecture() == form
     x = 3 * torch.randn(50, 32, generator=torch.Generator().manual_seed(2))
     assert torch.allclose(stored.encode(x), sae.fold_activation_norm_scaling().encode(x), atol=1e-6)
     assert torch.allclose(stored(x), sae.fold_activation_norm_scaling()(x), atol=1e-5)
     assert torch.allclose(stored(x), sae(0.7 * x) / 0.7, atol=1e-5)
-    theta = json.loads((tmp_path / "theta.json").read_text())
+    theta = json.loads((tmp_path / "sae" / "layer_2" / "seed_0" / "theta.json").read_text())
     assert theta["theta_3"] is None and theta["gamma"] == pytest.approx(0.1)
     assert theta["scale"] == 0.7
     assert theta["theta_1"] == 0.0 and theta["tau_sel"] == pytest.approx(0.3)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -152,18 +154,29 @@ def test_the_language_model_s_probes_are_computed_once(toy, scored, monkeypatch)
     assert other != first and called == ["llm", "sae", "llm", "sae"]
 
 
-def test_an_edit_of_probe_leaves_no_language_model_s_probes_in_use(scored) -> None:
+def test_an_edit_of_probe_leaves_no_language_model_s_probes_in_use(scored, tmp_path) -> None:
     run, _ = scored
     (name, split), *_ = run.probe_texts.items()
 
-    def key(old: str = "", new: str = "") -> dict:
-        assert old in SOURCE
-        source = SOURCE.replace(old, new) if old else SOURCE
-        return llm_probes_key(name, 2, split, run.settings, source, "probe")
+    def key(old: str, new: str) -> dict:
+        """Of experiment.py with a passage changed, as a module of its own."""
+        source = SOURCE.replace(old, new)
+        module = f"edited_{len(list(tmp_path.glob('edited_*')))}"
+        path = tmp_path / f"{module}.py"
+        path.write_text(source)
+        spec = importlib.util.spec_from_file_location(module, path)
+        sys.modules[module] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[module])
+        roots = [sys.modules[module].probe]
+        return llm_probes_key(name, 2, split, run.settings, source, roots)
 
-    assert key("epochs=100", "epochs=50") != key()
-    assert key("torch.relu(values)", "values") == key()  # the SAE's
-    assert key("core.calculate_misc_metrics(features)", "{}") == key()
+    same = key("", "")
+    for old, new, matters in (
+        ("epochs=100", "epochs=50", True),
+        ("core.calculate_misc_metrics(features)", "{}", False),
+        ("clamp(max=1.0)", "clamp(max=2.0)", False),  # the trainer's
+    ):
+        assert SOURCE.count(old) == 1 and (key(old, new) != same) == matters, old
 
 
 def test_the_language_model_s_passes_are_made_once(scored, monkeypatch) -> None:

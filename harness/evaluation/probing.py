@@ -226,7 +226,7 @@ def shared_probing(
     settings, split = run.settings, run.probe_texts[dataset]
 
     def llm_probes(layer: int, acts: tuple[Classes, ...]) -> dict[str, dict[str, float]]:
-        roots = probing_features, probe, run.sae_bench_model
+        roots = probing_features, drawn_from, probe, run.sae_bench_model
         given = dataset, layer, split, settings, run.source, roots
         key = llm_probes_key(*given) if run.source else None
         draws = settings.probe_seed, probe, acts, "llm", settings.probe_ks
