@@ -250,19 +250,19 @@ class CustomSAE(BaseSAE):
         above = self.threshold if self.fixed.get("gamma") == 0 else None
 
         def active(pre_BF: Tensor) -> Tensor:
-            acts_BF = self.activation(pre_BF)
+            acts_BF = self.activation_fn(pre_BF)
             return acts_BF != 0 if above is None else acts_BF > above
 
         return preactivations(x, self.W_enc, self.b_enc, self.b_dec, active if sparse else None)
 
-    def activation(self, pre: Tensor) -> Tensor:
+    def activation_fn(self, pre: Tensor) -> Tensor:
         """The feature of a preactivation: elementwise, rising, 0 at 0."""
         return torch.relu(pre)
 
     def encode(self, x: Tensor) -> Tensor:
         """(…, D) -> (…, F): the features, of which the selected are kept."""
         pre = self.preactivations(x)
-        f = pre.map(self.activation)
+        f = pre.map(self.activation_fn)
         if self.k is None and self.threshold is None:
             return f.acts
         # The k largest before the activation, as in SAELens: bfloat16 has ties, and zeros change
@@ -345,7 +345,7 @@ def contrastive_loss(
         cost_F: φ p, constants; None: no L_density.
     """
     tau_sel, tau_pen, gamma = (sae.scalar(name) for name in LEARNED_SCALARS)
-    f = sae.preactivations(x_BD, sparse).map(sae.activation)
+    f = sae.preactivations(x_BD, sparse).map(sae.activation_fn)
     if loss_variant == "as_written":
         selected, unselected = f, f
     elif k is None:
@@ -509,7 +509,7 @@ class Trainer:
         if self.sae.threshold is None or self.threshold_started:
             return
         self.threshold_started = True
-        acts_N = self.sae.preactivations(x_BD).map(self.sae.activation).acts.flatten()
+        acts_N = self.sae.preactivations(x_BD).map(self.sae.activation_fn).acts.flatten()
         largest = acts_N.kthvalue(max(len(acts_N) - k * len(x_BD), 1)).values
         self.sae.threshold.copy_(largest.clamp(min=1e-6))
 

@@ -331,7 +331,7 @@ def state_of(settings: Settings, x_NBD: Tensor, name: str) -> tuple[Tensor, Row]
     progress, active = phase(settings, name)
     if name != "start":
         set_active(sae, x_NBD[0], active)
-    f = sae.preactivations(x_NBD[1] * sae.norm_scaling_factor).map(sae.activation)
+    f = sae.preactivations(x_NBD[1] * sae.norm_scaling_factor).map(sae.activation_fn)
     k = experiment.k_at(settings, progress)
     used = f.only(experiment.select(f, k))
     active_B, used_B = (codes.n_active().float() for codes in (f, used))

@@ -262,7 +262,7 @@ def test_encode_decode_are_the_formula_on_any_leading_shape() -> None:
 def test_training_and_encode_select_the_same_for_any_activation(k, threshold, function) -> None:
     """An edit of `activation` touches that method alone."""
     sae, x = make_sae(d_in=8, d_sae=40, k=k, threshold=threshold), inputs(n=30, d_in=8)
-    sae.activation = function
+    sae.activation_fn = function
     chosen = k if threshold is None else 3
     selected = contrastive_loss(sae, x, chosen, 0.01).selected.dense()
     assert torch.equal(sae.encode(x), selected) and selected.any()
