@@ -260,7 +260,7 @@ def test_encode_decode_are_the_formula_on_any_leading_shape() -> None:
 @pytest.mark.parametrize("k, threshold", [(2, None), (None, None), (None, 0.2)])
 @pytest.mark.parametrize("function", [torch.relu, lambda pre: torch.relu(pre) ** 2, nn.SiLU()])
 def test_training_and_encode_select_the_same_for_any_activation(k, threshold, function) -> None:
-    """An edit of `activation` touches that method alone."""
+    """An edit of `activation_fn` touches that method alone."""
     sae, x = make_sae(d_in=8, d_sae=40, k=k, threshold=threshold), inputs(n=30, d_in=8)
     sae.activation_fn = function
     chosen = k if threshold is None else 3
