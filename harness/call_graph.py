@@ -32,6 +32,8 @@ from harness.syntax import (
     FUNCTIONS,
     PACKAGE,
     Statement,
+    bound_by,
+    does_something,
     imports_in,
     read_statements,
     statement_of,
@@ -304,20 +306,27 @@ def until_called(function: Any, called: set[str]) -> list[ast.stmt]:
             statement.body = until_called(statement, called)
         elif at == last and not hasattr(statement, "body"):
             begun[at] = ArgumentsFirst(called).visit(statement)
-    return begun
+    kept: list[ast.stmt] = []
+    for statement in reversed(begun):  # without what only names something for later
+        bound = isinstance(statement, ast.Assign) and not does_something(statement)
+        if not bound or mentions(kept, bound_by(statement)):
+            kept.insert(0, statement)
+    return kept
 
 
 class ArgumentsFirst(ast.NodeTransformer):
-    """Takes away the functions that are called with what calls a root: that is evaluated first."""
+    """Leaves, of a call that a root's is an argument of, what is evaluated until then."""
 
     def __init__(self, called: set[str]) -> None:
         self.called = called
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         given = [*node.args, *(keyword.value for keyword in node.keywords)]
-        if mentions(given, self.called) and not mentions([node.func], self.called):
-            return self.generic_visit(ast.Tuple(given, ast.Load()))
-        return node
+        if mentions([node.func], self.called) or not mentions(given, self.called):
+            return node
+        while not mentions(given[-1:], self.called):
+            given.pop()
+        return self.generic_visit(ast.Tuple(given, ast.Load()))
 
 
 def reachable_code(

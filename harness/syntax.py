@@ -18,7 +18,7 @@ DEFINITIONS = (ast.ClassDef, *FUNCTIONS)
 MAKERS = {
     "dict", "list", "tuple", "set", "frozenset", "partial", "range", "len", "min", "max", "Path",
     "Field", "ConfigDict", "torch", "functools", "contextlib", "dataclasses", "dataclass",
-    "checked_dataclass", "property", "staticmethod", "classmethod", "cache", "lru_cache",
+    "checked", "property", "staticmethod", "classmethod", "cache", "lru_cache",
     "cached_property", "wraps", "contextmanager", "abstractmethod", "field_validator",
     "model_validator",
 }  # fmt: skip
@@ -192,7 +192,10 @@ def is_of_harness(node: ast.stmt) -> bool:
 
 
 def leave_fields(node: ast.ClassDef, settings_class: type) -> None:
-    """Takes the fields of a settings' class out of its syntax, and the methods that check them."""
+    """Takes the fields of a settings' class out of its syntax, and the methods that check them.
+
+    Frozen, it can set nothing beside its fields where it checks them.
+    """
     if node.name not in {base.__qualname__ for base in settings_class.__mro__}:
         return
     fields = {field.name for field in dataclasses.fields(settings_class)}
@@ -200,8 +203,9 @@ def leave_fields(node: ast.ClassDef, settings_class: type) -> None:
     def stays(part: ast.stmt) -> bool:
         if isinstance(part, ast.AnnAssign):
             return getattr(part.target, "id", "") not in fields
-        decorators = getattr(part, "decorator_list", [])
-        return not any(n.endswith("validator") for d in decorators for n in names_in(d))
+        decorators = {first_name(d) for d in getattr(part, "decorator_list", [])}
+        checks = decorators & {"field_validator", "model_validator"}
+        return not checks and getattr(part, "name", "") != "__post_init__"
 
     node.body = [part for part in node.body if stays(part)]
 
