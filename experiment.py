@@ -736,12 +736,13 @@ def evaluate(run: Run, training: Training) -> tuple[dict[str, dict], dict[str, f
             untrained = new_sae(s, layer, seed, training.stats[layer], {}, k)
             name = sae_name(layer, seed)
             saes |= {name: sae, f"{name}_untrained": untrained.fold_activation_norm_scaling()}
-        keys = run.evaluation_keys(saes, core_metrics)
+        keys = run.evaluation_keys(saes, core_evaluation, core_metrics)
         core = core_evaluation(run, saes, core_metrics, timed.advance, keys)
     seconds = {"seconds_core": timed.seconds()}
     n_probed = len(run.probe_texts) * len(saes)
     with run.stage("sparse probing", n_probed, "SAEs x sets") as timed:
-        probing = sparse_probing(run, saes, probe, timed, run.evaluation_keys(saes, probe))
+        keys = run.evaluation_keys(saes, sparse_probing, probe)
+        probing = sparse_probing(run, saes, probe, timed, keys)
     seconds["seconds_sparse_probing"] = timed.seconds()
     scores = {"core": core, "probing": probing}
     check_results(saes, scores, s, run.out_dir)

@@ -112,7 +112,7 @@ def core_cache(settings: SettingsLike, model: Any, layers: list[int]) -> TensorC
     if numbers * model.cfg.dtype.itemsize <= ACTIVATIONS_GB * 1e9:
         counts = [settings.core_reconstruction_batches, settings.core_sparsity_batches, layers]
         text = text_identity(settings.core_text)
-        roots = SharedForward, model
+        roots = core_store, SharedForward, model
         key = forward_key(settings, model.cfg.device, roots, counts=counts, **text)
     return TensorCache("core passes", key)
 
