@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from harness.checkpoints import restore, state_of
 from harness.evaluation.core import core_evaluation, export_to_saelens, mean_l0
-from harness.evaluation.estimate import evaluation_seconds
 from harness.evaluation.probing import sparse_probing
 from harness.machine import in_order, trim_memory
 from harness.records import check_results, write_records
@@ -611,8 +610,7 @@ class Training:
 
 
 def train(
-    run: Run, buffer: ActivationBuffer, start: Callable[..., dict[Key, Any]] = new_trainers,
-    estimate: Callable[[dict[Key, CustomSAE]], float] = lambda saes: 0.0,
+    run: Run, buffer: ActivationBuffer, start: Callable[..., dict[Key, Any]] = new_trainers
 ) -> Training:
     """Trains an SAE per layer and seed, all on the same text and the same forward passes.
 
@@ -621,7 +619,6 @@ def train(
 
     Args:
         start: makes the trainers; bench/quality.py has other projects' trained on the same tokens.
-        estimate: how many seconds the evaluation of folded SAEs will take.
     """
     s, device, fixed = run.settings, buffer.lm.hf.device, run.constants(tuple(LEARNED_SCALARS))
     torch.manual_seed(0)  # for what an edit may draw without a generator of its own
@@ -651,7 +648,7 @@ def train(
                 take_steps(s, trainers, acts_LND, shuffles, steps, log)
             if decided := log.is_budget_due():
                 raw = {k: t.sae.fold_activation_norm_scaling() for k, t in trainers.items()}
-                log.fit_budget(estimate(raw))
+                log.fit_budget(run.evaluation_seconds(raw))
             if decided or checkpoints.due() or log.part == 1:
                 state = {
                     "log": log.state(),
@@ -787,9 +784,7 @@ def main(run: Run) -> None:
     """Trains the SAEs on the language model's activations, scores them, records what came out."""
     texts = documents(run.settings.training_text, "train")
     with TokenStream(texts, run.language_model.tokenizer, run.settings.context) as stream:
-        training = train(run, ActivationBuffer(run, stream), estimate=(
-            lambda saes: evaluation_seconds(run, saes, core_metrics, probe)
-        ))  # fmt: skip
+        training = train(run, ActivationBuffer(run, stream))
     export(run, training)
     scores, seconds = evaluate(run, training)
     figures = {key: figures_of(key, training, scores) for key in training.saes}
@@ -797,4 +792,4 @@ def main(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(launch(main, Settings, PROFILES, PLAN))
+    sys.exit(launch(main, Settings, PROFILES, PLAN, core_metrics, probe))

@@ -1,7 +1,8 @@
 """The plumbing of an experiment, a room per job. Imports go down alone; this page imports nothing.
 
     startup          from settings to a Run that can be run: pre-flight, models, texts, rehearsal
-    training         a training's log, budget and checkpoints; trainers that advance side by side
+    preflight        what a run needs: access, data sets, disk and memory
+    training         a training's log and budget; trainers that advance side by side
     records          what a run writes, and the checks that it can be right
     evaluation/      core, probing: SAE-Bench's figures, each pass of the language model made once;
                      shared_forward, probe_texts, estimate: what they are made of
@@ -28,7 +29,6 @@
 PUBLIC = {
     "checkpoints": ("restore", "state_of"),
     "evaluation.core": ("core_evaluation", "export_to_saelens", "mean_l0"),
-    "evaluation.estimate": ("evaluation_seconds",),
     "evaluation.probing": ("sparse_probing",),
     "machine": ("in_order", "trim_memory"),
     "records": ("check_results", "write_records"),

@@ -146,12 +146,13 @@ def run_command(experiment, out_dir: Path | str, *arguments: str) -> int:
     from harness.startup import launch
 
     plan = experiment.main, experiment.Settings, experiment.PROFILES, experiment.PLAN
-    return launch(*plan, [f"--out_dir={out_dir}", *arguments])
+    functions = experiment.core_metrics, experiment.probe
+    return launch(*plan, *functions, [f"--out_dir={out_dir}", *arguments])
 
 
 def settings_of(experiment, name: str, profile: str = "tinylm"):
     """The settings of a run, as the command makes them."""
-    from harness.startup import checked_settings
+    from harness.settings import checked_settings
 
     chosen = experiment.PROFILES[profile] | experiment.PLAN.get(name, {})
     return checked_settings(name, experiment.Settings, chosen)

@@ -60,7 +60,7 @@ from sae_lens import SAE
 from sae_lens.training.activations_store import ActivationsStore
 
 import experiment
-from harness.startup import checked_settings
+from harness.settings import checked_settings
 from harness.evaluation.core import core_config
 from harness.evaluation.probing import probing_config
 from harness.language_model import load_language_model

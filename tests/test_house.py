@@ -19,7 +19,7 @@ FLOORS = (
     ("store",),
     ("checkpoints", "command", "text", "syntax", "call_graph"),
     ("language_model",),
-    ("fused_gemma", "fingerprint"),
+    ("fused_gemma", "fingerprint", "preflight"),
     ("evaluation.shared_forward", "evaluation.probe_texts"),
     ("evaluation.core", "evaluation.probing", "evaluation.estimate"),
     ("training", "records"),

@@ -16,7 +16,7 @@ from huggingface_hub import constants, errors
 
 import experiment
 from harness.errors import ExperimentError
-from harness.startup import fit_core_batches, memory_estimate, preflight
+from harness.preflight import fit_core_batches, memory_estimate, preflight
 from tests.conftest import replace, settings_of
 from tests.test_language_model import GEMMA_2_2B
 
