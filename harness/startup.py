@@ -18,7 +18,7 @@ from harness import command
 from harness.call_graph import hash_definitions
 from harness.checkpoints import Checkpoints
 from harness.command import check_out_dir, prepare_out_dir
-from harness.console import Progress, print_line, redirect_output, rehearsal
+from harness.console import STAGE, Progress, print_line, redirect_output, rehearsal
 from harness.errors import ExperimentError
 from harness.evaluation.core import RunEvals
 from harness.evaluation.estimate import evaluation_seconds
@@ -186,6 +186,7 @@ def launch(
 def perform(main: Callable[[Run], None], run: Run) -> None:
     """The experiment, and what surrounds it in every run."""
     write_config(run)
+    STAGE.begin("train")
     main(run)
     check_complete(run.out_dir)
 

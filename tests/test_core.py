@@ -15,6 +15,7 @@ from harness.errors import ExperimentError
 from harness.evaluation import core as evaluation_core
 from harness.evaluation.core import (
     core_config,
+    core_evaluation,
     core_store,
     prepare_for_sae_bench,
     shared_core_evals,
@@ -229,7 +230,7 @@ def test_a_nan_in_core_stops_the_run_and_is_not_recorded_as_minus_one(
     sae.b_dec.data[0] = float("nan")
     run = run_on(toy_lm, settings, sae_bench_model=toy_lm.hooked(), out_dir=tmp_path)
     with pytest.raises(ExperimentError, match="core evaluation of broken: .* is nan"):
-        toy.core_evaluation(run, {"broken": sae})
+        core_evaluation(run, {"broken": sae}, toy.core_metrics)
     assert not list(tmp_path.rglob("*.json"))
 
 
@@ -266,7 +267,7 @@ def test_the_language_model_s_passes_are_made_once(toy, toy_lm, tmp_path, monkey
     def score(keep: bool = True) -> dict:
         calls.clear()
         keys = {"sae": {"SAE": next(numbers)}} if keep else None
-        return toy.core_evaluation(run, {"sae": sae}, keys=keys)
+        return core_evaluation(run, {"sae": sae}, toy.core_metrics, keys=keys)
 
     anew = score(keep=False)
     n_passes = len(calls)

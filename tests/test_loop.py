@@ -151,26 +151,26 @@ def test_an_edit_costs_what_it_changed(driver: Driver) -> None:
     config = json.loads((driver.folder / "run_a" / "config.json").read_text())
     assert {"training", "core evaluation", "sparse probing"} <= set(config["reused"])
 
-    driver.edit("experiment.py", '"n_seeds"', '"number_of_seeds"')
+    driver.edit("experiment.py", 'f"untrained_{metric}"', 'f"untrained_SAE_{metric}"')
     status, out, error = driver.run("run_a")
-    assert status == 0 and "number_of_seeds" in driver.figures("run_a")["layer_0"], error
+    assert status == 0 and "untrained_SAE_l0" in driver.figures("run_a")["layer_0"], error
     assert "rehearsal: the whole run" in out and "sparse probing: kept" in out
 
-    driver.edit("experiment.py", "progress.advance(len(saes), dataset)",
-                "progress.advance(len(saes) * 1, dataset)")  # fmt: skip
+    driver.edit("experiment.py", "for k in (None, *ks):", "for k in [None, *ks]:")
     status, out, _ = driver.run("run_a")
-    assert status == 0 and "training: kept" in out and "sparse probing: kept" not in out
-    assert "language model probes: kept" in out
+    assert status == 0 and "training: kept" in out and "core evaluation: kept" in out
+    assert "sparse probing: kept" not in out
 
     driver.edit("experiment.py", "residual_BD.pow(2).mean()", "residual_BD.abs().mean()")
     status, out, _ = driver.run("run_a")
     assert status == 0
     assert "training: anew, as this differs from the last attempt: code of contrastive_loss" in out
     assert driver.weights("run_a") != driver.weights("run_a.1")
+    assert "language model probes: kept" in out
     (driver.folder / "experiment.py").write_text(experiment)
 
 
-@pytest.mark.parametrize("stage", ["sparse_probing", "layer_metrics"])
+@pytest.mark.parametrize("stage", ["probe", "figures_of"])
 def test_an_edit_that_breaks_the_end_is_found_at_the_beginning(driver: Driver, stage: str) -> None:
     experiment = (driver.folder / "experiment.py").read_text()
     (function,) = [

@@ -121,7 +121,9 @@ def scored(toy, toy_lm, tmp_path: Path, monkeypatch):
     sae = toy.new_sae(settings, 2, 0, (torch.zeros(32), 1.0), {}, 4)
 
     def score(run=run, keys=None) -> dict:
-        return toy.sparse_probing(run, {"sae": sae}, Progress("probing", 2, "SAEs"), keys)["sae"]
+        return sparse_probing(
+            run, {"sae": sae}, toy.probe, Progress("probing", 2, "SAEs"), keys
+        )["sae"]
 
     return run, score
 

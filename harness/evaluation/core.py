@@ -186,7 +186,8 @@ def core_evaluation(
     """
     s = run.settings
     for name, sae in saes.items():
-        check_trained(name, sae, saes.get(f"{name}_untrained"))
+        if (untrained := saes.get(f"{name}_untrained")) is not None:
+            check_trained(name, sae, untrained)
     ready = {name: prepare_for_sae_bench(sae, s) for name, sae in saes.items()}
     results = shared_core_evals(ready, run.sae_bench_model, s, run_evals, advance, keys)
     return {
@@ -261,7 +262,7 @@ def save_core(
     return flat
 
 
-def check_trained(name: str, sae: SAELike, untrained: SAELike | None) -> None:
+def check_trained(name: str, sae: SAELike, untrained: SAELike) -> None:
     """ExperimentError where training left an SAE as it was, or weights that are no numbers."""
     for parameter, tensor in sae.named_parameters():
         if not torch.isfinite(tensor).all():
@@ -269,7 +270,7 @@ def check_trained(name: str, sae: SAELike, untrained: SAELike | None) -> None:
                 f"{name}: {parameter} holds values that are not finite after training: "
                 "look at the loss and at lr"
             )
-    if untrained is not None and torch.equal(sae.W_enc, untrained.W_enc):
+    if torch.equal(sae.W_enc, untrained.W_enc):
         raise ExperimentError(
             f"{name}: no training step was done, its weights are those it was initialized with: "
             "look at the training loop"
