@@ -32,7 +32,7 @@ from harness.verdict import (
     PRIMARY_KS,
     holm,
     mean,
-    paired,
+    paired_difference,
     stderr,
     verdict,
     with_current_names,
@@ -360,7 +360,7 @@ def ablation_rows(report):
             "tests": GIVEN if run.given else run.tests, "range": "", "seeds": len(scores) or "-",
             "primary": report.value(run, PRIMARY), "stderr": stderr(list(scores.values())),
             "untrained": report.value(run, f"untrained_{PRIMARY}"), "verdict": word,
-            "figures": figures, "fvu_figures": paired(*fvu) if fvu else {},
+            "figures": figures, "fvu_figures": paired_difference(*fvu) if fvu else {},
             "fixed": [name for name in BOUNDS if run.settings.get("constants_from_run")
                       or run.settings.get(name) is not None],
             **{metric: report.value(run, metric) for metric, *_ in COLUMNS}})
@@ -403,7 +403,7 @@ def same_l0(report, run, other):
 
 
 def interval(figures, decimals, gap=" "):
-    """The difference that `paired` or `verdict` found, with its 95% interval where it has one."""
+    """The difference that `paired_difference` or `verdict` found, with its 95% interval."""
     text = show(figures.get("difference", math.nan), decimals, sign=True)
     if "ci95_low" in figures:
         text += f"{gap}[{figures['ci95_low']:+.{decimals}f}, {figures['ci95_high']:+.{decimals}f}]"

@@ -14,7 +14,15 @@ import pandas as pd
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from harness.verdict import PRIMARY, PRIMARY_KS, holm, mean, paired, stderr, with_current_names
+from harness.verdict import (
+    PRIMARY,
+    PRIMARY_KS,
+    holm,
+    mean,
+    paired_difference,
+    stderr,
+    with_current_names,
+)
 from plot import (
     COLOURS,
     DOUBLE,
@@ -121,7 +129,7 @@ def seeds_table(frame, columns, first):
     metric, digits = columns[first]
     peer = by_seed(frame[frame["method"] == PEER], metric)
     methods = groups(frame, "method")
-    differences = [paired(by_seed(mine, metric), peer) if method != PEER else {}
+    differences = [paired_difference(by_seed(mine, metric), peer) if method != PEER else {}
                    for method, mine in methods]
     adjusted = holm([found.get("p", math.nan) for found in differences])
     lines = [[method, *seed_cells(mine, columns), interval(found, digits), show_p(p),
@@ -209,7 +217,8 @@ def forms_table(frame, untrained):
     reference, lines = by_seed(plain, PRIMARY), []
     for method, mine in groups(frame, "method"):
         for _, here in groups(mine, "sparsity"):
-            found, value = paired(by_seed(here, PRIMARY), reference), here["of_layer"].iloc[0]
+            found = paired_difference(by_seed(here, PRIMARY), reference)
+            value = here["of_layer"].iloc[0]
             lines.append([method, f"{value:g}", *seed_cells(here, QUALITY),
                           "-" if method == "run_1" and value == 16
                           else interval(found, 4), here["seed"].nunique()])
@@ -249,9 +258,9 @@ def read_off_lines(frame, report):
             lines.append([
                 run.name, label, *(show(report.value(each, "l0"), 1) for each in (run, reference)),
                 pm_seeds(mine.values(), 4), pm_seeds(theirs.values(), 4),
-                show(paired(mine, theirs).get("difference", math.nan), 4, sign=True),
+                show(paired_difference(mine, theirs).get("difference", math.nan), 4, sign=True),
                 pm_seeds(there.values(), 4) if there else "outside of the curve",
-                interval(paired(mine, there), 4) if there else "-",
+                interval(paired_difference(mine, there), 4) if there else "-",
                 len(there) or "-"])
     return lines
 

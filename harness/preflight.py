@@ -116,7 +116,7 @@ def memory_estimate(settings: SettingsLike) -> dict[str, float]:
     return {
         # With its embedding twice: TransformerLens scales it.
         "language model": (parameters + V * D) * lm_bytes,
-        # Weights, gradient, two moments and the untrained twin, in float32.
+        # Weights, gradient, two moments and the untrained SAE, in float32.
         "SAEs": n_saes * 2 * D * F * 4 * 5,
         # The buffer, its parts while they are joined; a pass; ten tensors (B, F) of a step.
         "training": 2 * settings.buffer_tokens * len(settings.layers) * D * lm_bytes

@@ -66,7 +66,7 @@ def primary_metric(layers: Iterable[dict[str, list[float]]]) -> list[float]:
     return [mean(values) for values in zip(*per_layer)]
 
 
-def paired(mine: dict[int, float], theirs: dict[int, float]) -> dict[str, float]:
+def paired_difference(mine: dict[int, float], theirs: dict[int, float]) -> dict[str, float]:
     """The paired difference, mine − theirs, of a figure that both have by seed.
 
     Returns:
@@ -120,7 +120,7 @@ def verdict(
         "l0_reference": mean(reference["l0"]),
     }
     primaries = (dict(zip(lists["seed"], lists[PRIMARY])) for lists in (run, reference))
-    numbers |= paired(*primaries)
+    numbers |= paired_difference(*primaries)
     l0s = f"L0 {numbers['l0']:.1f} against {numbers['l0_reference']:.1f}"
     if "p" not in numbers:
         shown = f", difference {numbers['difference']:+.4f}" if "difference" in numbers else ""

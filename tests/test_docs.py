@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.verdict import OLD_NAMES, PRIMARY, mean, paired, stderr, with_current_names
+from harness.verdict import OLD_NAMES, PRIMARY, mean, paired_difference, stderr, with_current_names
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "bench" / "RESULTS.md"]
@@ -133,7 +133,7 @@ def test_the_table_of_results_holds_the_records() -> None:
         assert fvu == f"{mean(list(own['fvu'].values())):.3f}"
         assert int(seeds) == len(values)
         for shown, metric in ((difference, PRIMARY), (fvu_difference, "fvu")):
-            found = paired(own[metric], first[metric])
+            found = paired_difference(own[metric], first[metric])
             centre = f"{found['difference']:+.4f}"
             interval = f"{centre} [{found['ci95_low']:+.4f}, {found['ci95_high']:+.4f}]"
             assert shown == "-" if run == 1 else shown in (interval, f"raw: {centre}") or (

@@ -227,7 +227,7 @@ def test_settings_in_the_key(load) -> None:
 
 
 def test_the_keys_of_evaluations(load) -> None:
-    """An edit of one part of the evaluation leaves the other's; untrained twins outlive an edit
+    """An edit of one part of the evaluation leaves the other's; untrained SAEs outlive an edit
     of the loss, whose SAEs have other weights."""
 
     def keys(*changes: tuple[str, str]) -> list[dict]:

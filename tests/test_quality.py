@@ -11,7 +11,7 @@ from scipy import stats
 import experiment
 from bench import ground_truth, quality
 from bench.trainers import PeerTrainer, exported
-from harness.verdict import holm, paired
+from harness.verdict import holm, paired_difference
 
 SETTINGS = dataclasses.replace(
     experiment.Settings(), layers=(0,), d_sae=64, k_min=4, batch=64, training_tokens=64 * 40
@@ -108,13 +108,14 @@ def test_a_coefficient_is_read_off_the_curve():
 
 def test_paired_differences_are_students_and_holm_is_stepwise():
     mine, theirs = {0: 0.71, 1: 0.74, 2: 0.70, 7: 0.9}, {0: 0.70, 1: 0.70, 2: 0.69}
-    found = paired(mine, theirs)
+    found = paired_difference(mine, theirs)
     test = stats.ttest_rel([0.71, 0.74, 0.70], [0.70, 0.70, 0.69])
     assert (found["difference"], found["p"]) == pytest.approx((0.02, test.pvalue))
     interval = found["ci95_low"], found["ci95_high"]
     assert interval == pytest.approx(tuple(test.confidence_interval(0.95)))
-    assert "p" not in paired({0: 1.0, 1: 2.0}, {0: 0.0, 1: 0.0})  # two seeds: no interval
-    same = paired(dict.fromkeys(range(3), 0.5), dict.fromkeys(range(3), 0.5))
+    # Two seeds: no interval.
+    assert "p" not in paired_difference({0: 1.0, 1: 2.0}, {0: 0.0, 1: 0.0})
+    same = paired_difference(dict.fromkeys(range(3), 0.5), dict.fromkeys(range(3), 0.5))
     assert (same["ci95_low"], same["ci95_high"], same["p"]) == (0.0, 0.0, 1.0)
     adjusted = holm([0.01, 0.04, math.nan, 0.03])
     assert adjusted[:2] + adjusted[3:] == pytest.approx([0.03, 0.06, 0.06])
