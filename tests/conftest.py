@@ -8,6 +8,7 @@ import inspect
 import os
 import random
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -21,6 +22,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as experiment.py has it
 # Its threads spin while they wait: a toy run took twice the time. They change no bit (the golden
 # run passes with and without).
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what is to run behind it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SOURCES = [inspect.getsource(module) for module in (argparse, ast, inspect, random)]
 OWN_MODULES = ("harness", "sparse_ops", "experiment", "bench", "tests", "test_")  # how names begin
@@ -30,7 +33,7 @@ TOY_TASKS = {
 }
 
 
-LONGEST = ("loop", "evaluation", "gemma", "golden", "checkpoints", "training", "run", "speed")
+LONGEST = ("loop", "gemma", "fingerprint", "checkpoints", "golden", "run", "plot", "records", "tinylm")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

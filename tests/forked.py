@@ -6,12 +6,14 @@ project's own files are not among them: a child reads those of its folder, as th
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import multiprocessing
 import os
 import runpy
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import forkserver
 from pathlib import Path
@@ -39,19 +41,29 @@ def environment(hf_home: Path, **variables: str) -> dict[str, str]:
     return kept | offline | {"HF_HOME": str(hf_home)} | variables
 
 
+@contextlib.contextmanager
+def one_core() -> Iterator[None]:
+    """Processes started here have one: at toy sizes threads cost more than they save."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {next(CORES)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
 def start_server(hf_home: Path) -> None:
     """With Hugging Face's caches in a folder, for all its children: libraries read that at import.
 
-    It has one core: threads that a library starts would not come along into a child.
+    On one core libraries start no threads, which would not come along into a child.
     """
-    cores, before = os.sched_getaffinity(0), dict(os.environ)
-    os.sched_setaffinity(0, {min(cores)})
+    before = dict(os.environ)
     os.environ |= environment(hf_home)
     try:
-        CONTEXT.set_forkserver_preload(LIBRARIES)
-        forkserver.ensure_running()
+        with one_core():
+            CONTEXT.set_forkserver_preload(LIBRARIES)
+            forkserver.ensure_running()
     finally:
-        os.sched_setaffinity(0, cores)
         os.environ.clear()
         os.environ |= before
 
@@ -59,7 +71,7 @@ def start_server(hf_home: Path) -> None:
 class Forked:
     """`python script arguments` in a folder, as subprocess.Popen would start it, in a new session.
 
-    It has one core: at toy sizes threads cost more than they save, and wait for each other.
+    See `one_core`.
     """
 
     def __init__(

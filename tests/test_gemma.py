@@ -116,10 +116,11 @@ def place(hf_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def finished(hf_home: Path, place: Path) -> subprocess.CompletedProcess:
     """The command, ended: no fork, but a Python of its own, as a user starts it."""
-    return subprocess.run(
-        [sys.executable, "experiment.py", "--out_dir=run_x"], cwd=place,
-        env=environment(hf_home, place), capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    with forked.one_core():
+        return subprocess.run(
+            [sys.executable, "experiment.py", "--out_dir=run_x"], cwd=place,
+            env=environment(hf_home, place), capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
