@@ -33,7 +33,9 @@ TOY_TASKS = {
 }
 
 
-LONGEST = ("loop", "gemma", "fingerprint", "checkpoints", "golden", "run", "plot", "records", "tinylm")
+LONGEST = (
+    "loop", "gemma", "fingerprint", "checkpoints", "golden", "run", "plot", "records", "tinylm",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

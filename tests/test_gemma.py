@@ -130,9 +130,9 @@ def run_x(place: Path, finished: subprocess.CompletedProcess) -> Path:
     return place / "run_x"
 
 
-def results(run: Path, kind: str, layer: int, twin: bool = False) -> dict:
-    """SAE-Bench's own record of an SAE, or of its untrained twin."""
-    name = f"layer_{layer}_seed_0{'_untrained' if twin else ''}_custom_sae_eval_results.json"
+def results(run: Path, kind: str, layer: int, untrained: bool = False) -> dict:
+    """SAE-Bench's own record of an SAE, or of its untrained baseline."""
+    name = f"layer_{layer}_seed_0{'_untrained' if untrained else ''}_custom_sae_eval_results.json"
     return json.loads((run / "eval_results" / kind / name).read_text())
 
 
@@ -168,8 +168,8 @@ def test_config_names_the_model_the_profile_and_the_data_sets(run_x: Path) -> No
 def test_probing_has_every_data_set_class_and_k(run_x: Path, layer: int) -> None:
     metrics = ["test_accuracy", *(f"top_{k}_test_accuracy" for k in KS)]
     metrics = {f"{who}_{metric}" for who in ("sae", "llm") for metric in metrics}
-    for twin in (False, True):
-        record = results(run_x, "sparse_probing", layer, twin)
+    for untrained in (False, True):
+        record = results(run_x, "sparse_probing", layer, untrained)
         details = record["eval_result_details"]
         assert [detail["dataset_name"] for detail in details] == [f"{n}_results" for n in CLASSES]
         for detail in details:
@@ -182,11 +182,9 @@ def test_probing_has_every_data_set_class_and_k(run_x: Path, layer: int) -> None
     means = json.loads((run_x / "final_info.json").read_text())[f"layer_{layer}"]["means"]
     for k in KS:
         metric = f"top_{k}_test_accuracy"
-        for who, twin in (("sae", False), ("untrained", True)):
-            values = [
-                detail[f"sae_{metric}"]
-                for detail in results(run_x, "sparse_probing", layer, twin)["eval_result_details"]
-            ]
+        for who, untrained in (("sae", False), ("untrained", True)):
+            record = results(run_x, "sparse_probing", layer, untrained)
+            values = [detail[f"sae_{metric}"] for detail in record["eval_result_details"]]
             assert means[f"{who}_{metric}"] == pytest.approx(sum(values) / len(CLASSES))
 
 
@@ -200,8 +198,8 @@ def test_probes_find_what_the_texts_differ_in(run_x: Path) -> None:
 def test_core_results_are_finite(run_x: Path, layer: int) -> None:
     means = json.loads((run_x / "final_info.json").read_text())[f"layer_{layer}"]["means"]
     assert all(math.isfinite(value) for value in means.values())
-    for twin in (False, True):
-        record = results(run_x, "core", layer, twin)
+    for untrained in (False, True):
+        record = results(run_x, "core", layer, untrained)
         found = numbers(record["eval_result_metrics"])
         assert len(found) > 15 and all(math.isfinite(value) and value != -1 for value in found)
     assert 0 < means["l0"] <= 4 and means["fvu"] < means["untrained_fvu"]
