@@ -74,10 +74,10 @@ class Settings:
     training_tokens: PositiveInt = 1_200_000
     budget_minutes: PositiveFloat | None = None  # training is shortened once to what fits into it
     batch: PositiveInt = 512  # tokens per step
-    lr: PositiveFloat = 1.5e-3  # Adam's learning rate for weights and biases
+    lr: PositiveFloat = 1.5e-3  # learning rate of weights and biases
     lr_warmup: Part = 0.2  # part of training over which it rises from 0, while θ settles
     lr_decay: Part = 0.2  # part of training, at the end, over which it falls to 0
-    theta_lr: PositiveFloat = 1e-2  # Adam's learning rate for θ: no warm-up, no decay
+    theta_lr: PositiveFloat = 1e-2  # learning rate of θ: no warm-up, no decay
     dead_feature_window: PositiveInt = 10_000  # tokens without firing that make a feature dead
     resample: bool = True  # bring dead features back, until the learning rate decays
     buffer_tokens: PositiveInt = 262_144  # activations per layer held, and shuffled, at once
@@ -255,7 +255,7 @@ class CustomSAE(BaseSAE):
         return preactivations(x, self.W_enc, self.b_enc, self.b_dec, active if sparse else None)
 
     def activation_fn(self, pre: Tensor) -> Tensor:
-        """The feature of a preactivation: elementwise, rising, 0 at 0."""
+        """The feature of a preactivation: elementwise, rising, linear in the scale of its input."""
         return torch.relu(pre)
 
     def encode(self, x: Tensor) -> Tensor:
@@ -294,12 +294,15 @@ class CustomSAE(BaseSAE):
         """The same SAE for activations in raw units.
 
         f is linear in the scale: with b_enc, b_dec and threshold divided by it, raw activations
-        give features and reconstructions in raw units.
+        give features and reconstructions in raw units. A ValueError where `activation_fn` isn't.
         """
+        s, x = self.norm_scaling_factor, torch.linspace(-4, 4, 99)
+        if not torch.allclose(self.activation_fn(s * x), s * self.activation_fn(x), atol=1e-5):
+            raise ValueError("activation_fn(s x) is not s activation_fn(x): fold s otherwise here")
         raw = copy.deepcopy(self)
         for shifted in (raw.b_enc, raw.b_dec, raw.threshold):
             if shifted is not None:
-                shifted.div_(self.norm_scaling_factor)
+                shifted.div_(s)
         raw.norm_scaling_factor = 1.0
         return raw
 
@@ -339,8 +342,8 @@ def contrastive_loss(
             every active feature reconstructs, all but the strongest are penalised.
         loss_variant: "as_written" is the method as first written down, an ablation: no selection,
             tanh(f / τ_sel) averaged over tokens and features alike, reconstruction mean ‖x − x̂‖.
-        sparse: f holds the active features alone, where they are few (`Codes`): the same loss,
-            faster; `Trainer.step` holds the one against the other. `f.dense()` is always (B, F).
+        sparse: f holds the active features alone, where they are few (`Codes`). Sums over features
+            are right in both layouts, means are not: `f.dense()` is always (B, F).
         cost_F: φ p, constants; None: no L_density.
     """
     tau_sel, tau_pen, gamma = (sae.scalar(name) for name in LEARNED_SCALARS)
@@ -551,8 +554,9 @@ class Trainer:
         for parameter, index in (
             (sae.W_dec, (dead_N,)), (sae.W_enc, (slice(None), dead_N)), (sae.b_enc, (dead_N,))
         ):  # fmt: skip
-            for moment in ("exp_avg", "exp_avg_sq"):
-                self.optimizer.state[parameter][moment][index] = 0.0
+            for moment in self.optimizer.state[parameter].values():
+                if moment.shape == parameter.shape:
+                    moment[index] = 0.0
         self.n_forward_passes_since_fired[dead_N] = 0
 
     @torch.no_grad()
@@ -689,8 +693,9 @@ def take_steps(
 def core_metrics(sae: Any, store: Any, model: Any, config: Any, ignored: set) -> tuple[dict, dict]:
     """SAE-Bench's core evaluation of one SAE: scalars by group, and metrics by feature.
 
-    Calls `run_evals`, as `multiple_evals` loads the model by name and swallows every exception.
-    The batches of `store` and the passes of `model` are shared by all SAEs.
+    The batches of `store` and the passes of `model` are shared by all SAEs. `features` has a list
+    over the features by name, such as feature_density. A number added to a group of `scalars` goes
+    to final_info.json. (`multiple_evals` loads the model by name and swallows every exception.)
     """
     from sae_bench.evals.core import main as core
 

@@ -287,9 +287,11 @@ def gradients_match(loss: Callable[[bool], Any], parameters: list[nn.Parameter])
     Args:
         loss: from whether the sparse layout may be taken to what has the loss as its `total`.
     """
+
     def total_and_gradients(sparse: bool) -> list[Tensor]:
         total = loss(sparse).total
-        return [total, *torch.autograd.grad(total, parameters, materialize_grads=True)]
+        gradients = torch.autograd.grad(total, parameters, materialize_grads=True)
+        return [total.detach(), *gradients]
 
     pairs = zip(total_and_gradients(True), total_and_gradients(False))
     return all(float((a - b).norm()) <= 1e-3 * float(b.norm()) + 1e-9 for a, b in pairs)
