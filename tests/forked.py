@@ -15,7 +15,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing import forkserver
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,7 +61,9 @@ def start_server(hf_home: Path) -> None:
     try:
         with one_core():
             CONTEXT.set_forkserver_preload(LIBRARIES)
-            forkserver.ensure_running()
+            first = CONTEXT.Process(target=os.getpid)  # it starts once all is imported
+            first.start()
+            first.join()
     finally:
         os.environ.clear()
         os.environ |= before
