@@ -24,7 +24,9 @@ from harness.machine import processor_name
 from harness.start import ENVIRON_AT_START, HERE
 from harness.store import ACTIVATIONS_GB, sha256_file
 
-NUMERIC = ("ATEN", "CUBLAS", "CUDA", "KMP", "MKL", "NVIDIA_TF32", "OMP", "PYTORCH", "TORCH")
+NUMERIC = (
+    "ATEN", "CUBLAS", "CUDA", "KMP", "MKL", "NVIDIA_TF32", "OMP", "OPENBLAS", "PYTORCH", "TORCH",
+)  # fmt: skip
 VERSIONED = (
     "torch", "transformers", "sae-bench", "sae-lens", "transformer-lens", "datasets",
     "numpy", "scikit-learn", "scipy", "tokenizers", "safetensors", "beartype", "jaxtyping",

@@ -114,7 +114,8 @@ def verdict(
     """
     numbers = {PRIMARY: mean(run[PRIMARY]), "l0": mean(run["l0"])}
     if reference is None:
-        return f"not comparable (no complete {compare_to} of this profile and these probe_sets)", numbers
+        missing = f"no complete {compare_to} of this profile and these probe_sets"
+        return f"not comparable ({missing})", numbers
     numbers |= {
         f"{PRIMARY}_reference": mean(reference[PRIMARY]),
         "l0_reference": mean(reference["l0"]),

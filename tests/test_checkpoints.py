@@ -113,7 +113,7 @@ def test_trained_halfway_by_threads_the_rest_comes_out_the_same(
     """After each filling of the buffer, in every form; the text starts again meanwhile."""
     for name in ("run_1", "run_6", "run_10"):
         settings = dataclasses.replace(
-            settings_of(toy, name), seeds=(0, 1), training_tokens=49_152, buffer_tokens=12_288
+            settings_of(toy, name), seeds=(0, 1), training_tokens=24_576, buffer_tokens=6_144
         )
         run = Run(settings, toy_lm, out_dir=tmp_path)
 

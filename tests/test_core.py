@@ -17,6 +17,7 @@ from harness.evaluation.core import (
     core_config,
     core_evaluation,
     core_store,
+    export_to_saelens,
     prepare_for_sae_bench,
     shared_core_evals,
 )
@@ -146,6 +147,15 @@ def test_what_an_edit_asks_beside_is_answered_by_sae_and_model(toy, toy_lm) -> N
             assert torch.equal(asked(view), asked(model))
     assert view.tokenizer is model.tokenizer
     assert counting.target_BLD is None
+
+
+def test_an_sae_that_saelens_would_read_as_another_is_left_out(toy, tmp_path, capsys) -> None:
+    settings = settings_of("run_1", "tinylm")
+    sae = toy.new_sae(settings, 2, 0, STATS, {}, 4)
+    sae.activation_fn = torch.nn.functional.silu
+    export_to_saelens(sae, settings, tmp_path / "sae", "topk", k=4, theta={"scale": 1.0})
+    assert "sae is left out: SAELens' topk SAE" in capsys.readouterr().out
+    assert [file.name for file in (tmp_path / "sae").iterdir()] == ["theta.json"]
 
 
 def test_an_error_in_one_core_evaluation_ends_all(toy, toy_lm) -> None:

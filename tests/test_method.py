@@ -268,6 +268,16 @@ def test_training_and_encode_select_the_same_for_any_activation(k, threshold, fu
     assert torch.equal(sae.encode(x), selected) and selected.any()
 
 
+def test_an_activation_that_can_not_be_folded_is_said() -> None:
+    """Squared ReLU of s x is s² that of x: the SAE that is scored would be another one."""
+    sae = make_sae(k=2, scale=2.5)
+    sae.activation_fn = lambda pre: torch.relu(pre) ** 2
+    with pytest.raises(ValueError, match="activation_fn"):
+        sae.fold_activation_norm_scaling()
+    sae.activation_fn = nn.functional.leaky_relu
+    sae.fold_activation_norm_scaling()
+
+
 @pytest.mark.parametrize("k, threshold", [(2, None), (None, None), (None, 0.4)])
 def test_folding_gives_raw_units(k, threshold) -> None:
     sae = make_sae(k=k, scale=2.5, threshold=threshold)

@@ -29,7 +29,7 @@ def of(primary: list[float], l0: float = 16.0, first_seed: int = 0) -> dict[str,
         (of([0.80, 0.81, 0.82], 20.0), of([0.70, 0.71, 0.73]), "not comparable (+0.0967"),
         (of([0.80, 0.81, 0.82], 19.1), of([0.70, 0.71, 0.73]), "better"),
         (of([0.80, 0.81, 0.82], 16.0, 1), of([0.70, 0.71, 0.73]), "not comparable (2 seeds"),
-        (of([0.80, 0.81, 0.82]), None, "not comparable (there is no complete run_1"),
+        (of([0.80, 0.81, 0.82]), None, "not comparable (no complete run_1 of this profile and"),
     ],
 )
 def test_verdict(run, reference, word) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from harness.console import STAGE
+from harness.console import STAGE, print_line
 from harness.errors import ExperimentError, error_context
 from harness.evaluation.shared_forward import CountingSAE, ModelView, SharedForward, StoreView
 from harness.fingerprint import forward_key, text_identity
@@ -336,11 +337,29 @@ def export_to_saelens(
     for name, tensor in stored.state_dict().items():
         tensor.copy_(weights[name])
     stored.save_model(folder)
-    read = SAE.load_from_disk(folder).state_dict()
-    if any(not torch.equal(read[name].cpu(), t.cpu()) for name, t in stored.state_dict().items()):
+    read = SAE.load_from_disk(folder)
+    back = read.state_dict()
+    if any(not torch.equal(back[name].cpu(), t.cpu()) for name, t in stored.state_dict().items()):
         raise ExperimentError(
             f"the SAE in {folder} is not read back by SAELens as it was written: look at the disk, "
             "and at the versions in constraints.txt"
         )
+    if not gives_same(sae, read):
+        shutil.rmtree(folder)
+        print_line(f"{folder} is left out: SAELens' {kind} SAE with these weights gives other "
+                   "outputs than encode and decode")  # fmt: skip
     if theta is not None:
         write_json(folder / "theta.json", theta)
+
+
+@torch.no_grad()
+def gives_same(sae: SAELike, stored: Any) -> bool:
+    """Whether two SAEs reconstruct 9 of 10 inputs alike; a tie in topk may be broken otherwise."""
+    b_dec = sae.b_dec.detach().float().cpu()
+    x_BD = b_dec + torch.randn(64, len(b_dec), generator=torch.Generator().manual_seed(0))
+    ours, theirs = (
+        one.decode(one.encode(x_BD.to(one.b_dec.device, one.b_dec.dtype))).float().cpu()
+        for one in (sae, stored)
+    )
+    same_B = (ours - theirs).norm(dim=1) <= 0.01 * ours.norm(dim=1) + 1e-6
+    return float(same_B.float().mean()) >= 0.9
