@@ -26,9 +26,10 @@ from harness.machine import processor_name
 STAGES = ("harvest", "training", "core", "sparse_probing")
 EDITS = (  # what a rerun follows: its name, what is replaced, and by what
     ("nothing", "", ""),
-    ("the records", '"n_seeds"]', '"number_of_seeds"]'),
-    ("sparse probing", "progress.advance(len(saes), dataset)", "progress.advance(6, dataset)"),
-    ("core evaluation", 'flat | {"fvu": fvu}', '{**flat, "fvu": fvu}'),
+    ("the records", 'f"untrained_{metric}"', 'f"untrained_SAE_{metric}"'),
+    ("sparse probing", "for k in (None, *ks):", "for k in [None, *ks]:"),
+    ("core evaluation", "= core.calculate_misc_metrics(features)",
+     "= {**core.calculate_misc_metrics(features)}"),
     ("the loss", "residual_BD.pow(2).mean()", "residual_BD.pow(2).mean() * 1.001"),
 )
 

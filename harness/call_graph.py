@@ -307,9 +307,11 @@ def until_called(function: Any, called: set[str]) -> list[ast.stmt]:
         elif at == last and not hasattr(statement, "body"):
             begun[at] = ArgumentsFirst(called).visit(statement)
     kept: list[ast.stmt] = []
+    outer = {name for n in ast.walk(function) for name in getattr(n, "names", ())
+             if isinstance(n, (ast.Global, ast.Nonlocal))}  # fmt: skip
     for statement in reversed(begun):  # without what only names something for later
         bound = isinstance(statement, ast.Assign) and not does_something(statement)
-        if not bound or mentions(kept, bound_by(statement)):
+        if not bound or outer & bound_by(statement) or mentions(kept, bound_by(statement)):
             kept.insert(0, statement)
     return kept
 

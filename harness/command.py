@@ -95,6 +95,8 @@ def prepare_out_dir(out_dir: Path) -> str | None:
         elif (out_dir / "config.json").exists():
             for folder in ("sae", "eval_results"):
                 shutil.rmtree(out_dir / folder, ignore_errors=True)
+            for file in ("code.zip", "warnings.json"):
+                (out_dir / file).unlink(missing_ok=True)
         out_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out_dir):
             pass

@@ -15,8 +15,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 # Threads that wait don't spin: beside other jobs a run took half to a third of the time.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-# SAE-Bench's probes are many small fits, in which OpenBLAS' threads mostly wait for each other.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 ENVIRON_AT_START = dict(os.environ)  # scikit-learn, for one, adds to it when it is imported
 

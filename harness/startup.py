@@ -153,8 +153,8 @@ def launch(
     settings: type[SettingsLike],
     profiles: dict[str, dict[str, Any]],
     plan: dict[str, dict[str, Any]],
-    core_metrics: RunEvals | None = None,
-    probe: Probe | None = None,
+    core_metrics: RunEvals,
+    probe: Probe,
     argv: list[str] | None = None,
 ) -> int:
     """The command: one run, from its settings to its records, after a rehearsal of all of it.

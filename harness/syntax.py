@@ -23,6 +23,8 @@ MAKERS = {
     "model_validator",
 }  # fmt: skip
 
+LOOKUPS = {"globals", "__globals__", "eval", "exec", "modules"}  # find a name that stands nowhere
+
 
 class Statement(NamedTuple):
     """A statement at the top level of a file.
@@ -62,10 +64,10 @@ def names_in(node: ast.AST) -> set[str]:
     found: set[str] = set()
     for n in ast.walk(node):
         if isinstance(n, ast.Name):
-            found |= {n.id, ALL} if n.id in ("globals", "eval", "exec") else {n.id}
+            found |= {n.id, ALL} if n.id in LOOKUPS else {n.id}
         elif isinstance(n, ast.Attribute):
             found |= {n.attr, f".{n.attr}"}
-            if n.attr == "modules" and isinstance(n.value, ast.Name) and n.value.id == "sys":
+            if n.attr in LOOKUPS - {"eval"} or "builtins" in ast.unparse(n):  # a model has an eval
                 found.add(ALL)
         elif isinstance(n, ast.Constant) and isinstance(n.value, str):
             found |= {f".{word}" for word in n.value.split(".") if word.isidentifier()}
@@ -100,7 +102,8 @@ def does_something(node: ast.stmt) -> bool:
             evaluated += [*node.args.defaults, *filter(None, node.args.kw_defaults)]
     elif isinstance(node, (ast.Assign, ast.AnnAssign)):
         targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-        if not all(isinstance(target, (ast.Name, ast.Tuple)) for target in targets):
+        targets = [n for t in targets for n in (t.elts if isinstance(t, ast.Tuple) else [t])]
+        if not all(isinstance(target, ast.Name) for target in targets):
             return True
         evaluated = [node.value] if node.value else []
     else:
@@ -141,6 +144,8 @@ def read_statements(source: str, settings_class: type | None = None) -> tuple[St
     tree = without_docstrings(ast.parse(source))
     registers = any(isinstance(n, FUNCTIONS) and n.name == "__init_subclass__"
                     for n in ast.walk(tree))  # fmt: skip
+    of_harness = {alias.asname or alias.name for node in tree.body if is_of_harness(node)
+                  for alias in node.names}  # fmt: skip
     nodes: list[tuple[ast.stmt, bool]] = []  # with whether it begins the run
     for node in tree.body:
         if isinstance(node, ast.If) and "__name__" in names_in(node.test):
@@ -157,16 +162,21 @@ def read_statements(source: str, settings_class: type | None = None) -> tuple[St
         imports = isinstance(node, (ast.Import, ast.ImportFrom))
         always = begins or (not is_of_harness(node) if imports else does_something(node))
         always |= registers and isinstance(node, ast.ClassDef)
-        found.append(statement_of(node, always, follow=not begins))
+        # What the run begins with is given to the harness by name; what is done to it is followed.
+        calls = [n for n in ast.walk(node) if isinstance(n, ast.Call)] if begins else []
+        given = {arg.id for call in calls for arg in call.args if isinstance(arg, ast.Name)
+                 and first_name(call) in of_harness}  # fmt: skip
+        found.append(statement_of(node, always, left_out=given | of_harness if begins else None))
     return tuple(found)
 
 
-def statement_of(node: ast.stmt, always: bool, follow: bool = True) -> Statement:
+def statement_of(node: ast.stmt, always: bool, left_out: set[str] | None = None) -> Statement:
+    """See `Statement`; the names that are left out are not among what it mentions."""
     return Statement(
         node,
         parts=tuple(hashes_of(node)),
         binds=frozenset(bound_by(node)),
-        mentions=frozenset(names_in(node) if follow else ()),
+        mentions=frozenset(names_in(node) - (left_out or set())),
         imports=tuple(imports_in(node)),
         always=always,
     )

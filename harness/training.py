@@ -264,8 +264,8 @@ def steps_in_budget(
         return n_steps, None
     reason = (
         f"training is shortened to {5 * twentieths}% of training_tokens: all of it would take "
-        f"{whole / 60:.0f} minutes, and evaluation about {evaluation / 60:.0f}, "
-        f"of {budget / 60:.0f} (budget_minutes)"
+        f"{whole / 60:.3g} minutes, and evaluation about {evaluation / 60:.3g}, "
+        f"of {budget / 60:.3g} (budget_minutes)"
     )
     print_line(reason)
     return n_steps * twentieths // 20, reason

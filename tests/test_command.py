@@ -101,6 +101,9 @@ def test_a_signal_that_comes_in_a_finalizer_ends_the_run(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
+    # A worker of the tests has a handler of its own.
+    stock = signal.signal(signal.SIGINT, signal.default_int_handler)
+
     class Dying:
         def __del__(self) -> None:  # what is raised in here, Python prints and forgets
             os.kill(os.getpid(), number)
@@ -112,7 +115,10 @@ def test_a_signal_that_comes_in_a_finalizer_ends_the_run(
         time.sleep(20)
 
     began = time.monotonic()
-    assert main(run, [f"--out_dir={tmp_path / 'run_x'}"]) == 128 + number
+    try:
+        assert main(run, [f"--out_dir={tmp_path / 'run_x'}"]) == 128 + number
+    finally:
+        signal.signal(signal.SIGINT, stock)
     assert time.monotonic() - began < 10
     assert f"({number.name})" in capfd.readouterr().err
 

@@ -702,3 +702,26 @@ def test_the_same_code_gets_everything_from_the_store(run, capsys) -> None:
     said = capsys.readouterr().out
     for what in ("training", "core evaluation", "sparse probing"):
         assert f"{what}: kept, as" in said, said
+
+
+def test_what_wraps_main_is_in_the_key_of_training(load) -> None:
+    wrapped = edited(
+        ("sys.exit(launch(main,", "sys.exit(launch(passed(main),"),
+        ("\nSHOWN = (", "\ndef passed(function):\n    return function\n\n\nSHOWN = ("),
+    )
+    other = edited(("    return function\n", "    return function or 1\n"), source=wrapped)
+    keys = [of_training(load(text), text)["code of"] for text in (wrapped, other)]
+    assert keys[0] != keys[1]
+
+
+@pytest.mark.parametrize(
+    "old, new, other",
+    [
+        ("\nSHOWN = (", "\nCustomSAE.strength, OTHER = 2.0, 1\nSHOWN = (", "3.0, 1"),
+        ("    texts = documents(", "    global X\n    X = 2.0, 1\n    texts = documents(", "3, 1"),
+    ],
+)
+def test_values_set_on_the_way_are_in_the_key_of_training(load, old, new, other) -> None:
+    texts = [edited((old, value)) for value in (new, new.replace("2.0, 1", other))]
+    keys = [of_training(load(text), text)["code of"] for text in texts]
+    assert keys[0] != keys[1]

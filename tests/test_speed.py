@@ -181,6 +181,11 @@ def test_differing_figures_end_the_evaluation() -> None:
         speed.largest_difference(ours, {"sae": {"l0": 15.1}})
 
 
+def test_every_edit_of_the_loop_has_its_place() -> None:
+    text = (speed.ROOT / "experiment.py").read_text()
+    assert all(text.count(old) == 1 for _, old, _ in loop.EDITS if old)
+
+
 def test_loop_has_a_row_per_run(monkeypatch) -> None:
     runs = [("the first", 10.0, {"core": 4.0}), ("after an edit", 2.0, {"core": 0.0})]
     monkeypatch.setattr(loop, "measure", lambda: iter(runs))
