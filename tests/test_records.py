@@ -90,7 +90,7 @@ def test_output_ends_with_the_block_of_figures(toy, tmp_path: Path, capfd) -> No
     values = dict(line.split(": ", 1) for line in block.strip().splitlines())
     assert {"run", "profile", "layer_0_fvu", "layer_2_l0", "seconds_total", "peak_memory_gb",
             PRIMARY, "verdict"} <= set(values)  # fmt: skip
-    assert block.strip().splitlines()[-1].startswith("verdict: not comparable (there is no")
+    assert block.strip().splitlines()[-1].startswith("verdict: not comparable (no complete")
 
 
 def test_the_language_model_s_probes_are_held_against_the_given_baseline() -> None:
