@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-import harness.start  # isort: skip (first: it reads the code that runs) # noqa: F401
+import harness.observation  # isort: skip (first: it sees what is read) # noqa: F401
 
 import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -397,7 +397,7 @@ class ActivationBuffer:
     def __init__(self, run: Run, stream: TokenStream) -> None:
         self.lm, self.stream = run.language_model, stream
         self.layers, self.contexts = run.settings.layers, run.settings.harvest_contexts
-        self.cache = ActivationCache(stream, run.activations_key(type(self)))
+        self.cache = ActivationCache(run, stream, self.harvest)
         self.leftover_LND: Tensor | None = None  # harvested, not yet handed out
 
     def harvest(self, n_passes: int) -> list[Tensor]:
@@ -424,7 +424,7 @@ class ActivationBuffer:
         while have < n:
             if not parts:
                 n_passes = max(1, (n - have) // (self.contexts * (self.stream.context - 1)))
-                parts = self.cache.passes(n_passes, self.harvest)
+                parts = self.cache.passes(n_passes)
                 advance(sum(part.shape[1] for part in parts))
             part = parts.pop(0).to(hf.device)
             taken_LND[:, have : have + part.shape[1]] = part[:, : n - have]
@@ -629,7 +629,7 @@ def train(
     shuffles = {seed: torch.Generator().manual_seed(seed) for seed in s.seeds}
     stats: dict[int, ActivationStats] = {}
     trainers: dict[Key, Trainer] = {}
-    checkpoints = run.checkpoints(train, start, type(buffer), constants=fixed)
+    checkpoints = run.checkpoints(train=train, start=start, buffer=buffer, constants=fixed)
     saved = checkpoints.load() or {}
     with checkpoints, TrainingLog(s, run.out_dir / "train_log.jsonl", saved.get("log")) as log:
         if saved:
@@ -738,13 +738,11 @@ def evaluate(run: Run, training: Training) -> tuple[dict[str, dict], dict[str, f
             untrained = new_sae(s, layer, seed, training.stats[layer], {}, k)
             name = sae_name(layer, seed)
             saes |= {name: sae, f"{name}_untrained": untrained.fold_activation_norm_scaling()}
-        keys = run.evaluation_keys(saes, core_evaluation, core_metrics)
-        core = core_evaluation(run, saes, core_metrics, timed.advance, keys)
+        core = core_evaluation(run, saes, core_metrics, timed.advance)
     seconds = {"seconds_core": timed.seconds()}
     n_probed = len(run.probe_texts) * len(saes)
     with run.stage("sparse probing", n_probed, "SAEs x sets") as timed:
-        keys = run.evaluation_keys(saes, sparse_probing, probe)
-        probing = sparse_probing(run, saes, probe, timed, keys)
+        probing = sparse_probing(run, saes, probe, timed)
     seconds["seconds_sparse_probing"] = timed.seconds()
     scores = {"core": core, "probing": probing}
     check_results(saes, scores, s, run.out_dir)

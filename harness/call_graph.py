@@ -15,7 +15,6 @@ import copy
 import functools
 import importlib.util
 import sys
-import sysconfig
 import types
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -25,6 +24,8 @@ import torch
 from torch import nn
 
 from harness.errors import ExperimentError
+from harness.identity import HELD, describe
+from harness.observation import OBSERVED, is_of_a_library, is_own, name_of
 from harness.start import HERE, source_at_start
 from harness.store import digest
 from harness.syntax import (
@@ -43,23 +44,6 @@ LISTS_OF_SETTINGS = {"PROFILES", "PLAN"}  # left out: what they say is in the se
 EXPERIMENT = Path("experiment.py")  # stands for the file whose text a key is given
 # Without code of their own.
 PLAIN = (str, bytes, int, float, complex, type(None), torch.Tensor, torch.dtype, torch.device)
-# What objects hold that their behaviour comes from, by their kind.
-HELD = {
-    types.FunctionType: ("__dict__", "__defaults__", "__kwdefaults__", "__closure__"),
-    types.CellType: ("cell_contents",),
-    types.MethodType: ("__func__", "__self__"),
-    functools.partial: ("func", "args", "keywords"),
-    property: ("fget", "fset", "fdel"),
-    staticmethod: ("__func__",),
-    classmethod: ("__func__",),
-}
-
-
-@functools.cache
-def is_of_a_library(file: Path) -> bool:
-    """Whether a file came with Python or a package, whose version is in every key."""
-    standard = Path(sysconfig.get_path("stdlib")).resolve()
-    return bool({"site-packages", "dist-packages"} & {*file.parts}) or standard in file.parents
 
 
 @functools.cache
@@ -143,6 +127,8 @@ def held_by(thing: Any, settings_class: type | None) -> list[Any]:
         return [*(thing.values() if isinstance(thing, dict) else thing)]
     if settings_class and isinstance(thing, settings_class):
         return []
+    if hasattr(type(thing), "key_parts"):
+        return [type(thing), thing.key_parts()]
     held = getattr(thing, "__dict__", {})
     with contextlib.suppress(LookupError):
         if not isinstance(thing, nn.Module) and defined_in(type(thing))[0] is None:
@@ -203,12 +189,19 @@ class Code(NamedTuple):
     Attributes:
         parts: of experiment.py, a hash by function, method or class. files: by name, a hash of
             what is reached of other files: the harness and modules of the user's.
-        names: that experiment.py and modules of the user's mention in it.
+        names: that experiment.py and modules of the user's mention in it; all_names: and that the
+            harness does.
+        values: by name, digits for what experiment.py and modules of the user's bind it to now.
+        strings: that stand in it. home: the file that experiment.py is in.
     """
 
     parts: dict[str, str]
     files: dict[str, str]
     names: set[str]
+    all_names: set[str]
+    values: dict[str, str]
+    strings: set[str]
+    home: Path | None
 
 
 def reach(
@@ -254,6 +247,11 @@ def reach(
                 wanted |= statement.mentions
                 for module, name in statement.imports:
                     follow(module, name, file in users)
+        if before == 0:  # what it imports by a name that it makes
+            importers = [path for path in OBSERVED.imports if of_experiment(path, source) == file]
+            for module in (m for path in importers for m in sorted(OBSERVED.imports[path])):
+                if module.split(".")[0] != PACKAGE and files_of(module):
+                    follow(module, ALL, file in users)
         return len(taken) > before
 
     while any([grow(file) for file in list(names)]):
@@ -336,6 +334,7 @@ def reachable_code(
     roots: Iterable[object],
     settings: object = None,
     with_callers: bool = False,
+    ran: dict[str, set[str]] | None = None,
 ) -> Code:
     """The code that objects are made of and lead to.
 
@@ -344,36 +343,86 @@ def reachable_code(
         roots: classes, functions, modules, or objects with code of their own.
         settings: the run's: what its class says of its fields is left out.
         with_callers: also what the functions that call the roots do before.
+        ran: by file, what else was seen to run (`Observer.ran`).
     Raises:
         ExperimentError: the code of a root is found in no file.
     """
     kind = None if settings is None else type(settings)
+    roots = [*roots]
     own = () if source is None else read_statements(source, kind)
     start = definitions_of(roots, source, kind)
     start.setdefault(EXPERIMENT, set())
+    called = set(start[EXPERIMENT])
+    for file, names in (ran or {}).items():
+        path = EXPERIMENT if file == str(EXPERIMENT) else of_experiment(Path(file), source)
+        placed_names = set().union(*(by_line(name, own) for name in names))
+        start.setdefault(path, set()).update(placed_names if path == EXPERIMENT else {ALL})
     found, names = reach(start, source, own)
     if with_callers:
-        own += tuple(beginnings(start[EXPERIMENT], found[EXPERIMENT], own))
+        own += tuple(beginnings(called, found[EXPERIMENT], own))
         found, names = reach(start, source, own)
-    return code_of(found, names)
+    return code_of(found, names, roots, source, settings)
 
 
 def hash_definitions(source: str, settings: object) -> Code:
     """All code of experiment.py and what it leads to; the lists of runs left out."""
     own = read_statements(source, type(settings))
-    return code_of(*reach({EXPERIMENT: {ALL}}, source, own))
+    return code_of(*reach({EXPERIMENT: {ALL}}, source, own), [], source, settings)
 
 
-def code_of(found: dict[Path, list[Statement]], names: set[str]) -> Code:
+def by_line(name: str, statements: tuple[Statement, ...]) -> set[str]:
+    """A name as `Observer.ran` has it; of a lambda those that the statement binds it stands in."""
+    if not name.startswith("<"):
+        return {name}
+    line = int(name.split(":")[1])
+    return set().union(*(s.binds for s in statements if s.node.lineno <= line <= s.node.end_lineno))
+
+
+def code_of(
+    found: dict[Path, list[Statement]],
+    names: set[str],
+    roots: list[object],
+    source: str | None,
+    settings: object,
+) -> Code:
+    values: dict[str, str] = {}
+    strings: set[str] = set()
+    all_names = set().union(*(s.mentions for statements in found.values() for s in statements))
+    home = home_of(roots, source)
+    spaces = {vars(m).get("__file__"): vars(m) for m in [*sys.modules.values()] if m is not None}
+    for file, statements in found.items():
+        if file == EXPERIMENT or not file.is_relative_to(HERE / PACKAGE):
+            held = spaces.get(str(home if file == EXPERIMENT else file), {})
+            label = "" if file == EXPERIMENT else f"{name_of(file)} "
+            for name in set().union(*(s.binds | s.declares for s in statements)):
+                if name in held and name not in LISTS_OF_SETTINGS:
+                    values[label + name] = describe(held[name], settings, home)
+            strings |= {string for s in statements for string in s.strings}
     parts: dict[str, str] = {}
+    order: list[str] = []  # of what does something when it is read, or binds a name again
     for statement in found.pop(EXPERIMENT):
+        again = any(name in parts for name, _ in statement.parts)
         for name, part in statement.parts:
             parts[name] = digest(parts.get(name, "") + part)
+        if statement.always or again:
+            order += [part for _, part in statement.parts]
     files = {
         name_of(file): digest([part for s in statements for part in s.parts])
         for file, statements in found.items()
     }
-    return Code(parts, files, names)
+    parts["the order of statements"] = digest(order)
+    return Code(parts, files, names, all_names, values, strings, home)
+
+
+def home_of(roots: list[object], source: str | None) -> Path | None:
+    """The file that experiment.py is in; None: none of its functions is among the roots."""
+    for root in roots:
+        function = getattr(root, "__func__", root)
+        if isinstance(function, types.FunctionType):
+            file = Path(function.__code__.co_filename).resolve()
+            if file.is_file() and of_experiment(file, source) == EXPERIMENT:
+                return file
+    return None
 
 
 def own_files(source: str) -> dict[str, str]:
@@ -387,7 +436,3 @@ def own_files(source: str) -> dict[str, str]:
                     found[file] = source_at_start(file)
                     waiting.append(found[file])
     return {name_of(file): text for file, text in found.items() if file != EXPERIMENT}
-
-
-def name_of(file: Path) -> str:
-    return str(file.relative_to(HERE) if file.is_relative_to(HERE) else file)

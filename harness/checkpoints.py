@@ -14,6 +14,7 @@ import torch
 
 from harness.console import print_line
 from harness.interfaces import TrainerLike
+from harness.observation import OBSERVED
 from harness.store import LEDGER, TENSORS, Shelf, plain
 
 
@@ -46,9 +47,12 @@ class Checkpoints:
             )
 
     def __enter__(self) -> Checkpoints:
+        self.computing = OBSERVED.computing("training")
+        self.computing.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *failure: Any) -> None:
+        self.computing.__exit__(*failure)
         self.close()
 
     def load(self) -> Any:

@@ -43,9 +43,10 @@ class SettingsLike(Protocol):
 
 
 class RunLike(Protocol):
-    """What evaluation and records of a run need of it; see `harness.startup.Run`."""
+    """What the rooms below `harness.startup` need of a run; see `Run` there."""
 
     settings: Any
+    language_model: Any
     sae_bench_model: Any
     probe_texts: dict[str, list[dict[str, Any]]]
     profile: str
@@ -54,6 +55,7 @@ class RunLike(Protocol):
     out_dir: Path
     runs: Path
     source: str
+    keeps: bool
 
 
 class SAELike(Protocol):

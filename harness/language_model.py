@@ -8,6 +8,7 @@ import functools
 import math
 import os
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,10 @@ from torch import Tensor, nn
 from harness.errors import GET_ACCESS, ExperimentError, first_line
 from harness.start import HERE
 from harness.text import corpus_errors, special_token_ids
+
+
+# Of a model whose `run_with_cache` several threads call: modules that never run, and those free.
+SPARE: weakref.WeakKeyDictionary[Any, tuple[Any, list[Any]]] = weakref.WeakKeyDictionary()
 
 
 class _LastLayerReached(Exception):
@@ -103,13 +108,14 @@ def hooked_class() -> type:
 
         def run_with_cache(self, *args: Any, **kwargs: Any) -> Any:
             with self.turn:
-                if "free" not in self.__dict__:  # set there, or one would be a submodule
-                    self.__dict__.update(unused=self.on_same_weights(), free=[self])
-                lens = self.free.pop() if self.free else self.unused.on_same_weights()
+                if self not in SPARE:
+                    SPARE[self] = self.on_same_weights(), [self]
+                unused, free = SPARE[self]
+                lens = free.pop() if free else unused.on_same_weights()
             try:
                 return super(Hooked, lens).run_with_cache(*args, **kwargs)
             finally:
-                self.free.append(lens)
+                free.append(lens)
 
         def on_same_weights(self) -> Hooked:
             """A copy of the modules."""

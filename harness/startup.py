@@ -24,16 +24,14 @@ from harness.evaluation.core import RunEvals
 from harness.evaluation.estimate import evaluation_seconds
 from harness.evaluation.probe_texts import read_probe_texts
 from harness.evaluation.probing import Probe
-from harness.fingerprint import (
-    activations_key,
-    environment_fingerprint,
-    evaluation_keys,
-    training_key,
-)
+from harness.fingerprint import environment_fingerprint, result_key, text_identity
 from harness.fused_gemma import FusedLanguageModel, for_harvest
+from harness.identity import changed, remember, remember_libraries
 from harness.interfaces import SAELike, SettingsLike
+from harness.isolation import isolated
 from harness.language_model import LanguageModel, load_language_model
 from harness.machine import choose_device, choose_train_dtype, make_reproducible
+from harness.observation import OBSERVED
 from harness.preflight import fit_core_batches, preflight
 from harness.records import check_complete, constants, read_final_info, write_config
 from harness.settings import checked_settings
@@ -91,35 +89,26 @@ class Run:
         """By layer and seed: which of these scalars are constants, and their values."""
         return constants(self, names)
 
-    def activations_key(self, buffer: type) -> dict[str, Any] | None:
-        """All that the activations of a class of buffers depend on; None: they are not kept."""
-        if not self.keeps:
-            return None
-        given = self.settings, self.source, buffer, self.train_dtype, self.language_model
-        return activations_key(*given)
+    def key_parts(self) -> tuple[Any, ...]:
+        """What computes with a run can take from it, beside files: see `harness.identity`."""
+        return self.settings, self.language_model, self.sae_bench_model, self.train_dtype
 
-    def checkpoints(self, *roots: object, constants: dict) -> Checkpoints:
+    def checkpoints(self, constants: dict, **objects: Any) -> Checkpoints:
         """Where a training saves itself.
 
         Args:
-            roots: the functions and classes that train. constants: by layer and seed, of the loss.
+            constants: by layer and seed, of the loss. objects: by name, what trains: functions,
+                and the buffer that they are given.
         """
         if not self.keeps:
             return Checkpoints(None)
-        roots = *roots, self.language_model
-        given = self.settings, self.source, roots, constants, self.train_dtype, self.device
-        return Checkpoints(training_key(*given))
-
-    def evaluation_keys(self, saes: dict[str, SAELike], *roots: object) -> dict[str, dict] | None:
-        """By SAE, all that a part of its evaluation depends on; None: it is not kept.
-
-        Args:
-            roots: the functions that this part begins with.
-        """
-        if not self.keeps:
-            return None
-        roots = *roots, self.sae_bench_model
-        return evaluation_keys(saes, self.settings, self.source, roots)
+        objects |= {"language model": self.language_model}
+        more = {
+            "constants": [[list(key), values] for key, values in constants.items()],
+            "dtype": self.train_dtype,
+            **text_identity(self.settings.training_text),
+        }
+        return Checkpoints(result_key("training", self, objects, with_callers=True, **more))
 
     def in_miniature(self, folder: Path) -> Run:
         """The same run at a size that takes seconds, into another folder; nothing of it is kept.
@@ -175,7 +164,7 @@ def launch(
         run = set_up(checked_settings(out_dir.name, settings, chosen), profile, out_dir, log,
                      source, out_dir.name in plan)  # fmt: skip
         run = dataclasses.replace(run, core_metrics=core_metrics, probe=probe)
-        rehearse(main, run)
+        run = rehearse(main, run)
         if moved := prepare_out_dir(out_dir):
             print(moved)
         perform(main, run)
@@ -213,15 +202,11 @@ def set_up(
         settings = fit_core_batches(settings, device)
     make_reproducible()
     with redirect_output(log):
-        lm = load_language_model(settings.model, settings.lm_dtype, device)
-        check_layers(settings, lm)
+        models = load_models(settings, train_dtype, device)
         return Run(
             settings=settings,
-            probe_texts=read_probe_texts(settings, lm.tokenizer, device),
-            sae_bench_model=lm.hooked(),
-            language_model=for_harvest(
-                lm, train_dtype, settings.harvest_contexts, settings.context
-            ),
+            probe_texts=read_probe_texts(settings, models["language_model"].tokenizer, device),
+            **models,
             profile=profile,
             device=device,
             train_dtype=train_dtype,
@@ -233,10 +218,25 @@ def set_up(
         )
 
 
-def rehearse(main: Callable[[Run], None], run: Run) -> None:
+def load_models(
+    settings: SettingsLike, train_dtype: str, device: torch.device
+) -> dict[str, Any]:
+    """The language model in the forms for harvesting and for SAE-Bench, by their names in `Run`."""
+    lm = load_language_model(settings.model, settings.lm_dtype, device)
+    check_layers(settings, lm)
+    harvest = for_harvest(lm, train_dtype, settings.harvest_contexts, settings.context)
+    hooked = lm.hooked()
+    return {
+        "sae_bench_model": remember(hooked, hooked),
+        "language_model": remember(harvest, harvest.hf),
+    }
+
+
+def rehearse(main: Callable[[Run], None], run: Run) -> Run:
     """The whole run in miniature, before anything is paid for: what an edit breaks shows here.
 
-    Nothing of it is shown or kept, but for that it passed.
+    Nothing of it is shown or kept, but for that it passed, and what was seen of its code
+    (`harness.observation`). Returns the run, with a language model that nothing has changed.
     """
     code = hash_definitions(run.source, run.settings)
     key = {
@@ -245,15 +245,29 @@ def rehearse(main: Callable[[Run], None], run: Run) -> None:
         **environment_fingerprint(run.settings, code, run.device),
     }
 
-    def in_miniature() -> float:
+    def in_miniature() -> dict[str, Any]:
         began = time.monotonic()
-        with tempfile.TemporaryDirectory() as folder, rehearsal(run.log), LEDGER.rehearsal():
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            rehearsal(run.log),
+            LEDGER.rehearsal(),
+            isolated(main.__globals__),
+            OBSERVED.watching(type(run.settings)),
+        ):
             perform(main, run.in_miniature(Path(folder) / "run_rehearsal"))
         seconds = time.monotonic() - began
         print_line(f"rehearsal: the whole run in miniature passed in {seconds:.0f} s")
-        return seconds
+        return OBSERVED.record()
 
-    cached("rehearsal", key, in_miniature)
+    remember_libraries()
+    observed = cached("rehearsal", key, in_miniature)
+    if not OBSERVED.unchanged(observed["read"]):  # files and variables that its code reads
+        now = OBSERVED.values(*(observed["read"][name] for name in ("file", "variable")))
+        observed = cached("rehearsal", key | {"read": now}, in_miniature)
+    OBSERVED.restore(observed)
+    if changed(run.language_model) or changed(run.sae_bench_model):
+        return dataclasses.replace(run, **load_models(run.settings, run.train_dtype, run.device))
+    return run
 
 
 def memory_settings(stage: str) -> str:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from harness.console import print_line
 from harness.errors import ExperimentError, first_line
+from harness.observation import OBSERVED
 
 STORE_GB = 20.0  # of paid-for work kept in the cache; the least recently used goes first
 ACTIVATIONS_GB = 4.0  # of a training, or of an evaluation; larger ones are made anew in each run
@@ -360,7 +361,9 @@ def cached_each(
     if found:
         LEDGER.reuses(kind, part=f" of {', '.join(found)}" if len(found) < len(keys) else "")
     missing = [name for name in keys if name not in found]
-    for name, value in (compute(missing) if missing else {}).items():
+    with OBSERVED.computing(kind):
+        computed = compute(missing) if missing else {}
+    for name, value in computed.items():
         if (key := keys.get(name)) is not None:
             value = json.loads(json.dumps(value))
             if shelf.put(digest(key), {"key": key, "value": value}):
@@ -424,6 +427,7 @@ class TensorCache:
         """What `compute` returns, or has returned to an earlier run."""
         found = self.find(name)
         if found is None:
-            found = compute()
+            with OBSERVED.computing(self.shelf.kind):
+                found = compute()
             self.keep(name, found)
         return found

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
+import re
+import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -15,13 +17,13 @@ ALL = "*"  # in the place of a name: everything of a file
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 DEFINITIONS = (ast.ClassDef, *FUNCTIONS)
 # Calls and decorators that only make an object, so that reading them does no more.
-MAKERS = {
+MAKERS = frozenset({
     "dict", "list", "tuple", "set", "frozenset", "partial", "range", "len", "min", "max", "Path",
     "Field", "ConfigDict", "torch", "functools", "contextlib", "dataclasses", "dataclass",
     "checked", "property", "staticmethod", "classmethod", "cache", "lru_cache",
     "cached_property", "wraps", "contextmanager", "abstractmethod", "field_validator",
     "model_validator",
-}  # fmt: skip
+})  # fmt: skip
 
 LOOKUPS = {"globals", "__globals__", "eval", "exec", "modules"}  # find a name that stands nowhere
 
@@ -35,6 +37,7 @@ class Statement(NamedTuple):
         mentions: the names that it mentions; attributes also as ".attribute".
         imports: the modules that it imports, anywhere in it, and the names it takes from each.
         always: whether reading it does more than to bind names.
+        declares: the names that functions in it declare global. strings: that stand in it.
     """
 
     node: ast.stmt
@@ -43,6 +46,8 @@ class Statement(NamedTuple):
     mentions: frozenset[str]
     imports: tuple[tuple[str, str], ...]
     always: bool
+    declares: frozenset[str]
+    strings: frozenset[str]
 
 
 def without_docstrings(tree: ast.AST) -> ast.AST:
@@ -88,15 +93,19 @@ def bound_by(node: ast.stmt) -> set[str]:
     return {n.id for n in stored if isinstance(n.ctx, ast.Store)} | inside
 
 
-def does_something(node: ast.stmt) -> bool:
-    """Whether reading a statement may do more than to bind names to what it says."""
+def does_something(node: ast.stmt, makers: frozenset[str] = MAKERS) -> bool:
+    """Whether reading a statement may do more than to bind names to what it says.
+
+    Args:
+        makers: those of `MAKERS` that are what they are called.
+    """
     if isinstance(node, DEFINITIONS):
-        if any(first_name(decorator) not in MAKERS for decorator in node.decorator_list):
+        if any(first_name(decorator) not in makers for decorator in node.decorator_list):
             return True
         evaluated = [a for d in node.decorator_list for a in getattr(d, "args", [])]
         if isinstance(node, ast.ClassDef):  # a keyword is a metaclass, or for one
             evaluated += node.bases
-            if node.keywords or any(does_something(part) for part in node.body):
+            if node.keywords or any(does_something(part, makers) for part in node.body):
                 return True
         else:
             evaluated += [*node.args.defaults, *filter(None, node.args.kw_defaults)]
@@ -108,7 +117,7 @@ def does_something(node: ast.stmt) -> bool:
         evaluated = [node.value] if node.value else []
     else:
         return not isinstance(node, ast.Pass)
-    return any(calls_something(value) for value in evaluated)
+    return any(calls_something(value, makers) for value in evaluated)
 
 
 def first_name(expression: ast.AST) -> str:
@@ -118,17 +127,15 @@ def first_name(expression: ast.AST) -> str:
     return getattr(expression, "id", "")
 
 
-def calls_something(expression: ast.AST) -> bool:
+def calls_something(expression: ast.AST, makers: frozenset[str]) -> bool:
     """Whether evaluating it calls a function that may do more than to make an object."""
     if isinstance(expression, ast.Lambda):
-        return any(calls_something(value) for value in expression.args.defaults)
+        return any(calls_something(value, makers) for value in expression.args.defaults)
     if isinstance(expression, (ast.Await, ast.Yield, ast.YieldFrom, ast.NamedExpr)):
         return True
-    if isinstance(expression, ast.Call):
-        called = expression.func
-        if getattr(called, "id", getattr(called, "attr", "")) not in MAKERS:
-            return True
-    return any(calls_something(child) for child in ast.iter_child_nodes(expression))
+    if isinstance(expression, ast.Call) and first_name(expression.func) not in makers - {"torch"}:
+        return True  # torch's decorators make; of its functions some set something
+    return any(calls_something(child, makers) for child in ast.iter_child_nodes(expression))
 
 
 @functools.cache
@@ -141,7 +148,11 @@ def read_statements(source: str, settings_class: type | None = None) -> tuple[St
     Args:
         settings_class: of its fields and of what checks them nothing is read: the values count.
     """
-    tree = without_docstrings(ast.parse(source))
+    tree = ast.parse(source)
+    if not {"__doc__", "getdoc"} & {*re.findall(r"\w+", source)}:  # there they are data
+        tree = without_docstrings(tree)
+    defined = (bound_by(n) for n in tree.body if not isinstance(n, (ast.Import, ast.ImportFrom)))
+    makers = MAKERS.difference(*defined)
     registers = any(isinstance(n, FUNCTIONS) and n.name == "__init_subclass__"
                     for n in ast.walk(tree))  # fmt: skip
     of_harness = {alias.asname or alias.name for node in tree.body if is_of_harness(node)
@@ -160,7 +171,7 @@ def read_statements(source: str, settings_class: type | None = None) -> tuple[St
         if isinstance(node, ast.ClassDef) and settings_class:
             leave_fields(node, settings_class)
         imports = isinstance(node, (ast.Import, ast.ImportFrom))
-        always = begins or (not is_of_harness(node) if imports else does_something(node))
+        always = begins or (does_more(node) if imports else does_something(node, makers))
         always |= registers and isinstance(node, ast.ClassDef)
         # What the run begins with is given to the harness by name; what is done to it is followed.
         calls = [n for n in ast.walk(node) if isinstance(n, ast.Call)] if begins else []
@@ -179,7 +190,11 @@ def statement_of(node: ast.stmt, always: bool, left_out: set[str] | None = None)
         mentions=frozenset(names_in(node) - (left_out or set())),
         imports=tuple(imports_in(node)),
         always=always,
-    )
+        declares=frozenset(name for n in ast.walk(node) if isinstance(n, ast.Global)
+                           for name in n.names),
+        strings=frozenset(n.value for n in ast.walk(node) if isinstance(n, ast.Constant)
+                          and isinstance(n.value, str)),
+    )  # fmt: skip
 
 
 def imports_in(node: ast.AST) -> Iterator[tuple[str, str]]:
@@ -199,6 +214,12 @@ def imports_in(node: ast.AST) -> Iterator[tuple[str, str]]:
 def is_of_harness(node: ast.stmt) -> bool:
     """Whether it imports names from the harness: they count one by one, where they are used."""
     return isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == PACKAGE
+
+
+def does_more(node: ast.Import | ast.ImportFrom) -> bool:
+    """Whether an import may do more than to bind names: neither the harness's nor Python's own."""
+    named = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or "."]
+    return any(name.split(".")[0] not in {PACKAGE, *sys.stdlib_module_names} for name in named)
 
 
 def leave_fields(node: ast.ClassDef, settings_class: type) -> None:

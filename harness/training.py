@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -16,9 +17,11 @@ from torch import Tensor
 
 from harness.console import Progress, print_line
 from harness.errors import ExperimentError, error_context, first_line
-from harness.interfaces import SettingsLike
+from harness.fingerprint import result_key, text_identity
+from harness.interfaces import RunLike, SettingsLike
 from harness.machine import in_threads, retain_memory_for_steps
-from harness.store import TensorCache, place_for
+from harness.observation import OBSERVED
+from harness.store import ACTIVATIONS_GB, TensorCache, place_for
 from harness.text import TokenStream
 
 PASSES = 8  # of the language model whose activations are stored in one file
@@ -196,25 +199,45 @@ class ActivationCache:
     A file holds those of `PASSES` forward passes, and where the text stands after them.
 
     Args:
-        stream: the text. It is read, and its thread started, only from where the store ends.
-        key: all that activations depend on; None: they are not kept.
+        run: the run. stream: the text. It is read, and its thread started, only from where the
+            store ends.
+        harvest: makes that many passes on the stream: a tensor (layers, N, D) of each. They are
+            kept under what it is when it is called first.
     """
 
-    def __init__(self, stream: TokenStream, key: dict[str, Any] | None) -> None:
-        self.stream = stream
+    def __init__(
+        self, run: RunLike, stream: TokenStream, harvest: Callable[[int], list[Tensor]]
+    ) -> None:
+        self.run, self.stream, self.harvest = run, stream, harvest
         self.number = 0  # of the next file
         self.after: dict[str, Any] | None = None  # where the text stands, if the stream doesn't
-        self.files = TensorCache("activations", key)
-        self.reading = self.files.on
+        self.reading = True
 
-    def passes(self, n: int, harvest: Callable[[int], list[Tensor]]) -> list[Tensor]:
-        """The activations of the next forward passes: n, or `PASSES` at most.
+    def key_parts(self) -> None:
+        """Nothing of it changes what it holds: see `harness.identity`."""
 
-        Args:
-            harvest: makes that many passes on the stream: a tensor (layers, N, D) of each.
-        """
+    @functools.cached_property
+    def files(self) -> TensorCache:
+        """Where they are kept, unless they are too many."""
+        s, config = self.run.settings, self.run.language_model.hf.config
+        size = 2 if self.run.train_dtype == "bfloat16" else 4
+        n_bytes = s.training_tokens * len(s.layers) * config.hidden_size * size
+        key = None
+        if self.run.keeps and n_bytes <= ACTIVATIONS_GB * 1e9:
+            given = {"harvest": self.harvest, "language model": self.run.language_model}
+            more = {"dtype": self.run.train_dtype, **text_identity(s.training_text)}
+            key = result_key("activations", self.run, given, with_callers=True, **more)
+        return TensorCache("activations", key)
+
+    def made(self, n: int) -> list[Tensor]:
+        """The activations of n forward passes."""
+        with OBSERVED.computing("activations"):
+            return self.harvest(n)
+
+    def passes(self, n: int) -> list[Tensor]:
+        """The activations of the next forward passes: n, or `PASSES` at most."""
         if not self.files.on:
-            return harvest(min(n, PASSES))
+            return self.made(min(n, PASSES))
         name = f"{self.number:06d}"
         stored = self.files.find(name) if self.reading else None
         self.number += 1
@@ -225,7 +248,7 @@ class ActivationCache:
         if self.after is not None:
             self.stream.load_state_dict(self.after)
             self.after = None
-        acts = harvest(PASSES)
+        acts = self.made(PASSES)
         # The list is the caller's to change, while the tensors are still being written.
         self.files.keep(name, {"acts": list(acts), "after": self.stream.state_dict()})
         return acts

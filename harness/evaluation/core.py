@@ -15,7 +15,8 @@ import torch
 from harness.console import STAGE, print_line
 from harness.errors import ExperimentError, error_context
 from harness.evaluation.shared_forward import CountingSAE, ModelView, SharedForward, StoreView
-from harness.fingerprint import forward_key, text_identity
+from harness.fingerprint import result_key, text_identity
+from harness.identity import describe
 from harness.interfaces import RunLike, SAELike, SettingsLike
 from harness.machine import retain_freed_memory, run_cooperatively
 from harness.store import ACTIVATIONS_GB, TensorCache, cached_each, write_json
@@ -103,18 +104,18 @@ def prepare_for_sae_bench(sae: SAELike, settings: SettingsLike) -> SAELike:
     return general_utils.load_and_format_sae("", sae, str(sae.W_enc.device))[1]
 
 
-def core_cache(settings: SettingsLike, model: Any, layers: list[int]) -> TensorCache:
+def core_cache(run: RunLike, settings: SettingsLike, layers: list[int]) -> TensorCache:
     """Where core evaluation's passes of the language model are kept, if they are not too large."""
+    model = run.sae_bench_model
     tokens = settings.core_prompts * settings.context
     logits = settings.core_reconstruction_batches * (1 + len(layers)) * model.cfg.d_vocab
     residuals = settings.core_reconstruction_batches + settings.core_sparsity_batches
     numbers = tokens * (logits + residuals * len(layers) * model.cfg.d_model)
     key = None
-    if numbers * model.cfg.dtype.itemsize <= ACTIVATIONS_GB * 1e9:
-        counts = [settings.core_reconstruction_batches, settings.core_sparsity_batches, layers]
-        text = text_identity(settings.core_text)
-        roots = core_store, SharedForward, model
-        key = forward_key(settings, model.cfg.device, roots, counts=counts, **text)
+    if run.keeps and numbers * model.cfg.dtype.itemsize <= ACTIVATIONS_GB * 1e9:
+        given = {"store": core_store, "passes": SharedForward, "language model": model}
+        more = {"layers": layers, **text_identity(settings.core_text)}
+        key = result_key("core passes", run, given, **more)
     return TensorCache("core passes", key)
 
 
@@ -127,7 +128,7 @@ def shared_core_evals(
     settings: SettingsLike,
     run_evals: RunEvals,
     advance: Callable[[int], None] = lambda n: None,
-    keys: dict[str, dict | None] | None = None,
+    run: RunLike | None = None,
 ) -> dict[str, tuple[dict, dict, float]]:
     """`run_evals` of SAEs that `prepare_for_sae_bench` has prepared, side by side.
 
@@ -135,17 +136,22 @@ def shared_core_evals(
         run_evals: called under no_grad with an SAE, a store, a model, SAE-Bench's configuration
             and the token ids that don't count; returns scalars by group, and metrics by feature.
         advance: called with 1 after each batch.
-        keys: by SAE, all that its results depend on: they are kept under it, and the language
-            model's passes are; None: nothing is.
+        run: for which results, and the language model's passes, are kept; None: nothing is.
     Returns:
         by SAE: what `run_evals` returned, and fvu.
     """
-    config, ignored = core_config(settings), special_token_ids(model.tokenizer)
+    keys: dict[str, dict | None] = dict.fromkeys(saes)
+    if run is not None and run.keeps:
+        given = {"evaluation": shared_core_evals, "run_evals": run_evals, "language model": model}
+        text = text_identity(settings.core_text)
+        common = result_key("core evaluation", run, given, saes.values(), **text)
+        keys = {name: common | {"SAE": describe(sae)} for name, sae in saes.items()}
 
     def evaluated(names: list[str]) -> dict[str, tuple[dict, dict, float]]:
+        config, ignored = core_config(settings), special_token_ids(model.tokenizer)
         layers = sorted({saes[name].cfg.hook_layer for name in names})
         store = core_store(settings, model, saes[names[0]])
-        cache = core_cache(settings, model, layers) if keys is not None else None
+        cache = core_cache(run, settings, layers) if run is not None else None
         shared = SharedForward(model, store, layers, advance, cache)
         counting = {name: CountingSAE(saes[name], shared) for name in names}
 
@@ -160,7 +166,7 @@ def shared_core_evals(
         return {name: (*result, counting[name].fvu()) for name, result in found.items()}
 
     try:
-        return cached_each("core evaluation", keys or dict.fromkeys(saes), evaluated)
+        return cached_each("core evaluation", keys, evaluated)
     except StopIteration as error:
         raise ExperimentError(
             f"the text {settings.core_text!r} is too short for one batch of core_prompts = "
@@ -173,7 +179,6 @@ def core_evaluation(
     saes: dict[str, SAELike],
     run_evals: RunEvals,
     advance: Callable[[int], None] = lambda n: None,
-    keys: dict[str, dict | None] | None = None,
 ) -> dict[str, dict[str, float]]:
     """`run_evals` of folded SAEs: by name, the scalars by their names, and fvu.
 
@@ -181,7 +186,6 @@ def core_evaluation(
 
     Args:
         run_evals, advance: see `shared_core_evals`.
-        keys: by SAE, all that its figures depend on: they are kept under it.
     Raises:
         ExperimentError: a scalar is not finite, or is the -1 that stands for NaN, or L0 is 0.
     """
@@ -190,7 +194,7 @@ def core_evaluation(
         if (untrained := saes.get(f"{name}_untrained")) is not None:
             check_trained(name, sae, untrained)
     ready = {name: prepare_for_sae_bench(sae, s) for name, sae in saes.items()}
-    results = shared_core_evals(ready, run.sae_bench_model, s, run_evals, advance, keys)
+    results = shared_core_evals(ready, run.sae_bench_model, s, run_evals, advance, run)
     return {
         name: save_core(name, ready[name], result, s, run.out_dir)
         for name, result in results.items()

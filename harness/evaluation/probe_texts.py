@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,7 @@ from harness.call_graph import reachable_code
 from harness.console import Progress
 from harness.errors import ExperimentError, first_line
 from harness.fingerprint import environment_fingerprint, text_identity
+from harness.identity import describe
 from harness.interfaces import SettingsLike
 from harness.store import TensorCache
 from harness.text import corpus_errors, documents, load_dataset
@@ -142,7 +144,7 @@ def read_probe_texts(
         progress = Progress("probing texts", len(names), "data sets")
         texts = {}
         for name in names:
-            kept_texts = probing_texts(name, settings, device)
+            kept_texts = probing_texts(name, settings, device, tokenizer)
             texts[name] = [
                 {label: {"input_ids": e["input_ids"].to(device)} for label, e in part.items()}
                 for part in kept_texts.get("all", functools.partial(drawn, name))
@@ -153,15 +155,20 @@ def read_probe_texts(
     return texts
 
 
-def probing_texts(dataset: str, settings: SettingsLike, device: torch.device) -> TensorCache:
+def probing_texts(
+    dataset: str, settings: SettingsLike, device: torch.device, tokenizer: Any
+) -> TensorCache:
     """Where the token ids of one of tinylm's tasks are kept; a hub's data sets may change."""
     if not dataset.startswith("tinylm/"):
         return TensorCache("probing texts", None)
-    chosen = ("probe_train", "probe_test", "probe_seed")
+    code = reachable_code(None, [probe_tokens, tinylm_tasks])
     key = {
         "data set": dataset,
-        "setting": {field: getattr(settings, field) for field in chosen},
-        **environment_fingerprint(settings, reachable_code(None, [read_probe_texts]), device),
+        # All that its code names, so that none is forgotten.
+        "setting": {field.name: getattr(settings, field.name)
+                    for field in dataclasses.fields(settings) if f".{field.name}" in code.all_names},
+        "tokenizer": describe(tokenizer),
+        **environment_fingerprint(settings, code, device),
         **text_identity("tinylm"),
-    }
+    }  # fmt: skip
     return TensorCache("probing texts", key)

@@ -15,7 +15,8 @@ from harness.console import Progress
 from harness.errors import ExperimentError, error_context
 from harness.evaluation.core import prepare_for_sae_bench
 from harness.evaluation.probe_texts import probe_names
-from harness.fingerprint import forward_key, llm_probes_key, tokens_digest
+from harness.fingerprint import result_key, tokens_digest
+from harness.identity import describe
 from harness.interfaces import RunLike, SAELike, SettingsLike
 from harness.machine import in_order, retain_freed_memory
 from harness.store import ACTIVATIONS_GB, TensorCache, cached, cached_each
@@ -39,18 +40,22 @@ def probing_config(settings: SettingsLike) -> Any:
     )
 
 
-def probing_cache(settings: SettingsLike, model: Any, texts: list[dict[str, Any]]) -> TensorCache:
+def probing_cache(run: RunLike | None, texts: Sequence[dict[str, Any]]) -> TensorCache:
     """Where a data set's passes of the language model are kept, if they are not too large.
 
     Args:
+        run: for which they are kept; None: they are not.
         texts: {class: {"input_ids": (N, L)}} per split.
     """
-    numbers = sum(encoded["input_ids"].numel() for part in texts for encoded in part.values())
-    numbers *= len(settings.layers) * model.cfg.d_model
     key = None
-    if numbers * model.cfg.dtype.itemsize <= ACTIVATIONS_GB * 1e9:
-        roots = probing_features, model
-        key = forward_key(settings, model.cfg.device, roots, texts=tokens_digest(texts))
+    if run is not None and run.keeps:
+        s, model = run.settings, run.sae_bench_model
+        numbers = sum(encoded["input_ids"].numel() for part in texts for encoded in part.values())
+        numbers *= len(s.layers) * model.cfg.d_model
+        if numbers * model.cfg.dtype.itemsize <= ACTIVATIONS_GB * 1e9:
+            given = {"passes": masked_activations, "language model": model}
+            more = {"layers": s.layers, "batch": s.probe_llm_batch, "texts": tokens_digest(texts)}
+            key = result_key("probing passes", run, given, **more)
     return TensorCache("probing passes", key)
 
 
@@ -129,7 +134,7 @@ def probing_features(
     model: Any,
     saes: dict[str, SAELike],
     settings: SettingsLike,
-    keep_passes: bool = False,
+    run: RunLike | None = None,
 ) -> tuple[dict[int, tuple[Classes, ...]], dict[str, tuple[Classes, ...]]]:
     """Mean activations of each text, of the language model and of each SAE, in one forward pass.
 
@@ -142,11 +147,11 @@ def probing_features(
         splits: class -> {"input_ids": (N, L)}, from SAE-Bench's tokenize_data_dictionary; of
             several splits, train first.
         saes: prepared by `prepare_for_sae_bench`.
-        keep_passes: the language model's, for the next run.
+        run: for which the language model's passes are kept; None: they are not.
     Returns:
         by layer of the SAEs, {class: (N, D)} of each split; by SAE, {class: (N, F)} of each split.
     """
-    cache = probing_cache(settings, model, list(splits)) if keep_passes else TensorCache("", None)
+    cache = probing_cache(run, splits)
 
     def one_class(item: tuple[int, int, str]) -> dict[Any, Tensor]:
         split, number, label = item
@@ -206,7 +211,6 @@ def shared_probing(
     saes: dict[str, SAELike],
     states: dict[str, int | str],
     probe: Probe,
-    keys: dict[str, dict | None] | None = None,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """`probe` of SAEs on one data set, and of the language model at their layers.
 
@@ -218,26 +222,30 @@ def shared_probing(
         states: of the generator that each SAE's probes draw from; left as the next set needs them.
         probe: called with {class: (N, D or F)} of train and of test, "llm" or "sae", and
             `probe_ks`; returns {metric: {class: accuracy}}.
-        keys: by SAE, all that its figures depend on beside texts and states: they are kept under
-            it, and the language model's passes are; None: nothing is.
     Returns:
         by SAE, {metric: {class: accuracy}}.
     """
     settings, split = run.settings, run.probe_texts[dataset]
+    more = {"data set": dataset, "texts": tokens_digest(split)}
+    given = {"features": probing_features, "draws": drawn_from, "probe": probe,
+             "language model": run.sae_bench_model}  # fmt: skip
+    of_llm: dict[str, Any] = {}
+    keys: dict[str, dict | None] = dict.fromkeys(saes)
+    if run.keeps:
+        common = result_key("sparse probing", run, given, saes.values(), **more)
+        keys = {name: common | {"SAE": describe(sae), "state": states[name]}
+                for name, sae in saes.items()}  # fmt: skip
+        of_llm = result_key("language model probes", run, given, **more)
 
     def llm_probes(layer: int, acts: tuple[Classes, ...]) -> dict[str, dict[str, float]]:
-        roots = probing_features, drawn_from, probe, run.sae_bench_model
-        given = dataset, layer, split, settings, run.source, roots
-        key = llm_probes_key(*given) if run.source else None
+        key = of_llm | {"layer": layer} if run.keeps else None
         draws = settings.probe_seed, probe, acts, "llm", settings.probe_ks
         return cached("language model probes", key, drawn_from, *draws)[0]
 
     @retain_freed_memory()
     def probed(names: list[str]) -> dict[str, tuple[dict, str]]:
         some = {name: saes[name] for name in names}
-        llm_acts, sae_acts = probing_features(
-            split, run.sae_bench_model, some, settings, keys is not None
-        )
+        llm_acts, sae_acts = probing_features(split, run.sae_bench_model, some, settings, run)
         llm = {layer: llm_probes(layer, acts) for layer, acts in llm_acts.items()}
         found = {}
         for name, acts in sae_acts.items():
@@ -245,13 +253,8 @@ def shared_probing(
             found[name] = own | llm[saes[name].cfg.hook_layer], after
         return found
 
-    more = {"dataset": dataset, "texts": tokens_digest(split)}
-    keys_here = {
-        name: key and key | more | {"state": states[name]}
-        for name, key in (keys or dict.fromkeys(saes)).items()
-    }
     with error_context(dataset):
-        found = cached_each("sparse probing", keys_here, probed)
+        found = cached_each("sparse probing", keys, probed)
     states |= {name: after for name, (_, after) in found.items()}
     return {name: accuracies for name, (accuracies, _) in found.items()}
 
@@ -261,7 +264,6 @@ def sparse_probing(
     saes: dict[str, SAELike],
     probe: Probe,
     progress: Progress,
-    keys: dict[str, dict | None] | None = None,
 ) -> dict[str, dict[str, float]]:
     """`probe` of folded SAEs on every data set: by name, sae_… and llm_… mean accuracies.
 
@@ -272,14 +274,13 @@ def sparse_probing(
 
     Args:
         probe: see `shared_probing`. progress: counts SAEs times data sets.
-        keys: by SAE, all that its figures depend on beside the texts: they are kept under it.
     """
     s = run.settings
     ready = {name: prepare_for_sae_bench(sae, s) for name, sae in saes.items()}
     states: dict[str, int | str] = dict.fromkeys(saes, s.probe_seed)
     per_class: dict[str, dict] = {name: {} for name in saes}
     for dataset in run.probe_texts:
-        found = shared_probing(run, dataset, ready, states, probe, keys)
+        found = shared_probing(run, dataset, ready, states, probe)
         for name, accuracies in found.items():
             per_class[name][f"{dataset}_results"] = accuracies
         progress.advance(len(saes), dataset)

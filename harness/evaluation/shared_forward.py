@@ -55,7 +55,7 @@ class SharedForward:
         cache: TensorCache | None = None,
     ) -> None:
         self.model, self.store, self.advance = model, store, advance
-        self.cache = cache or TensorCache("", None)
+        self.cache = cache or TensorCache("core passes", None)
         self.layers = {f"blocks.{layer}.hook_resid_post": layer for layer in sorted(set(layers))}
         self.special = torch.tensor(sorted(special_token_ids(model.tokenizer)))
         self.n_batches = self.n_resets = 0

@@ -1,0 +1,291 @@
+"""What a run's own code does, seen while it does it: what it calls, reads, opens and imports.
+
+A list of what matters is never whole. So the rehearsal is watched, which runs everything in
+miniature: by kind of result (`Observer.computing`), which functions of experiment.py and of a
+user's modules ran, and which settings were read; and from the first import on, which environment
+variables and which files such code read itself. Keys of the store are made of it (`fingerprint`).
+"""
+
+from __future__ import annotations
+
+import _collections_abc
+import contextlib
+import functools
+import hashlib
+import importlib.machinery
+import os
+import sys
+import sysconfig
+import threading
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from harness.start import HERE, SOURCES_AT_START
+
+PACKAGE = __name__.split(".")[0]
+ANY = ""  # the kind of what is read outside of all kinds: it counts for each of them
+LARGE = 2**30  # bytes; of a larger file size and time stand for what it holds
+
+
+@functools.cache
+def is_of_a_library(file: Path) -> bool:
+    """Whether a file came with Python or a package, whose version is in every key."""
+    standard = Path(sysconfig.get_path("stdlib")).resolve()
+    return bool({"site-packages", "dist-packages"} & {*file.parts}) or standard in file.parents
+
+
+@functools.cache
+def is_own(file: str) -> bool:
+    """Whether code of a file is the user's: experiment.py, or a module that is no library's."""
+    if file.startswith("<"):
+        return False
+    path = Path(file).resolve()
+    ours = (PACKAGE, "tinylm", "tests", "bench")
+    of_ours = path.is_relative_to(HERE) and path.relative_to(HERE).parts[0] in ours
+    return not of_ours and not is_of_a_library(path)
+
+
+@functools.cache
+def is_known(file: str) -> bool:
+    """Whether code of a file is the user's or the harness's."""
+    return not file.startswith("<") and not is_of_a_library(Path(file).resolve())
+
+
+def name_of(file: Path) -> str:
+    """A file's name in keys and records: below the project's folder, or its whole path."""
+    return str(file.relative_to(HERE) if file.is_relative_to(HERE) else file)
+
+
+class Observer:
+    """See the top of this file. Each dict is by kind of result.
+
+    Attributes:
+        ran: {file: names of the definitions at its top level that ran}.
+        settings: names of the fields that were read.
+        files, variables: what the user's code opened and looked up itself.
+        imports: by file of the user's, the modules that it imported, under whatever name.
+    """
+
+    def __init__(self) -> None:
+        self.ran: dict[str, dict[str, set[str]]] = {}
+        self.settings: dict[str, set[str]] = {}
+        self.files: dict[str, set[str]] = {}
+        self.variables: dict[str, set[str]] = {}
+        self.imports: dict[Path, set[str]] = {}
+        self.base: tuple[str, ...] = ()
+        self.of_thread = threading.local()
+        self.seen: dict[tuple[str, ...], set[types.CodeType]] = {}
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What is being computed: of a thread that computes nothing itself, what the main one is."""
+        return getattr(self.of_thread, "kinds", self.base)
+
+    @contextlib.contextmanager
+    def computing(self, kind: str) -> Iterator[None]:
+        """Inside, a result of this kind is computed, and all that is read is read for it."""
+        before = self.kinds
+        in_main = threading.current_thread() is threading.main_thread()
+        place, name = (self, "base") if in_main else (self.of_thread, "kinds")
+        setattr(place, name, (*before, kind))
+        self.ran.setdefault(kind, {})
+        try:
+            yield
+        finally:
+            setattr(place, name, before)
+
+    def note(self, found: dict[str, set[str]], name: str) -> None:
+        """Adds a name to those of each kind that is being computed."""
+        for kind in self.kinds or (ANY,):
+            found.setdefault(kind, set()).add(name)
+
+    @contextlib.contextmanager
+    def watching(self, settings_class: type) -> Iterator[None]:
+        """Inside, what runs and which settings are read is observed, in new threads too."""
+        observer, read = self, settings_class.__getattribute__
+        fields = frozenset(getattr(settings_class, "__dataclass_fields__", ()))
+
+        def recording(self: Any, name: str) -> Any:
+            if name in fields:
+                observer.note(observer.settings, name)
+            return read(self, name)
+
+        before = sys.gettrace(), threading.gettrace(), self.base
+        self.ran.clear()
+        self.settings.clear()
+        self.base = ()
+        settings_class.__getattribute__ = recording
+        sys.settrace(self.trace)
+        threading.settrace(self.trace)
+        try:
+            yield
+        finally:
+            sys.settrace(before[0])
+            threading.settrace(before[1])
+            self.base = before[2]
+            del settings_class.__getattribute__
+            self.seen.clear()
+
+    def trace(self, frame: types.FrameType, event: str, argument: Any) -> None:
+        """Called at the beginning of each function (sys.settrace); a library's cost a look-up."""
+        kinds, code = self.kinds, frame.f_code
+        seen = self.seen.get(kinds)
+        if seen is None:
+            seen = self.seen.setdefault(kinds, set())
+        if code in seen:
+            return
+        seen.add(code)
+        if not is_own(code.co_filename):
+            return
+        file, name = str(Path(code.co_filename).resolve()), code.co_qualname.split(".")[0]
+        if name.startswith("<"):
+            name = f"{name}:{code.co_firstlineno}"
+        for kind in kinds or (ANY,):
+            self.ran.setdefault(kind, {}).setdefault(file, set()).add(name)
+
+    def record(self) -> dict[str, Any]:
+        """All that was observed, as JSON; files and variables with what they hold now."""
+        return {
+            "ran": {kind: {f: sorted(names) for f, names in files.items()}
+                    for kind, files in self.ran.items()},
+            "settings": {kind: sorted(names) for kind, names in self.settings.items()},
+            "read": self.values({kind: sorted(names) for kind, names in self.files.items()},
+                                {kind: sorted(names) for kind, names in self.variables.items()}),
+        }  # fmt: skip
+
+    def restore(self, record: dict[str, Any]) -> None:
+        """Puts back what an earlier rehearsal of the same code observed."""
+        self.ran = {kind: {f: {*names} for f, names in files.items()}
+                    for kind, files in record["ran"].items()}  # fmt: skip
+        self.settings = {kind: {*names} for kind, names in record["settings"].items()}
+        for found, name in ((self.files, "file"), (self.variables, "variable")):
+            for kind, values in record["read"][name].items():
+                found.setdefault(kind, set()).update(values)
+
+    @staticmethod
+    def values(
+        files: dict[str, list[str]], variables: dict[str, list[str]]
+    ) -> dict[str, dict[str, dict[str, Any]]]:
+        """What files and variables hold now, by kind."""
+        return {
+            "file": {kind: {f: content(f) for f in names} for kind, names in files.items()},
+            "variable": {kind: {v: os.environ.get(v) for v in names}
+                         for kind, names in variables.items()},
+        }  # fmt: skip
+
+    def unchanged(self, read: dict[str, dict[str, dict[str, Any]]]) -> bool:
+        """Whether files and variables still hold what `record` has noted."""
+        return self.values(*(read[name] for name in ("file", "variable"))) == read
+
+    def read_for(self, kind: str) -> dict[str, Any]:
+        """What results of a kind depend on: files and variables that code of the user's reads."""
+        found = self.values(*({ANY: sorted(by_kind.get(ANY, set()) | by_kind.get(kind, set()))}
+                              for by_kind in (self.files, self.variables)))  # fmt: skip
+        return {name: values[ANY] for name, values in found.items()}
+
+
+OBSERVED = Observer()
+
+
+def content(file: str) -> str | None:
+    """What stands for a file's content; None where there is none."""
+    try:
+        status = os.stat(file)
+        if status.st_size > LARGE:
+            return f"{status.st_size} {status.st_mtime_ns}"
+        with open(file, "rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError:
+        return None
+
+
+def own_caller(beneath: Callable[[str], bool]) -> str | None:
+    """The file of the innermost frame that is not beneath, where it is the user's.
+
+    Args:
+        beneath: whether to look on, from the name of a frame's file.
+    """
+    frame: types.FrameType | None = sys._getframe(2)
+    while frame is not None and beneath(frame.f_code.co_filename):
+        frame = frame.f_back
+    file = "<none>" if frame is None else frame.f_code.co_filename
+    return file if is_own(file) else None
+
+
+def imports(file: str) -> bool:
+    """Whether a file is of Python's own machinery of imports."""
+    return file.startswith("<frozen ") or file == importlib.__file__
+
+
+def is_data(path: Any) -> bool:
+    """Whether a path is that of data: not of code, a library or the system."""
+    if not isinstance(path, (str, bytes, os.PathLike)):
+        return False
+    path = Path(os.path.abspath(os.fsdecode(path)))
+    system = ("/proc/", "/sys/", "/dev/", "/etc/", "/usr/", sys.base_prefix)
+    return not (str(path).startswith(system) or path.suffix in (".py", ".pyc", ".so")
+                or is_of_a_library(path))  # fmt: skip
+
+
+def on_event(event: str, arguments: tuple) -> None:
+    """sys.addaudithook: what code of the user's imports, and what files it opens to read."""
+    if event == "import" and (file := own_caller(imports)):
+        OBSERVED.imports.setdefault(Path(file).resolve(), set()).add(arguments[0])
+    elif event == "open" and not sys.is_finalizing():
+        path, _, flags = arguments
+        writes = flags & (os.O_WRONLY | os.O_RDWR) if isinstance(flags, int) else 0
+        if not writes and is_data(path) and own_caller(lambda file: not is_known(file)):
+            OBSERVED.note(OBSERVED.files, os.path.abspath(os.fsdecode(path)))
+
+
+def note_variables() -> None:
+    """Has a look-up in os.environ by code of the user's noted, whatever its spelling."""
+    encode = os.environ.encodekey
+
+    def looks_up(file: str) -> bool:
+        return file.startswith("<frozen ") or file in (__file__, os.__file__, _collections_abc.__file__)
+
+    def encoded(name: Any) -> Any:
+        if own_caller(looks_up):
+            OBSERVED.note(OBSERVED.variables, name)
+        return encode(name)
+
+    os.environ.encodekey = encoded
+
+
+class AsAtStart(importlib.machinery.SourceFileLoader):
+    """Imports what `SOURCES_AT_START` has read, though the file be edited in the meantime.
+
+    Imports take seconds; what ran would not be what keys and records say.
+    """
+
+    def get_code(self, fullname: str) -> types.CodeType | None:
+        """The module's code; from the file, and so from the compiler's cache, where it is as read."""
+        text = SOURCES_AT_START.get(Path(self.path).resolve())
+        if text is None or text == Path(self.path).read_text(encoding="utf-8"):
+            return super().get_code(fullname)
+        return compile(text, self.path, "exec", dont_inherit=True)
+
+
+class OwnModules(importlib.machinery.PathFinder):
+    """Finds modules as ever; those of the project are loaded by `AsAtStart`."""
+
+    tops = {file.relative_to(HERE).parts[0].removesuffix(".py") for file in SOURCES_AT_START}
+
+    @classmethod
+    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> Any:
+        """See importlib.abc.MetaPathFinder."""
+        spec = super().find_spec(name, path, target) if name.split(".")[0] in cls.tops else None
+        loader = getattr(spec, "loader", None)
+        ours = type(loader) is importlib.machinery.SourceFileLoader
+        if ours and Path(loader.path).resolve() in SOURCES_AT_START:
+            spec.loader = AsAtStart(loader.name, loader.path)
+            return spec
+        return None  # the next finder's
+
+
+sys.meta_path.insert(0, OwnModules)
+sys.addaudithook(on_event)
+note_variables()
