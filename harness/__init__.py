@@ -3,6 +3,7 @@
     startup          from settings to a Run that can be run: pre-flight, models, texts, rehearsal
     preflight        what a run needs: access, data sets, disk and memory
     training         a training's log and budget; trainers that advance side by side
+    provenance       what ran and where: config.json
     records          what a run writes, and the checks that it can be right
     evaluation/      core, probing: SAE-Bench's figures, each pass of the language model made once;
                      shared_forward, probe_texts, estimate: what they are made of
@@ -17,7 +18,8 @@
     store            what outlives a run: one shelf, its codecs, the ledger of what was reused
     console          what a user reads; what stage the command is at
     machine          processor and memory
-    verdict          better or worse
+    reference        the run that another is compared to, or takes constants from
+    verdict          better or worse, and what can be compared
     errors           failures whose message is the whole story
     settings         what a setting can be, and the sentence where it isn't
     interfaces       what the harness asks of settings, SAE and trainer

@@ -56,6 +56,8 @@ class RunLike(Protocol):
     runs: Path
     source: str
     keeps: bool
+    core_metrics: Any
+    probe: Any
 
 
 class SAELike(Protocol):

@@ -3,136 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import json
 import lzma
 import math
-import os
-import platform
-import subprocess
 import sys
 import tarfile
 import time
-import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from harness.call_graph import own_files
 from harness.console import STAGE
 from harness.errors import ExperimentError
 from harness.evaluation.probing import probing_config
-from harness.fingerprint import versions
 from harness.interfaces import RunLike, SAELike, SettingsLike
-from harness.machine import memory_gb, peak_memory_gb, processor_name
+from harness.machine import peak_memory_gb
+from harness.provenance import write_outcome
+from harness.reference import verdict_of
 from harness.start import HERE, STARTED
-from harness.store import LEDGER, sha256_file, write_atomic, write_json
+from harness.store import write_json
 from harness.training import TrainingLog
-from harness.verdict import PRIMARY, mean, primary_metric, summarize, verdict, with_current_names
+from harness.verdict import PRIMARY, mean, primary_metric, summarize
 
 LOOSE = ("llm_top_1_test_accuracy", "llm_top_2_test_accuracy")  # probes of few dimensions vary
-
-
-def write_config(run: RunLike) -> None:
-    """Writes what ran and where: config.json, and experiment.py beside it.
-
-    Where the project's own code is not that of a commit, code.zip holds it.
-    """
-    settings, texts = run.settings, {"experiment.py": run.source, **own_files(run.source)}
-    write_atomic(run.out_dir / "experiment.py", run.source)
-    hashes = {file: hashlib.sha256(text.encode()).hexdigest() for file, text in texts.items()}
-    if settings.model == "tinylm":
-        for file in ("manifest.tsv", "model.safetensors", "tokenizer.json"):
-            hashes[f"tinylm/{file}"] = sha256_file(HERE / "tinylm" / file)
-    git = git_state(texts)
-    if git["dirty"]:
-        write_code(texts, run.out_dir / "code.zip")
-    record = {
-        "run": run.out_dir.name,
-        "profile": run.profile,
-        "settings": dataclasses.asdict(settings),
-        "model": settings.model,
-        "git": git,
-        "sha256": hashes,
-        "versions": versions(),
-        "threads": torch.get_num_threads(),
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cudnn_benchmark": torch.backends.cudnn.benchmark,
-        "dtype": settings.lm_dtype,
-        "train_dtype": run.train_dtype,
-        "device": str(run.device),
-        "hardware": {
-            "machine": platform.machine(),
-            "processor": processor_name(),
-            "cores": len(os.sched_getaffinity(0)),
-            "memory_gb": round(memory_gb(), 1),
-            "gpu": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else None,
-        },
-        "reused": [],  # see write_reused
-    }
-    write_json(run.out_dir / "config.json", record)
-
-
-def git_state(texts: dict[str, str]) -> dict[str, Any]:
-    """The commit that the project's folder is at, and whether these files differ from it.
-
-    Args:
-        texts: the project's own code, by its file's name below the project's folder.
-    Returns:
-        {"commit": its hash, or None where there is no git, "dirty": bool}
-    """
-    try:
-        asked = ["git", "-C", str(HERE), "ls-tree", "-r", "HEAD"]
-        commit, listed = (
-            subprocess.run(call, capture_output=True, text=True, check=True, timeout=30).stdout
-            for call in (["git", "-C", str(HERE), "rev-parse", "HEAD"], asked)
-        )
-    except (OSError, subprocess.SubprocessError):
-        return {"commit": None, "dirty": True}
-    committed = {line.split("\t", 1)[1]: line.split()[2] for line in listed.splitlines()}
-
-    def blob(text: str) -> str:
-        content = text.encode()
-        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-    dirty = any(committed.get(file) != blob(text) for file, text in texts.items())
-    return {"commit": commit.strip(), "dirty": dirty}
-
-
-def write_code(texts: dict[str, str], path: Path) -> None:
-    """Files and their texts as a zip archive, the same bytes for the same texts."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for file, text in sorted(texts.items()):
-            archive.writestr(zipfile.ZipInfo(file), text, zipfile.ZIP_DEFLATED)
-
-
-def write_reused(out_dir: Path) -> None:
-    """Adds to config.json what an earlier attempt had paid for."""
-    path = out_dir / "config.json"
-    record = json.loads(path.read_text())
-    record["reused"] = LEDGER.reused
-    write_json(path, record)
-
-
-def read_reference(run: RunLike) -> dict[str, list[float]] | None:
-    """The lists per seed of the run to compare with; None if it isn't there or not comparable."""
-    folder = run.runs / run.settings.compare_to
-    if folder.resolve() == run.out_dir.resolve():
-        return None
-    try:
-        info = json.loads((folder / "final_info.json").read_text())
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return None
-    same_sets = config.get("settings", {}).get("probe_sets") == list(run.settings.probe_sets)
-    if config.get("profile") != run.profile or not same_sets:
-        return None
-    return with_current_names(info["verdict"]["final_info_dict"])
 
 
 def read_final_info(run: Path) -> dict[str, Any]:
@@ -370,7 +264,8 @@ def write_records(
         PRIMARY: primary_metric(layers.values()),
         "l0": [mean(values) for values in zip(*(metrics["l0"] for metrics in layers.values()))],
     }
-    sentence, numbers = verdict(overall, read_reference(run), settings.compare_to)
+    config = write_outcome(run.out_dir, counts["training_tokens"])
+    sentence, numbers = verdict_of(run, config, overall)
     info = {name: summarize(metrics) for name, metrics in layers.items()}
     info["verdict"] = summarize(overall)
     info["verdict"]["means"] |= numbers
@@ -379,7 +274,6 @@ def write_records(
     warnings = [*shortened, *odd_results(layers, settings.d_sae), *differing]
     notes = [baseline] if baseline else []
     check_info(info)
-    write_reused(run.out_dir)
     write_json(run.out_dir / "warnings.json", warnings)
     write_json(run.out_dir / "final_info.json", info)
     print_closing_block(

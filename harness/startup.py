@@ -33,7 +33,9 @@ from harness.language_model import LanguageModel, load_language_model
 from harness.machine import choose_device, choose_train_dtype, make_reproducible
 from harness.observation import OBSERVED
 from harness.preflight import fit_core_batches, preflight
-from harness.records import check_complete, constants, read_final_info, write_config
+from harness.provenance import config_record, write_config
+from harness.records import check_complete, constants, read_final_info
+from harness.reference import check_references
 from harness.settings import checked_settings
 from harness.start import source_at_start
 from harness.store import LEDGER, cached
@@ -164,6 +166,7 @@ def launch(
         run = set_up(checked_settings(out_dir.name, settings, chosen), profile, out_dir, log,
                      source, out_dir.name in plan)  # fmt: skip
         run = dataclasses.replace(run, core_metrics=core_metrics, probe=probe)
+        check_references(run, config_record(run))
         run = rehearse(main, run)
         if moved := prepare_out_dir(out_dir):
             print(moved)

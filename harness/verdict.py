@@ -1,9 +1,10 @@
-"""Better or worse: the arithmetic of means, paired differences and their intervals. No torch."""
+"""Better or worse, and what can be compared: means, paired differences, intervals. No torch."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 PRIMARY = "mean_topk_probe_accuracy"  # the primary metric
@@ -21,6 +22,29 @@ OLD_NAMES = {  # in records of before 2026-11-27: what is called so now
     "selection": "activation",
 }
 OLD_ACTIVATIONS = {"token": "topk", "threshold": "jumprelu"}  # the same of that setting's values
+# Settings that the records of before 2026-11-27 lack: what they were.
+BEFORE = {"activation": "topk", "density_penalty": 0.0, "threshold_rate": 0.05}
+
+# What makes figures comparable: settings, and entries of `facts`, that begin so. All others may
+# vary, and the verdict names those that do: also a setting that an edit adds.
+MUST_BE_EQUAL = (
+    "profile", "language model", "lm_dtype", "layers", "context", "training_text", "core_",
+    "probe_", "code of probe",
+)  # fmt: skip
+OF_EVALUATION = ("core_", "probe_", "code of ")  # of these: what no SAE's weights depend on
+CONTENTS = {  # settings that name a text or a model, as the verdict calls them
+    "model": "language model",
+    "training_text": "training_text",
+    "core_text": "core_text",
+    "probe_sets": "probe_sets",
+}
+SIZES_OF_TEXTS = {"probe_train", "probe_test", "probe_seed", "context", "language model"}
+OTHER = "of other content"
+ASIDE = {  # say nothing of an SAE or its figures, or are compared otherwise (`facts`, seeds)
+    "description", "compare_to", "device", "log_every", "budget_minutes", "seeds",
+    "probe_llm_batch", "probe_sae_batch", "core_prompts", "core_reconstruction_batches",
+    "core_sparsity_batches",
+}  # fmt: skip
 
 
 def with_current_names(record: dict[str, Any]) -> dict[str, Any]:
@@ -97,25 +121,178 @@ def holm(ps: Sequence[float]) -> list[float]:
     return adjusted
 
 
+def same_l0(mine: float, theirs: float) -> bool:
+    """Whether two runs' L0 are close enough for a comparison; NaN is close to nothing."""
+    return mine <= MAX_L0_RATIO * theirs and theirs <= MAX_L0_RATIO * mine
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What two runs differ in, by name, each as "3 against 1, 2, 4".
+
+    Attributes:
+        unlike: of what must be equal; where there is any, their figures can't be compared.
+        varied: of what an experiment may vary.
+        unknown: what must be equal, and may not be: a record doesn't hold it.
+    """
+
+    unlike: dict[str, str]
+    varied: dict[str, str]
+    unknown: tuple[str, ...] = ()
+
+    def reasons(self, but: tuple[str, ...] = ()) -> str:
+        """ "layers 3 against 1, 2, 4; context 64 against 128", without names that begin so."""
+        return "; ".join(
+            f"{name} {values}" for name, values in self.unlike.items() if not name.startswith(but)
+        )
+
+    def also(self) -> str:
+        """What a verdict has to name beside its figures, for the end of its brackets."""
+        varied = ", ".join(f"{name} {values}" for name, values in self.varied.items())
+        unknown = ", ".join(self.unknown)
+        return (f"; differing in {varied}" if varied else "") + (
+            f"; not recorded, so perhaps not equal: {unknown}" if unknown else ""
+        )
+
+
+def compare_records(mine: dict[str, Any], theirs: dict[str, Any]) -> Comparison:
+    """What two runs differ in, from their config.json: may their figures be compared?
+
+    The one rule for verdicts, tables, figures and `constants_from_run`. Language models are
+    compared by their weights and texts by their content, as far as both records hold them, and
+    by name otherwise.
+    """
+    ours, others = facts(mine), facts(theirs)
+    unlike, varied, unknown = {}, {}, []
+    for name in dict.fromkeys([*ours, *others]):
+        a, b = ours.get(name), others.get(name)
+        must, known = name.startswith(MUST_BE_EQUAL), name in ours and name in others
+        if must and not known:
+            unknown.append(name)
+        elif not known and name.startswith(("version of ", "code of ")):
+            continue  # a record may lack it for its age alone
+        elif isinstance(a, Content) and isinstance(b, Content):
+            equal = a.equals(b)
+            if equal is False:
+                unlike[name] = against(a.name, b.name)
+            elif equal is None:
+                unknown.append(name)
+        elif name.startswith("code of ") and a != b:
+            (unlike if must else varied)[name] = "edited"
+        elif not same(a, b):
+            (unlike if must else varied)[name] = against(a, b)
+    if unlike.get("probe_sets") == OTHER and unlike.keys() & SIZES_OF_TEXTS:
+        del unlike["probe_sets"]  # for their sizes, which are named
+    return Comparison(unlike, varied, tuple(unknown))
+
+
+@dataclass(frozen=True)
+class Content:
+    """A text or a language model: its name, and digests of what it holds, by how they are made."""
+
+    name: Any
+    digests: dict[str, Any]
+
+    def equals(self, other: Content) -> bool | None:
+        """Whether both hold the same; None where they have the same name and it isn't known."""
+        for kind in ("content", "tinylm"):
+            if kind in self.digests and kind in other.digests:
+                return self.digests[kind] == other.digests[kind]
+        return None if same(self.name, other.name) else False
+
+
+def facts(config: dict[str, Any]) -> dict[str, Any]:
+    """What a run's figures may depend on, by name, from its config.json."""
+    given, versions = part_of(config, "settings"), part_of(config, "versions")
+    settings = BEFORE | with_current_names(given)
+    found = {name: config[name] for name in ("profile",) if name in config}
+    for name, label in CONTENTS.items():
+        if name in given:
+            found[label] = Content(given[name], content_digests(config, name))
+    found |= {name: v for name, v in settings.items() if name not in {*ASIDE, *CONTENTS}}
+    prompts = settings.get("core_prompts")  # halved where memory is small, for twice the batches
+    for kind in ("reconstruction", "sparsity"):
+        if prompts and (batches := settings.get(f"core_{kind}_batches")):
+            found[f"core_{kind}_contexts"] = prompts * batches
+    # As it was trained: a budget may have shortened it, and "auto" is no precision.
+    done = ("training_tokens", "train_dtype")
+    found |= {name: config[name] for name in done if name in config}
+    if "device" in config:
+        found["device"] = str(config["device"]).split(":")[0]
+    if processor := part_of(config, "hardware").get("processor"):
+        found["processor"] = processor
+    found |= {f"code of {function}": code for function, code in part_of(config, "code").items()}
+    return found | {f"version of {name}": version for name, version in versions.items()}
+
+
+def part_of(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """An entry of config.json that holds others; empty where there is none."""
+    part = config.get(name)
+    return part if isinstance(part, dict) else {}
+
+
+def content_digests(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """What config.json holds of the content that a setting names, by how it was digested."""
+    content, files = part_of(config, "content"), part_of(config, "sha256")
+    found = {"content": content[name]} if name in content else {}
+    file = "tinylm/model.safetensors" if name == "model" else "tinylm/manifest.tsv"
+    value = config["settings"][name]
+    names = value if isinstance(value, list) else [value]
+    if file in files and all(str(n).startswith("tinylm") for n in names):
+        found["tinylm"] = [value, files[file]]
+    return found
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether values of a setting are equal; as JSON has it, a tuple is a list."""
+    return list(a) == list(b) if {type(a), type(b)} <= {list, tuple} else a == b
+
+
+def against(mine: Any, theirs: Any) -> str:
+    """ "3 against 1, 2, 4"; of long lists what the other lacks."""
+    texts = [as_text(mine), as_text(theirs)]
+    if max(map(len, texts)) > 60 and {type(mine), type(theirs)} <= {list, tuple}:
+        texts = [as_text([v for v in mine if v not in theirs] or "fewer"),
+                 as_text([v for v in theirs if v not in mine] or "fewer")]  # fmt: skip
+    if texts[0] == texts[1]:
+        return OTHER
+    return " against ".join(t if len(t) <= 60 else f"{t[:28]} … {t[-28:]}" for t in texts)
+
+
+def as_text(value: Any) -> str:
+    """A value of a setting in words: a tuple's with commas."""
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(as_text, value))
+    return "none" if value is None else str(value)
+
+
 def verdict(
-    run: dict[str, list[float]], reference: dict[str, list[float]] | None, compare_to: str
+    run: dict[str, list[float]],
+    reference: dict[str, list[float]] | None,
+    compare_to: str,
+    compared: Comparison | None = None,
 ) -> tuple[str, dict[str, float]]:
     """Is this run better than the one it is compared to?
 
     The paired difference of the primary metric over the seeds both have, with its 95% interval
-    (Student's t). Not comparable where the mean L0 differ by over 20% or fewer than 3 seeds pair.
+    (Student's t). Not comparable where what must be equal isn't, where the mean L0 differ by over
+    20%, or where fewer than 3 seeds pair.
 
     Args:
         run, reference: lists per seed under "seed", `PRIMARY` and "l0" (the mean over layers);
-            reference is None where there is no such run of the same profile and task set.
-        compare_to: the reference's name, for the sentence.
+            reference is None where there is no such run.
+        compare_to: the reference's name, for the sentence; where there is none, what is missing.
+        compared: what they differ in.
     Returns:
-        the sentence that follows "verdict: ", and its figures as numbers.
+        the sentence that follows "verdict: ", and its figures as numbers; "comparable" is 1 where
+        it is better, worse or no difference.
     """
-    numbers = {PRIMARY: mean(run[PRIMARY]), "l0": mean(run["l0"])}
+    numbers = {PRIMARY: mean(run[PRIMARY]), "l0": mean(run["l0"]), "comparable": 0.0}
     if reference is None:
-        missing = f"no complete {compare_to} of this profile and these probe_sets"
-        return f"not comparable ({missing})", numbers
+        return f"not comparable ({compare_to})", numbers
+    compared = compared or Comparison({}, {})
+    if compared.unlike:
+        return f"not comparable ({compared.reasons()})", numbers
     numbers |= {
         f"{PRIMARY}_reference": mean(reference[PRIMARY]),
         "l0_reference": mean(reference["l0"]),
@@ -127,13 +304,15 @@ def verdict(
         shown = f", difference {numbers['difference']:+.4f}" if "difference" in numbers else ""
         return (
             f"not comparable ({numbers['n_paired_seeds']} seeds shared with {compare_to}, "
-            f"{MIN_SEEDS} are needed{shown}, {l0s})",
+            f"{MIN_SEEDS} are needed{shown}, {l0s}{compared.also()})",
             numbers,
         )
     low, high = numbers["ci95_low"], numbers["ci95_high"]
-    figures = f"{numbers['difference']:+.4f} [{low:+.4f}, {high:+.4f}] against {compare_to}, {l0s}"
-    larger, smaller = sorted((numbers["l0"], numbers["l0_reference"]), reverse=True)
-    if larger > MAX_L0_RATIO * smaller:
+    figures = (
+        f"{numbers['difference']:+.4f} [{low:+.4f}, {high:+.4f}] against {compare_to}, {l0s}"
+        f"{compared.also()}"
+    )
+    if not same_l0(numbers["l0"], numbers["l0_reference"]):
         return f"not comparable ({figures})", numbers
     word = "better" if low > 0 else "worse" if high < 0 else "no difference"
-    return f"{word} ({figures})", numbers
+    return f"{word} ({figures})", numbers | {"comparable": 1.0}

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 
-from harness.records import read_reference
+from harness.errors import ExperimentError
+from harness.records import final_values
+from harness.reference import check_references, verdict_of
 from harness.startup import Run
-from harness.verdict import PRIMARY, verdict
-from tests.conftest import settings_of
+from harness.verdict import PRIMARY, compare_records, verdict, with_current_names
+from tests.conftest import ROOT, run_command, settings_of
+from tests.test_command import words
 
 
 def of(primary: list[float], l0: float = 16.0, first_seed: int = 0) -> dict[str, list[float]]:
@@ -29,13 +35,14 @@ def of(primary: list[float], l0: float = 16.0, first_seed: int = 0) -> dict[str,
         (of([0.80, 0.81, 0.82], 20.0), of([0.70, 0.71, 0.73]), "not comparable (+0.0967"),
         (of([0.80, 0.81, 0.82], 19.1), of([0.70, 0.71, 0.73]), "better"),
         (of([0.80, 0.81, 0.82], 16.0, 1), of([0.70, 0.71, 0.73]), "not comparable (2 seeds"),
-        (of([0.80, 0.81, 0.82]), None, "not comparable (no complete run_1 of this profile and"),
+        (of([0.80, 0.81, 0.82]), None, "not comparable (run_1)"),
     ],
 )
 def test_verdict(run, reference, word) -> None:
     sentence, numbers = verdict(run, reference, "run_1")
     assert sentence.startswith(word)
     assert all(math.isfinite(value) for value in numbers.values())
+    assert numbers["comparable"] == (not word.startswith("not"))
     assert numbers[PRIMARY] == pytest.approx(sum(run[PRIMARY]) / len(run[PRIMARY]))
 
 
@@ -48,12 +55,230 @@ def test_verdict_interval_worked_out_by_hand() -> None:
     assert numbers["ci95_high"] == pytest.approx(0.0966667 + half, abs=1e-6)
 
 
-def test_verdict_reads_only_runs_of_the_same_profile_and_task_set(toy, toy_run: Path) -> None:
-    settings, runs = settings_of(toy, "run_2"), toy_run.parent
-    run = Run(settings, None, out_dir=runs / "run_2", runs=runs)
-    found = read_reference(run)
-    assert found["seed"] == [0.0] and len(found[PRIMARY]) == 1
-    assert read_reference(dataclasses.replace(run, profile="gemma-2-2b")) is None
-    assert read_reference(dataclasses.replace(run, out_dir=toy_run)) is None  # itself
-    other = dataclasses.replace(settings, probe_sets=("toy/halves",))
-    assert read_reference(dataclasses.replace(run, settings=other)) is None
+# ---- what can be compared ---------------------------------------------------------------------
+
+RUN_1 = json.loads((ROOT / "run_1" / "config.json").read_text())
+SILENT = {  # settings that change neither an SAE nor the meaning of a figure
+    "description", "compare_to", "device", "log_every", "budget_minutes", "seeds",
+    "probe_llm_batch", "probe_sae_batch",
+}  # fmt: skip
+
+
+def changed(config: dict, **settings) -> dict:
+    """A config.json with other settings."""
+    return config | {"settings": config["settings"] | settings}
+
+
+def current(config: dict) -> dict:
+    """A config.json with the names of now, and all settings of now."""
+    import experiment
+
+    given = dataclasses.asdict(experiment.Settings())
+    return config | {"settings": json.loads(json.dumps(given))}
+
+
+@pytest.mark.parametrize("change, sentence", [
+    (dict(layers=[3]), "layers 3 against 1, 2, 4"),
+    (dict(context=64), "context 64 against 128"),
+    (dict(lm_dtype="bfloat16"), "lm_dtype bfloat16 against float32"),
+    (dict(model="other/model"), "language model other/model against tinylm"),
+    (dict(training_text="other"), "training_text other against tinylm"),
+    (dict(core_text="other"), "core_text other against tinylm"),
+    (dict(core_sparsity_batches=50), "core_sparsity_contexts 800 against 640"),
+    (dict(probe_sets=["tinylm/A"]), "probe_sets tinylm/A against tinylm/B"),
+    (dict(probe_train=100, probe_test=30),
+     "probe_train 100 against 300; probe_test 30 against 200"),
+    (dict(probe_seed=1), "probe_seed 1 against 42"),
+    (dict(core_of_an_edit=2, context=64), "context 64 against 128"),
+])  # fmt: skip
+def test_what_must_be_equal_is_named(change, sentence) -> None:
+    """With the figures of a run that would be worse: no difference is recorded."""
+    compared = compare_records(changed(RUN_1, **change), RUN_1)
+    said, numbers = verdict(of([0.70, 0.71, 0.73]), of([0.80, 0.81, 0.82]), "run_1", compared)
+    assert said == f"not comparable ({sentence})"
+    assert numbers.keys() == {PRIMARY, "l0", "comparable"} and numbers["comparable"] == 0
+    assert compare_records(RUN_1, changed(RUN_1, **change)).unlike  # either way
+
+
+@pytest.mark.parametrize("change, named", [
+    (dict(d_sae=2048), "d_sae 2048 against 1024"),
+    (dict(lr=3e-3, k_min=8), "k_min 8 against 16, lr 0.003 against 0.0015"),
+    (dict(training_tokens=600_000), "training_tokens 600000 against 1200000"),
+    (dict(density_penalty=0.01, activation="jumprelu"),
+     "activation jumprelu against topk, density_penalty 0.01 against 0.0"),
+    (dict(aux_weight=0.5), "aux_weight 0.5 against none"),  # a setting that an edit added
+    (dict(tau_sel=0.123456789), "tau_sel 0.123456789 against none"),
+])  # fmt: skip
+def test_what_an_experiment_varies_is_named(change, named) -> None:
+    compared = compare_records(changed(RUN_1, **change), RUN_1)
+    said, _ = verdict(of([0.80, 0.81, 0.82]), of([0.70, 0.71, 0.73]), "run_1", compared)
+    assert said == f"better (+0.0967 [+0.0823, +0.1110] against run_1, L0 16.0 against 16.0; " \
+                   f"differing in {named})"  # fmt: skip
+
+
+def test_no_setting_is_left_out_of_a_comparison() -> None:
+    """Each field of Settings, changed, is told of, but for those that change nothing."""
+    import experiment
+
+    mine, silent = current(RUN_1), set()
+    for field in dataclasses.fields(experiment.Settings):
+        compared = compare_records(changed(mine, **{field.name: "another"}), mine)
+        if not (compared.unlike or compared.varied):
+            silent.add(field.name)
+    assert silent == SILENT | {"train_dtype"}  # of which config.json holds what "auto" has become
+    assert compare_records(mine | {"train_dtype": "float32"}, mine).varied
+    smaller = changed(mine, core_prompts=8, core_reconstruction_batches=20,
+                      core_sparsity_batches=80)  # fmt: skip
+    assert not compare_records(smaller, mine).unlike  # as fit_core_batches does it
+
+
+def test_language_models_and_texts_are_compared_by_what_they_hold() -> None:
+    mine = changed(current(RUN_1), model="a/folder", training_text="some/text")
+    mine |= {"content": {"model": "1", "training_text": "2"}}
+    moved = changed(mine, model="another/folder", training_text="elsewhere/text")
+    assert not compare_records(moved, mine).unlike and not compare_records(moved, mine).unknown
+    other = moved | {"content": {"model": "3", "training_text": "2"}}
+    said = compare_records(other, mine).reasons()
+    assert said == "language model another/folder against a/folder"
+    tuned = mine | {"content": {"model": "3", "training_text": "4"}}
+    assert compare_records(tuned, mine).unlike == {
+        "language model": "of other content", "training_text": "of other content",
+    }  # fmt: skip
+    tuned = copy.deepcopy(RUN_1)  # tinylm's own, in records of before
+    tuned["sha256"]["tinylm/model.safetensors"] = "0"
+    assert compare_records(tuned, RUN_1).unlike == {"language model": "of other content"}
+    lacking = {name: value for name, value in mine.items() if name not in ("content", "sha256")}
+    assert compare_records(lacking, mine).unknown == (
+        "language model", "training_text", "core_text", "probe_sets",
+    )  # fmt: skip
+    said, _ = verdict(of([0.8] * 3), of([0.8] * 3), "run_1", compare_records(lacking, mine))
+    assert said.endswith("; not recorded, so perhaps not equal: "
+                         "language model, training_text, core_text, probe_sets)")  # fmt: skip
+
+
+def test_an_edited_probe_is_not_compared_and_edited_core_metrics_are_named() -> None:
+    mine = RUN_1 | {"code": {"probe": "1", "core_metrics": "1"}}
+    assert compare_records(mine, RUN_1).unknown == ("code of probe",)  # of before, without
+    for function, unlike in (("probe", True), ("core_metrics", False)):
+        edited = mine | {"code": mine["code"] | {function: "2"}}
+        compared = compare_records(edited, mine)
+        assert compared.unlike == ({"code of probe": "edited"} if unlike else {})
+        assert compared.varied == ({} if unlike else {"code of core_metrics": "edited"})
+
+
+def test_the_committed_runs_have_the_verdicts_they_had() -> None:
+    words_of = []
+    for i in range(2, 11):
+        records = [
+            json.loads((ROOT / f"run_{j}" / name).read_text())
+            for j in (i, 1) for name in ("config.json", "final_info.json")
+        ]  # fmt: skip
+        compared = compare_records(records[0], records[2])
+        lists = (with_current_names(info["verdict"]["final_info_dict"]) for info in records[1::2])
+        said, numbers = verdict(*lists, "run_1", compared)
+        words_of.append(said.split(" (")[0])
+        for name, value in with_current_names(records[1]["verdict"]["means"]).items():
+            assert name == "seed" or numbers[name] == pytest.approx(value, abs=1e-12)
+    same, unlike = "no difference", "not comparable"
+    assert words_of == [same, same, same, unlike, unlike, unlike, same, same, "better"]
+
+
+# ---- the run that is compared to --------------------------------------------------------------
+
+
+@pytest.fixture()
+def second(toy, toy_run: Path, tmp_path: Path) -> tuple[Run, dict]:
+    """A run_2 like the toy's run_1, and its config.json; run_1 stands beside it."""
+    shutil.copytree(toy_run, tmp_path / "run_1")
+    config = json.loads((toy_run / "config.json").read_text())
+    settings = settings_of(toy, "run_2")
+    return Run(settings, None, out_dir=tmp_path / "run_2", runs=tmp_path), config
+
+
+SEEDS = {"seed": [0.0], PRIMARY: [0.5], "l0": [4.0]}
+
+
+def test_a_missing_or_unlike_reference_is_told_at_the_start(second, capsys) -> None:
+    run, config = second
+    check_references(run, config)
+    assert capsys.readouterr().out == ""
+    assert "1 seeds shared with run_1" in verdict_of(run, config, SEEDS)[0]
+    check_references(run, changed(config, layers=[1]))
+    assert capsys.readouterr().out == (
+        "no verdict to come: not comparable with run_1 (layers 1 against 0, 2)\n"
+    )
+    shutil.rmtree(run.runs / "run_1")
+    check_references(run, config)
+    said = capsys.readouterr().out
+    assert said == f"no verdict to come: there is no complete run_1 in {run.runs}\n"
+    assert verdict_of(run, config, SEEDS)[0] == "not comparable (no complete run_1)"
+
+
+@pytest.mark.parametrize("name, content", [
+    ("final_info.json", '{"layer_0": {"means"'), ("final_info.json", "[]"),
+    ("final_info.json", '{"verdict": {}}'), ("config.json", None), ("config.json", "{}"),
+    ("final_info.json", '{"verdict": {"final_info_dict": {"seed": [0], "primary": [], "l0": []}}}'),
+    ("final_info.json",
+     '{"verdict": {"final_info_dict": {"seed": [0], "primary": [NaN], "l0": [4]}}}'),
+])  # fmt: skip
+def test_a_damaged_reference_ends_the_start_and_not_the_run(second, name, content) -> None:
+    run, config = second
+    path = run.runs / "run_1" / name
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(ExperimentError, match=f"compare_to='run_1' needs .*run_1/{name}"):
+        check_references(run, config)
+    assert verdict_of(run, config, SEEDS)[0].startswith(f"not comparable ({path} ")
+
+
+def test_a_run_is_compared_to_itself_set_aside(second) -> None:
+    run, config = second
+    again = dataclasses.replace(run, out_dir=run.runs / "run_1")
+    for number in (1, 2, 10):  # run_1.10 is the last
+        shutil.copytree(run.runs / "run_1", run.runs / f"run_1.{number}")
+    (run.runs / "run_1" / "final_info.json").unlink()
+    sentence, _ = verdict_of(again, config, SEEDS)
+    assert "1 seeds shared with run_1.10" in sentence
+    for path in run.runs.glob("run_1.*"):
+        shutil.rmtree(path)
+    assert verdict_of(again, config, SEEDS)[0] == "not comparable (no complete run_1)"
+
+
+def test_constants_are_taken_from_a_run_like_this_one(second) -> None:
+    run, config = second
+    run = dataclasses.replace(
+        run, settings=dataclasses.replace(run.settings, constants_from_run="run_1")
+    )
+    check_references(run, config)
+    check_references(run, changed(config, probe_train=20, layers=[2], k_min=2))  # their own matter
+    assert final_values(run.runs / "run_1", [(2, 0)], ["gamma"])
+    for change, words_said in (
+        (dict(context=16), "differs in context 16 against 32"),
+        (dict(model="other"), "differs in language model other"),
+        (dict(training_text="other"), "differs in training_text other against toy"),
+    ):
+        other = changed(config, **change)
+        if "model" in change:
+            other |= {"content": other["content"] | {"model": "of other weights"}}
+        with pytest.raises(ExperimentError, match=f"constants_from_run='run_1' .*{words_said}"):
+            check_references(run, other)
+
+
+def test_the_command_names_what_is_unlike_first_and_last(
+    toy, toy_run, tmp_path, monkeypatch, capsys
+) -> None:
+    """At the start, in the verdict, and in final_info.json; what is damaged ends it there."""
+    shutil.copytree(toy_run, tmp_path / "run_1")
+    plan = dict(layers=(2,), probe_train=20, seeds=(0,))
+    monkeypatch.setitem(toy.PLAN, "run_2", plan)
+    assert run_command(toy, tmp_path / "run_2") == 0
+    said = capsys.readouterr().out
+    reasons = "(layers 2 against 0, 2; probe_train 20 against 40)"
+    assert said.index(f"not comparable with run_1 {reasons}") < said.index("rehearsal: ")
+    assert said.splitlines()[-1] == f"verdict: not comparable {reasons}"
+    info = json.loads((tmp_path / "run_2" / "final_info.json").read_text())
+    assert "difference" not in info["verdict"]["means"]
+    (tmp_path / "run_1" / "final_info.json").write_text("{")
+    assert run_command(toy, tmp_path / "run_3") == 1
+    captured = capsys.readouterr()
+    assert "rehearsal" not in captured.out
+    assert "run_1/final_info.json can't be read" in words(captured.err)["cause"]
