@@ -30,17 +30,17 @@ from harness.verdict import (
     MIN_SEEDS,
     PRIMARY,
     PRIMARY_KS,
+    compare_records,
     holm,
     mean,
     paired_difference,
+    same_l0,
     stderr,
     verdict,
     with_current_names,
 )
 
-# ---------------------------------------------------------------------------------------------
-# Edit here
-# ---------------------------------------------------------------------------------------------
+# ---- edit here ------------------------------------------------------------------------------
 
 # Run name -> label, in the order wanted. Empty: every run found, under its own name.
 labels = {
@@ -48,8 +48,6 @@ labels = {
     # "run_5": "no curriculum",
 }
 REFERENCE = "run_1"  # differences in the ablation table are to this run
-
-# ---------------------------------------------------------------------------------------------
 
 HERE = Path(__file__).resolve().parent
 K_VALUES = (1, 2, 5, 10, 20, 50)
@@ -96,15 +94,11 @@ CURVES = {
 }
 # Columns of the tables: metric, Markdown heading, heading in the figure (if there), decimals.
 COLUMNS = (
-    ("l0", "L0", "L0", 1),
-    ("fvu", "FVU", "FVU", 3),
+    ("l0", "L0", "L0", 1), ("fvu", "FVU", "FVU", 3),
     ("ce_loss_score", "CE loss score", "CE\nscore", 3),
-    ("dead_fraction", "dead fraction", "dead", 3),
-    ("frac_alive", "frac alive", "", 3),
-    ("tau_sel", "tau_sel", "$\\tau_{sel}$", 3),
-    ("tau_pen", "tau_pen", "$\\tau_{pen}$", 3),
-    ("gamma", "gamma", "$\\gamma$", 3),
-    ("w", "w", "$w$", 4),
+    ("dead_fraction", "dead fraction", "dead", 3), ("frac_alive", "frac alive", "", 3),
+    ("tau_sel", "tau_sel", "$\\tau_{sel}$", 3), ("tau_pen", "tau_pen", "$\\tau_{pen}$", 3),
+    ("gamma", "gamma", "$\\gamma$", 3), ("w", "w", "$w$", 4),
 )
 
 
@@ -121,6 +115,7 @@ class Run:
     given: bool
     tests: str  # what it tests, in words
     settings: dict
+    config: dict  # config.json
     log: pd.DataFrame | None  # by number of training tokens; columns (metric, layer, seed)
 
 
@@ -147,6 +142,13 @@ class Report:
         """Colour and marker of each run, the same in every figure."""
         return {run: (COLOURS[i % len(COLOURS)], MARKERS[i // len(COLOURS) % len(MARKERS)])
                 for i, run in enumerate(run for run in self.runs if not run.given)}
+
+    def unlike(self, run, but=()):
+        """What makes a run's figures no match for the reference's, or else the first run's.
+
+        `but`: the beginnings of names that may differ."""
+        base = self.reference or next((run for run in self.runs if not run.given), run)
+        return compare_records(run.config, base.config).reasons(but)
 
     def value(self, run, metric):
         """A metric's mean over the run's layers; NaN where one lacks it."""
@@ -248,7 +250,8 @@ def load_run(folder):
         log = None if given else read_log(packed if packed.exists() else plain)
     except ValueError as error:
         complain(f"{error}: {name} stands in the tables and is left out of the curves.")
-    return Run(name, labels.get(name, name), profile, given, tests, settings, log), records
+    label = labels.get(name, name)
+    return Run(name, label, profile, given, tests, settings, config, log), records
 
 
 def load_reports(root):
@@ -298,17 +301,16 @@ def seed_means(records, run, metric):
 def compare(records, run, reference):
     """The verdict's word against the reference, and its figures; ("-", {}) where there is none.
 
-    None for the reference itself, for the given baseline, and where layers or probing tasks differ.
+    None for the reference itself, the given baseline, and a run without figures by seed.
     """
-    alike = reference not in (None, run) and not run.given and all(
-        run.settings.get(key) == reference.settings.get(key) for key in ("layers", "probe_sets"))
     lists = []
-    for each in (run, reference) if alike else ():
+    for each in (run, reference) if reference not in (None, run) and not run.given else ():
         scores, l0s = (seed_means(records, each, metric) for metric in (PRIMARY, "l0"))
         lists.append({"seed": [*scores], PRIMARY: [*scores.values()], "l0": [*l0s.values()]})
-    if not alike or any([] in found.values() for found in lists):
+    if not lists or any([] in found.values() for found in lists):
         return "-", {}
-    sentence, figures = verdict(*lists, reference.name)
+    compared = compare_records(run.config, reference.config)
+    sentence, figures = verdict(*lists, reference.name, compared)
     return sentence.split(" (")[0], figures
 
 
@@ -354,7 +356,8 @@ def ablation_rows(report):
     for run in sorted(report.runs, key=lambda run: run.given):
         word, figures = compare(records, run, reference)
         scores = seed_means(records, run, PRIMARY)
-        fvu = [seed_means(records, each, "fvu") for each in (run, reference) if figures]
+        fvu = [seed_means(records, each, "fvu") for each in (run, reference)
+               if "difference" in figures]
         rows.append({
             "run": run, "label": run.label + f" ({run.name})" * (run.label != run.name),
             "tests": GIVEN if run.given else run.tests, "range": "", "seeds": len(scores) or "-",
@@ -375,11 +378,12 @@ def reference_row(report, who, label, more=""):
     """The row of what is no run, "untrained" or "llm"; None where no run has scored it."""
     name = f"{who}_{PRIMARY}"
     scored = [run for run in report.runs if math.isfinite(report.value(run, name))]
-    runs = [run for run in scored if not run.given]
+    runs = [run for run in scored if not run.given and not report.unlike(run)]
     if who == "llm":
         runs = runs or scored  # the given baseline's figures of the model are sound
     elif report.reference in runs:  # at its L0
-        runs = [run for run in runs if same_l0(report, run, report.reference)]
+        at = report.value(report.reference, "l0")
+        runs = [run for run in runs if same_l0(report.value(run, "l0"), at)]
     if not runs:
         return None
     values = [report.value(run, name) for run in runs]
@@ -394,12 +398,6 @@ def reference_row(report, who, label, more=""):
             "p": math.nan, "verdict": "-", "untrained": math.nan, "seeds": "-",
             **{metric: np.mean([report.value(run, f"{who}_{metric}") for run in runs])
                for metric, *_ in COLUMNS}}
-
-
-def same_l0(report, run, other):
-    """Whether two runs' L0 are close enough for a comparison (MAX_L0_RATIO)."""
-    smaller, larger = sorted(report.value(each, "l0") for each in (run, other))
-    return larger <= MAX_L0_RATIO * smaller
 
 
 def interval(figures, decimals, gap=" "):
@@ -439,20 +437,19 @@ def tables(profile, report):
     by_layer = [[run.label, layer, *map(pm, means.loc[run.name, layer],
                                         errors.loc[run.name, layer], digits)]
                 for run in report.runs for layer in means.loc[run.name].index]
-    tasks = {run.label: ", ".join(map(str, sets)) for run in report.runs
-             if isinstance(sets := run.settings.get("probe_sets"), list)}
-    warning = ["Not all on the same probing tasks, so not all comparable: " + "; ".join(
-        f"{label} on {sets}" for label, sets in tasks.items()) + "."]
+    unlike = [f"{run.label} ({reasons})" for run in report.runs
+              if not run.given and (reasons := report.unlike(run))]
+    warning = ["Not comparable with the others: " + "; ".join(unlike) + "."]
     return "\n\n".join([
         f"# Ablation, profile {profile}",
         "primary: mean over layers of the sparse-probing test accuracy at k = 1, 2 and 5, ± "
         f"standard error over seeds (none for one seed). Difference to {REFERENCE}: paired over "
         f"the seeds that both have, from {MIN_SEEDS} seeds on with its 95% interval "
         "(Student's t), p by Holm over all runs, and a verdict, which is \"not comparable\" where "
-        f"L0 differs by over {100 * (MAX_L0_RATIO - 1):.0f}%. FVU's difference is paired "
-        "likewise. The other columns are means over layers. A dash: not recorded, or nothing to "
-        "compare.",
-        markdown(header, lines), *warning * (len(set(tasks.values())) > 1),
+        f"L0 differs by over {100 * (MAX_L0_RATIO - 1):.0f}% or what must be equal differs. FVU's "
+        "difference is paired likewise. The other columns are means over layers. A dash: not "
+        "recorded, or nothing to compare.",
+        markdown(header, lines), *warning * bool(unlike),
         "## By layer", markdown(["run", "layer", *headings], by_layer)]) + "\n"
 
 
@@ -635,6 +632,9 @@ def draw_probing(report):
     given = probes["run"].isin([run.name for run in report.runs if run.given])
     # The given baseline stands apart, also with its model's figures, where a run has its own.
     references = probes[~given | ~probes["layer"].isin(probes["layer"][~given])]
+    others = [run.name for run in report.runs if not run.given and report.unlike(run, "layers")]
+    references = references[~references["run"].isin(others)]  # of another language model, say
+    without = f" (not of {', '.join(others)})" if others else ""
     spread = references.groupby(["who", "layer", "k"])["mean"].agg(np.ptp)
     banded = set(spread[spread > 5e-4].index.get_level_values("who"))
     layers = sorted(set(probes["layer"]))
@@ -656,7 +656,7 @@ def draw_probing(report):
             by_k = mine.groupby("k")["mean"].agg(["mean", "min", "max"])
             if len(by_k):
                 axes.plot(by_k["mean"], dashes, color=colour, zorder=2,
-                          label=label + BAND * (who in banded))
+                          label=label + without + BAND * (who in banded))
             if (by_k["max"] - by_k["min"]).max() > 5e-4:
                 axes.fill_between(by_k.index, by_k["min"], by_k["max"], color=colour, alpha=0.15,
                                   linewidth=0)

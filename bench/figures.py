@@ -20,6 +20,7 @@ from harness.verdict import (
     holm,
     mean,
     paired_difference,
+    same_l0,
     stderr,
     with_current_names,
 )
@@ -34,7 +35,6 @@ from plot import (
     markdown,
     plain_log_axis,
     pm,
-    same_l0,
     save,
     seed_means,
     show,
@@ -228,10 +228,12 @@ def forms_table(frame, untrained):
 
 
 def other_l0(report):
-    """The runs whose L0 is too far from the reference's for a comparison."""
+    """The runs like the reference whose L0 is too far from its own for a comparison."""
     if not report or not report.reference:
         return []
-    return [run for run in report.styles if not same_l0(report, run, report.reference)]
+    at = report.value(report.reference, "l0")
+    return [run for run in report.styles
+            if not report.unlike(run) and not same_l0(report.value(run, "l0"), at)]
 
 
 def read_off(frame, metric, at):

@@ -136,11 +136,40 @@ def test_what_can_not_be_compared_is_not(tmp_path, figures):
     plot.main(tmp_path, ())
     text = (tmp_path / "figures" / "tinylm" / "ablation.md").read_text()
     rows = ablation(tmp_path)
-    assert "run_1 on tinylm/B" in text and "run_5 on tinylm/A" in text
-    assert [rows[f"run_{i}"]["verdict"] for i in (2, 3, 4, 5)] == (
-        ["-", "not comparable", "not comparable", "-"])
+    assert ("Not comparable with the others: run_2 (layers 1, 2 against 1, 2, 4); "
+            "run_5 (probe_sets tinylm/A against tinylm/B).") in text
+    assert [rows[f"run_{i}"]["verdict"] for i in (2, 3, 4, 5)] == 4 * ["not comparable"]
     assert rows["run_2"]["difference to run_1"] == rows["run_5"]["difference to run_1"] == "-"
     assert "[" not in rows["run_4"]["difference to run_1"]  # a difference, and no interval
+
+
+def test_another_language_models_figures_are_not_pooled(tmp_path, figures):
+    """Nor its untrained SAEs': the lines and rows of reference are those of run_1's model."""
+    one = make_run(tmp_path, "run_1", log=False, seeds=(0, 1, 2))
+    other = make_run(tmp_path, "run_2", log=False, seeds=(0, 1, 2))
+    for layer in (1, 2, 4):
+        for part in ("means", "final_info_dict"):
+            for metric, value in other[f"layer_{layer}"][part].items():
+                if metric.startswith(("llm_", "untrained_top")):
+                    other[f"layer_{layer}"][part][metric] = (
+                        value / 2 if part == "means" else [v / 2 for v in value])
+    (tmp_path / "run_2" / "final_info.json").write_text(json.dumps(other))
+    config = json.loads((tmp_path / "run_2" / "config.json").read_text())
+    for name, model in (("run_1", "tinylm"), ("run_2", "another/model")):
+        config["settings"]["model"] = model
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    plot.main(tmp_path, ("probing",))
+    rows = ablation(tmp_path)
+    assert rows["run_2"]["verdict"] == "not comparable"
+    for who, row in (("llm", "language model"), ("untrained", "untrained SAE")):
+        scores = [one[f"layer_{layer}"]["means"][f"{who}_top_{k}_test_accuracy"]
+                  for layer in (1, 2, 4) for k in (1, 2, 5)]
+        assert rows[row]["primary"] == f"{np.mean(scores):.4f}"
+    assert "language model, best k dimensions (not of run_2)" in legend_texts(
+        figures["tinylm", "probing"])
+    (lines,) = [line for line in line_data(figures["tinylm", "probing"].axes[0], "black")
+                if len(line) == 6]
+    assert lines[0, 1] == one["layer_1"]["means"]["llm_top_1_test_accuracy"]
 
 
 def test_values_fixed_at_another_runs_end_are_marked(tmp_path, figures):
