@@ -45,7 +45,6 @@ from harness.verdict import (
 # Run name -> label, in the order wanted. Empty: every run found, under its own name.
 labels = {
     # "run_1": "full method",
-    # "run_5": "no curriculum",
 }
 REFERENCE = "run_1"  # differences in the ablation table are to this run
 
@@ -64,11 +63,11 @@ GREY = "#777777"
 STYLE = {
     "font.size": 7, "axes.titlesize": 7.5, "axes.labelsize": 7, "legend.fontsize": 6.5,
     "xtick.labelsize": 6.5, "ytick.labelsize": 6.5, "axes.linewidth": 0.6, "lines.linewidth": 1.0,
-    "lines.markersize": 3, "lines.markerfacecolor": "white",
-    "axes.spines.top": False, "axes.spines.right": False,
-    "axes.grid": True, "grid.color": "#e6e6e6", "grid.linewidth": 0.5, "axes.axisbelow": True,
-    "xtick.major.width": 0.6, "ytick.major.width": 0.6, "legend.frameon": False,
-    "pdf.fonttype": 42, "savefig.dpi": 220, "figure.constrained_layout.h_pad": 0.03,
+    "lines.markersize": 3, "lines.markerfacecolor": "white", "axes.spines.top": False,
+    "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6", "grid.linewidth": 0.5,
+    "axes.axisbelow": True, "xtick.major.width": 0.6, "ytick.major.width": 0.6,
+    "legend.frameon": False, "pdf.fonttype": 42, "savefig.dpi": 220,
+    "figure.constrained_layout.h_pad": 0.03,
 }
 
 # Rows of panels, where a run has them: metric of train_log.jsonl, axis label, axis scale.
@@ -103,7 +102,6 @@ COLUMNS = (
 
 
 # ---- reading the records --------------------------------------------------------------------
-
 
 @dataclass(frozen=True, eq=False)
 class Run:
@@ -143,10 +141,14 @@ class Report:
         return {run: (COLOURS[i % len(COLOURS)], MARKERS[i // len(COLOURS) % len(MARKERS)])
                 for i, run in enumerate(run for run in self.runs if not run.given)}
 
-    def unlike(self, run, but=()):
-        """What makes a run's figures no match for the reference's, or else the first run's.
+    @functools.cached_property
+    def full_probe(self):
+        """The metric of the model's probe on all dimensions, and what to note of SAE-Bench's."""
+        ours = "llm_all_test_accuracy" in set(self.records["metric"])
+        return ("llm_all_test_accuracy", "") if ours else ("llm_test_accuracy", " (best epoch)")
 
-        `but`: the beginnings of names that may differ."""
+    def unlike(self, run, but=()):
+        """What forbids to compare a run to the reference, or else the first run; "": nothing."""
         base = self.reference or next((run for run in self.runs if not run.given), run)
         return compare_records(run.config, base.config).reasons(but)
 
@@ -250,8 +252,8 @@ def load_run(folder):
         log = None if given else read_log(packed if packed.exists() else plain)
     except ValueError as error:
         complain(f"{error}: {name} stands in the tables and is left out of the curves.")
-    label = labels.get(name, name)
-    return Run(name, label, profile, given, tests, settings, config, log), records
+    run = Run(name, labels.get(name, name), profile, given, tests, settings, config, log)
+    return run, records
 
 
 def load_reports(root):
@@ -283,7 +285,6 @@ def load_reports(root):
 
 # ---- arithmetic and tables ------------------------------------------------------------------
 
-
 def summary(records, by, statistic=mean):
     """A row per combination of `by`, a column per metric: the statistic of the values there."""
     groups = records.groupby([*by, "metric"])["value"]
@@ -307,11 +308,10 @@ def compare(records, run, reference):
     for each in (run, reference) if reference not in (None, run) and not run.given else ():
         scores, l0s = (seed_means(records, each, metric) for metric in (PRIMARY, "l0"))
         lists.append({"seed": [*scores], PRIMARY: [*scores.values()], "l0": [*l0s.values()]})
-    if not lists or any([] in found.values() for found in lists):
+    if not lists or any([] in columns.values() for columns in lists):
         return "-", {}
-    compared = compare_records(run.config, reference.config)
-    sentence, figures = verdict(*lists, reference.name, compared)
-    return sentence.split(" (")[0], figures
+    sentence, found = verdict(*lists, reference.name, compare_records(run.config, reference.config))
+    return sentence.split(" (")[0], found
 
 
 @functools.cache
@@ -390,8 +390,9 @@ def reference_row(report, who, label, more=""):
     text = "same width and L0, never trained" + f": of {len(runs)} runs at one L0" * (len(runs) > 1)
     if who == "llm":
         text = "best k dimensions of the residual stream"
-        if math.isfinite(full := np.mean([report.value(run, "llm_test_accuracy") for run in runs])):
-            text += f"; probe on all dimensions: {full:.4f}"
+        metric, note = report.full_probe
+        if len(full := [v for run in runs if math.isfinite(v := report.value(run, metric))]):
+            text += f"; probe on all dimensions{note}: {np.mean(full):.4f}"
     return {"run": None, "label": label, "short": label + more, "tests": text, "fixed": (),
             "primary": np.mean(values), "stderr": 0.0, "figures": {}, "fvu_figures": {},
             "range": f" ({min(values):.4f} to {max(values):.4f})" if np.ptp(values) >= 5e-5 else "",
@@ -431,7 +432,7 @@ def tables(profile, report):
         *((metric, heading, digits) for metric, heading, _, digits in COLUMNS),
         *((f"{who}_top_{k}_test_accuracy", f"{who} top {k}", 4)
           for who in ("sae", "untrained", "llm") for k in PRIMARY_KS),
-        ("llm_test_accuracy", "llm all", 4))
+        (report.full_probe[0], f"llm all{report.full_probe[1]}", 4))
     means, errors = (summary(report.records, ["run", "layer"], statistic).reindex(
         columns=list(metrics)) for statistic in (mean, stderr))
     by_layer = [[run.label, layer, *map(pm, means.loc[run.name, layer],
@@ -454,7 +455,6 @@ def tables(profile, report):
 
 
 # ---- parts of figures -----------------------------------------------------------------------
-
 
 def save(figure, path):
     figure.savefig(path.with_suffix(".png"))
@@ -544,7 +544,6 @@ def draw_curves(axes, styled, scale):
 
 # ---- a function per figure: of a Report, or None where there is nothing to show ---------------
 
-
 def draw_panels(report, rows):
     """A grid of curves against training tokens: a row of panels per metric, a column per layer."""
     layers, dashed = report.logged_layers, {"linestyle": "--", "linewidth": 0.8}
@@ -616,8 +615,9 @@ def draw_plane(report):
 def probe_accuracies(report):
     """The shown runs' probes: columns layer, who, k (NaN: of all dimensions), run, mean, stderr."""
     records = report.records[report.records["run"].isin([run.name for run in report.runs])]
+    full = report.full_probe[0].removeprefix("llm_")
     names = records["metric"].str.extract(
-        r"^(?P<who>sae|untrained|llm)(?:_top_(?P<k>\d+))?_test_accuracy$").astype({"k": float})
+        rf"^(?P<who>[a-z]+)_(?:top_(?P<k>\d+)_test_accuracy|{full})$").astype({"k": float})
     probes = records.join(names[names["k"].isna() | names["k"].isin(K_VALUES)])
     values = probes.dropna(subset=["who", "value"]).groupby(
         ["layer", "who", "k", "run"], dropna=False)["value"].agg(list)
@@ -663,7 +663,7 @@ def draw_probing(report):
             full = mine["mean"][mine["k"].isna()]
             if who == "llm" and len(full):
                 axes.axhline(full.mean(), zorder=1, color="black", linestyle=":",
-                             label="language model, all dimensions")
+                             label=f"language model, all dimensions{report.full_probe[1]}")
         if len(mine := saes[given[saes.index]]):
             axes.plot(mine["k"], mine["mean"], "x", color=GREY, label=GIVEN)
         axes.set_xscale("log")

@@ -172,6 +172,29 @@ def test_another_language_models_figures_are_not_pooled(tmp_path, figures):
     assert lines[0, 1] == one["layer_1"]["means"]["llm_top_1_test_accuracy"]
 
 
+def test_a_probe_on_all_dimensions_that_chooses_nothing_is_shown_where_recorded(tmp_path, figures):
+    """SAE-Bench's, of a run of before, is no longer shown beside it, and says what it is."""
+    make_run(tmp_path, "run_1", log=False, layers=(1,))
+    info = make_run(tmp_path, "run_2", log=False, layers=(1,))
+    plot.main(tmp_path, ("probing",))
+    note, label = "probe on all dimensions", "language model, all dimensions"
+    text = (tmp_path / "figures" / "tinylm" / "ablation.md").read_text()
+    assert f"{note} (best epoch): 0.9300" in text and "llm all (best epoch)" in text
+    assert f"{label} (best epoch)" in legend_texts(figures["tinylm", "probing"])
+    for part, value in (("means", 0.88), ("final_info_dict", [0.88])):
+        info["layer_1"][part]["llm_all_test_accuracy"] = value
+    (tmp_path / "run_2" / "final_info.json").write_text(json.dumps(info))
+    plot.main(tmp_path, ("probing",))
+    text = (tmp_path / "figures" / "tinylm" / "ablation.md").read_text()
+    assert f"{note}: 0.8800" in text and "best epoch" not in text
+    layers = table(text, "run", 1)
+    assert layers["run_1"]["llm all"] == "-" and layers["run_2"]["llm all"] == "0.8800"
+    assert label in legend_texts(figures["tinylm", "probing"])
+    (line,) = [line for line in line_data(figures["tinylm", "probing"].axes[0], "black")
+               if len(line) == 2]
+    assert set(line[:, 1]) == {0.88}
+
+
 def test_values_fixed_at_another_runs_end_are_marked(tmp_path, figures):
     make_run(tmp_path, "run_9", log=False)
     config = json.loads((tmp_path / "run_9" / "config.json").read_text())
