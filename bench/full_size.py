@@ -297,10 +297,10 @@ def measure(
     progress.close()
     n_tokens = n_batches * settings.core_prompts * settings.context
     stages.add("core evaluation", seconds, n_tokens, core_flops(config, settings))
-    for key, (scalars, _, fvu) in results.items():
-        values = [fvu, *(value for group in scalars.values() for value in group.values())]
+    for key, (scalars, _, own) in results.items():
+        values = [value for group in (own, *scalars.values()) for value in group.values()]
         if not all(map(math.isfinite, values)):
-            raise SystemExit(f"a core metric of {key} is not finite: {scalars}, fvu {fvu}")
+            raise SystemExit(f"a core metric of {key} is not finite: {scalars}, {own}")
 
 
 def circumstances(settings: Settings, n_steps: int, stages: Stages) -> str:

@@ -186,7 +186,6 @@ def check_results(
     Raises:
         ExperimentError: one lacks a result, or has another SAE's.
     """
-    wanted = {f"{who}_top_{k}_test_accuracy" for who in ("sae", "llm") for k in settings.probe_ks}
     for name, sae in saes.items():
         layer = int(name.split("_")[1])
         expected = {
@@ -213,6 +212,11 @@ def check_results(
                     f"{name}: expected {expected}, but {source} has {values}; "
                     "results of one SAE must not be recorded as another's"
                 )
+        wanted = {
+            f"{who}_top_{k}_test_accuracy"
+            for who, width in (("sae", sae.cfg.d_sae), ("llm", sae.cfg.d_in))
+            for k in settings.probe_ks if k <= width
+        }  # fmt: skip
         if missing := wanted - evaluation["probing"][name].keys():
             raise ExperimentError(f"sparse probing of {name} lacks {sorted(missing)}: run it again")
 
@@ -222,9 +226,12 @@ def odd_results(layers: dict[str, dict[str, list[float]]], d_sae: int) -> list[s
     warnings = []
     for layer, metrics in layers.items():
         value = {metric: mean(values) for metric, values in metrics.items()}
+        gap = value["ce_loss_with_ablation"] - value["ce_loss_without_sae"]
         top, untrained = value["sae_top_5_test_accuracy"], value["untrained_top_5_test_accuracy"]
         odd = {
             f"the codes are dense, L0 is {value['l0']:.0f}": value["l0"] > d_sae / 4,
+            f"ce_loss_score says little: it divides by {gap:.3f}, what the language model's loss "
+            "rises by with zeros in place of the layer": gap < 0.1,
             "over half of the features are dead": value["frac_alive"] < 0.5,
             "probing on the SAE's best 5 features is at chance": top < 0.55,
             f"the SAE's best 5 features ({top:.3f}) tell less than those of an untrained SAE "

@@ -171,7 +171,7 @@ def test_an_error_in_one_core_evaluation_ends_all(toy, toy_lm) -> None:
     assert torch.is_grad_enabled()
 
 
-def test_fvu_is_the_formula(toy, toy_lm) -> None:
+def test_own_figures_are_the_formula(toy, toy_lm) -> None:
     """A constant scores 1, and an SAE what the formula says of the tokens that stock core sees."""
     settings = dataclasses.replace(settings_of("run_1", "tinylm"), layers=(2,))
     model = toy_lm.hooked()
@@ -193,8 +193,33 @@ def test_fvu_is_the_formula(toy, toy_lm) -> None:
     constant.b_dec.data = x.mean(0).float()
     both = {"sae": sae, "constant": prepare_for_sae_bench(constant, settings)}
     results = shared_core_evals(both, model, settings, toy.core_metrics)
-    assert results["sae"][2] == pytest.approx(expected, rel=1e-6)
-    assert results["constant"][2] == pytest.approx(1.0, rel=1e-5)
+    assert results["sae"][2]["fvu"] == pytest.approx(expected, rel=1e-6)
+    assert results["constant"][2]["fvu"] == pytest.approx(1.0, rel=1e-5)
+    assert results["sae"][2]["mse_per_token"] == pytest.approx(float(error) / len(x), rel=1e-6)
+
+
+def test_a_batch_of_another_size_changes_no_figure_of_our_own(toy, toy_lm) -> None:
+    """SAE-Bench's mse is halved where the batch is doubled; as where memory is small."""
+    settings = dataclasses.replace(settings_of("run_1", "tinylm"), layers=(2,))
+    sae = {"sae": two_saes(toy, settings)["layer_2"]}
+    twice = dataclasses.replace(settings, core_prompts=8, core_reconstruction_batches=1,
+                                core_sparsity_batches=2)  # fmt: skip
+    model = toy_lm.hooked()
+    one, other = (
+        shared_core_evals(sae, model, s, toy.core_metrics)["sae"] for s in (settings, twice)
+    )
+    mse, mse_of_other = (found[0]["reconstruction_quality"]["mse"] for found in (one, other))
+    assert mse == pytest.approx(2 * mse_of_other, rel=0.02)
+    assert one[2] == pytest.approx(other[2], rel=1e-5)
+
+
+def test_a_layer_that_the_loss_does_not_need_is_named(toy, toy_lm) -> None:
+    """SAE-Bench divides by the loss with zeros in the layer's place less the loss as it is."""
+    settings = dataclasses.replace(settings_of("run_1", "tinylm"), layers=(0, 2))
+    model = toy_lm.hooked()
+    model.unembed.W_U = torch.nn.Parameter(torch.zeros_like(model.unembed.W_U))
+    with pytest.raises(ExperimentError, match="core evaluation of layer_0: a score divides by"):
+        shared_core_evals(two_saes(toy, settings), model, settings, toy.core_metrics)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ SCALARS = {
     "l0", "mse", "cossim", "ce_loss_score", "kl_div_score", "frac_alive", "explained_variance",
     "fvu", "tau_sel", "tau_pen", "gamma", "w", "loss", "loss_reconstruction", "loss_penalty",
     "loss_reg", "training_tokens", "n_seeds", "seconds_total", "llm_test_accuracy", "dead_fraction",
-    *(f"{who}_top_{k}_test_accuracy" for k in (1, 2, 5, 10, 20, 50)
+    "mse_per_token",
+    *(f"{who}_{which}_test_accuracy" for which in ("top_1", "top_2", "top_5", "top_20", "all")
       for who in ("sae", "llm", "untrained")),
 }  # fmt: skip
 

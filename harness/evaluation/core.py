@@ -129,7 +129,7 @@ def shared_core_evals(
     run_evals: RunEvals,
     advance: Callable[[int], None] = lambda n: None,
     run: RunLike | None = None,
-) -> dict[str, tuple[dict, dict, float]]:
+) -> dict[str, tuple[dict, dict, dict[str, float]]]:
     """`run_evals` of SAEs that `prepare_for_sae_bench` has prepared, side by side.
 
     Args:
@@ -138,7 +138,9 @@ def shared_core_evals(
         advance: called with 1 after each batch.
         run: for which results, and the language model's passes, are kept; None: nothing is.
     Returns:
-        by SAE: what `run_evals` returned, and fvu.
+        by SAE: what `run_evals` returned, and figures of our own (`CountingSAE.figures`).
+    Raises:
+        ExperimentError: the text is too short, or a score of the loss has nothing to divide by.
     """
     keys: dict[str, dict | None] = dict.fromkeys(saes)
     if run is not None and run.keeps:
@@ -147,7 +149,7 @@ def shared_core_evals(
         common = result_key("core evaluation", run, given, saes.values(), **text)
         keys = {name: common | {"SAE": describe(sae)} for name, sae in saes.items()}
 
-    def evaluated(names: list[str]) -> dict[str, tuple[dict, dict, float]]:
+    def evaluated(names: list[str]) -> dict[str, tuple[dict, dict, dict[str, float]]]:
         config, ignored = core_config(settings), special_token_ids(model.tokenizer)
         layers = sorted({saes[name].cfg.hook_layer for name in names})
         store = core_store(settings, model, saes[names[0]])
@@ -158,12 +160,21 @@ def shared_core_evals(
         def one(name: str) -> tuple[dict, dict]:
             sae = counting[name]
             with error_context(name):
-                return run_evals(sae, StoreView(shared), ModelView(shared, sae), config, ignored)
+                try:
+                    views = StoreView(shared), ModelView(shared, sae)
+                    return run_evals(sae, *views, config, ignored)
+                except ZeroDivisionError as error:  # SAE-Bench's scores have no guard against it
+                    raise ExperimentError(
+                        f"core evaluation of {name}: a score divides by how much worse the "
+                        "language model gets with zeros in place of the layer, which must differ "
+                        f"from 0, but is 0 on {settings.core_text!r} in {settings.lm_dtype}: look "
+                        "at the model's weights, at core_text and at lm_dtype"
+                    ) from error
 
         # Around all of them: each run_evals restores, when it ends, the mode that it began in.
         with torch.no_grad(), retain_freed_memory():
             found = run_cooperatively({name: functools.partial(one, name) for name in names})
-        return {name: (*result, counting[name].fvu()) for name, result in found.items()}
+        return {name: (*result, counting[name].figures()) for name, result in found.items()}
 
     try:
         return cached_each("core evaluation", keys, evaluated)
@@ -180,7 +191,7 @@ def core_evaluation(
     run_evals: RunEvals,
     advance: Callable[[int], None] = lambda n: None,
 ) -> dict[str, dict[str, float]]:
-    """`run_evals` of folded SAEs: by name, the scalars by their names, and fvu.
+    """`run_evals` of folded SAEs: by name, the scalars by their names, and figures of our own.
 
     Writes eval_results/core/….json in SAE-Bench's own form.
 
@@ -224,7 +235,7 @@ def mean_l0(
 def save_core(
     name: str,
     sae: SAELike,
-    result: tuple[dict, dict, float],
+    result: tuple[dict, dict, dict[str, float]],
     settings: SettingsLike,
     out_dir: Path,
 ) -> dict[str, float]:
@@ -233,7 +244,7 @@ def save_core(
     Args:
         result: see `shared_core_evals`.
     Returns:
-        the scalars, without their groups, and fvu, checked by `check_core`.
+        the scalars, without their groups, and our own figures, checked by `check_core`.
     """
     from sae_bench.evals.core import main as core
     from sae_bench.sae_bench_utils import (
@@ -243,9 +254,8 @@ def save_core(
         get_sae_lens_version,
     )
 
-    scalars, features, fvu = result
-    flat = {metric: value for group in scalars.values() for metric, value in group.items()}
-    flat["fvu"] = fvu
+    scalars, features, own = result
+    flat = {metric: value for group in scalars.values() for metric, value in group.items()} | own
     check_core(name, flat)
     folder = out_dir / "eval_results" / "core"
     folder.mkdir(parents=True, exist_ok=True)

@@ -67,7 +67,7 @@ def probing_seconds(run: RunLike, saes: dict[str, SAELike], probe: Probe) -> flo
     (classes,) = next(iter(features.values()))
     state = torch.get_rng_state()  # which training draws from
     began = time.monotonic()
-    drawn_from(0, probe, (classes, classes), "sae", run.settings.probe_ks)
+    drawn_from(0, probe, (classes, classes), "sae", run.settings.probe_ks, seed=0)
     seconds_probes = (time.monotonic() - began) * len(saes)
     torch.set_rng_state(state)
     n_trained = sum(size(train) for train, _ in run.probe_texts.values())

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from harness.console import Progress
@@ -180,17 +181,68 @@ def probing_features(
     return llm, sae
 
 
+ALL = "all_test_accuracy"  # of `all_dimensions`, behind sae_ or llm_: not SAE-Bench's
 Probe = Callable[[tuple[Classes, ...], str, tuple[int, ...]], dict[str, dict[str, float]]]
 
 
+def all_dimensions(acts: tuple[Classes, ...], seed: int) -> dict[str, float]:
+    """By class, the test accuracy of a probe on all dimensions that chooses nothing by it.
+
+    SAE-Bench's own such probe keeps the epoch that is best on the test set. This one is what its
+    probes of k dimensions are, on all of them. The texts are drawn from a generator of their own,
+    so that all SAEs and the language model are tested on the same ones.
+
+    Args:
+        acts: of the train and of the test texts, {class: (N, D or F)}.
+    """
+    from sae_bench.evals.sparse_probing.probe_training import prepare_probe_data
+
+    accuracies = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        for label in acts[0]:
+            train, (x_ND, y_N) = (prepare_probe_data(part, label) for part in acts)
+            w_D, b = logistic_regression(*train)
+            accuracies[label] = float(((x_ND.float() @ w_D + b > 0) == (y_N > 0)).float().mean())
+    return accuracies
+
+
+def logistic_regression(x_ND: Tensor, y_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights and bias that minimize −Σ log p(y) + ‖w‖² / 2: scikit-learn's, with its C = 1.
+
+    On the device of x, by L-BFGS. y is 0 or 1.
+    """
+    x_ND, y_N = x_ND.float(), y_N.float()
+    w_D = x_ND.new_zeros(x_ND.shape[1], requires_grad=True)
+    b = x_ND.new_zeros((), requires_grad=True)
+    options = dict(max_iter=100, tolerance_grad=1e-3, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([w_D, b], **options)
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        nll = F.binary_cross_entropy_with_logits(x_ND @ w_D + b, y_N, reduction="sum")
+        total = nll + w_D.pow(2).sum() / 2
+        total.backward()
+        return total
+
+    with torch.enable_grad():
+        optimizer.step(loss)
+    return w_D.detach(), b.detach()
+
+
 def drawn_from(
-    state: int | str, probe: Probe, acts: tuple[Classes, ...], who: str, ks: tuple[int, ...]
-) -> tuple[dict[str, dict[str, float]], str]:
+    state: int | str, probe: Probe, acts: tuple[Classes, ...], who: str, ks: tuple[int, ...],
+    seed: int,
+) -> tuple[dict[str, dict[str, float]], str]:  # fmt: skip
     """`probe(acts, who, ks)` with torch's generator in a state, and the state that it leaves.
+
+    Of the ks those that there are dimensions for; beside `probe`'s accuracies `all_dimensions`'.
 
     Args:
         state: a seed, or what this has returned.
     """
+    n_dimensions = next(iter(acts[0].values())).shape[1]
+    ks = tuple(k for k in ks if k <= n_dimensions)
     if isinstance(state, int):
         torch.manual_seed(state)
     else:
@@ -202,6 +254,7 @@ def drawn_from(
             "SAE-Bench's probe tells none of the test texts right, which happens with few of "
             "them: raise probe_test"
         ) from error
+    accuracies = accuracies | {f"{who}_{ALL}": all_dimensions(acts, seed)}
     return accuracies, torch.get_rng_state().numpy().tobytes().hex()
 
 
@@ -239,7 +292,7 @@ def shared_probing(
 
     def llm_probes(layer: int, acts: tuple[Classes, ...]) -> dict[str, dict[str, float]]:
         key = of_llm | {"layer": layer} if run.keeps else None
-        draws = settings.probe_seed, probe, acts, "llm", settings.probe_ks
+        draws = settings.probe_seed, probe, acts, "llm", settings.probe_ks, settings.probe_seed
         return cached("language model probes", key, drawn_from, *draws)[0]
 
     @retain_freed_memory()
@@ -249,7 +302,8 @@ def shared_probing(
         llm = {layer: llm_probes(layer, acts) for layer, acts in llm_acts.items()}
         found = {}
         for name, acts in sae_acts.items():
-            own, after = drawn_from(states[name], probe, acts, "sae", settings.probe_ks)
+            draws = states[name], probe, acts, "sae", settings.probe_ks, settings.probe_seed
+            own, after = drawn_from(*draws)
             found[name] = own | llm[saes[name].cfg.hook_layer], after
         return found
 
@@ -292,7 +346,7 @@ def sparse_probing(
 def save_probing(
     name: str, sae: SAELike, per_class: dict, settings: SettingsLike, out_dir: Path
 ) -> dict[str, float]:
-    """Writes an SAE's sparse-probing results as SAE-Bench's run_eval does; returns the means.
+    """Writes an SAE's sparse-probing results as SAE-Bench's run_eval does; returns all means.
 
     Over 60 lines, as one piece: half of them fill the fields of SAE-Bench's record.
 
@@ -308,6 +362,9 @@ def save_probing(
         get_sae_bench_version,
         get_sae_lens_version,
     )
+
+    def stock(metrics: dict[str, Any]) -> dict[str, Any]:
+        return {metric: v for metric, v in metrics.items() if not metric.endswith(ALL)}
 
     def place(metric: str) -> int:  # SAE-Bench's order
         return 0 if metric == "sae_test_accuracy" else 1 if metric.startswith("llm_") else 2
@@ -337,17 +394,17 @@ def save_probing(
         datetime_epoch_millis=int(time.time() * 1000),
         eval_result_metrics=output.SparseProbingMetricCategories(
             llm=output.SparseProbingLlmMetrics(
-                **{metric: v for metric, v in means.items() if metric.startswith("llm_")}
+                **{metric: v for metric, v in stock(means).items() if metric.startswith("llm_")}
             ),
             sae=output.SparseProbingSaeMetrics(
-                **{metric: v for metric, v in means.items() if metric.startswith("sae_")}
+                **{metric: v for metric, v in stock(means).items() if metric.startswith("sae_")}
             ),
         ),
         eval_result_details=[
-            output.SparseProbingResultDetail(dataset_name=dataset, **detail)
+            output.SparseProbingResultDetail(dataset_name=dataset, **stock(detail))
             for dataset, detail in details.items()
         ],
-        eval_result_unstructured=per_class,
+        eval_result_unstructured={dataset: stock(found) for dataset, found in per_class.items()},
         sae_bench_commit_hash=get_sae_bench_version(),
         sae_lens_id="custom_sae",
         sae_lens_release_id=name,

@@ -197,13 +197,19 @@ class CountingSAE:
             self.target_BLD = None
         return out_BLD
 
-    def fvu(self) -> float:
-        """Σ‖x − x̂‖² / Σ‖x − x̄‖² over the tokens of the sparsity batches.
+    def figures(self) -> dict[str, float]:
+        """Figures of our own, over the tokens of the sparsity batches (docs/metrics.md).
 
-        Reported because SAE-Bench 0.6.0's `explained_variance` averages x² where it should
-        average x (evals/core/main.py, mean_act_per_dimension): a constant doesn't score 0.
+        fvu: Σ‖x − x̂‖² / Σ‖x − x̄‖². SAE-Bench 0.6.0's `explained_variance` averages x² where it
+        should average x (evals/core/main.py, mean_act_per_dimension): a constant doesn't score 0.
+        mse_per_token: the mean over tokens of ‖x − x̂‖². SAE-Bench's `mse` divides by the tokens of
+        a batch once more.
         """
-        return self.squared_error / self.shared.total_variance(self.sae.cfg.hook_name)
+        variance = self.shared.total_variance(self.sae.cfg.hook_name)
+        return {
+            "fvu": self.squared_error / variance,
+            "mse_per_token": self.squared_error / self.shared.n_tokens,
+        }
 
 
 class ModelView:
