@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,17 @@ def test_final_info_is_flat_finite_and_has_a_value_per_seed(toy, toy_run: Path) 
            for k in (1, 2, 5)]  # fmt: skip
     assert info["verdict"]["means"][PRIMARY] == pytest.approx(sum(top) / 6)
     assert json.loads((toy_run / "warnings.json").read_text()) is not None
+
+
+def test_every_recorded_figure_is_explained(toy, toy_run: Path) -> None:
+    """In docs/metrics.md, under its name, without the number k and whose it is."""
+    page = (ROOT / "docs" / "metrics.md").read_text()
+    explained = set(re.findall(r"`(\w+)`", page))
+    info = json.loads((toy_run / "final_info.json").read_text())
+    for metric in {metric for entry in info.values() for metric in entry["means"]}:
+        probe = re.sub(r"^(sae|untrained|llm)_top_\d+_", "sae_top_5_", metric)
+        plain = re.sub(r"^(sae|untrained|llm|normalized)_|_reference$", "", metric)
+        assert {probe, plain} & explained, metric
 
 
 def test_config_names_what_the_results_depend_on(toy, toy_run: Path) -> None:
