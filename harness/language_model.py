@@ -13,11 +13,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 
 from harness.errors import GET_ACCESS, ExperimentError, first_line
 from harness.start import HERE
 from harness.text import corpus_errors, special_token_ids
+
+# How far a block of a model's two forms may be apart, as a part of the residual stream's length.
+ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 
 
 # Of a model whose `run_with_cache` several threads call: modules that never run, and those free.
@@ -74,12 +78,19 @@ class LanguageModel:
             parameter.data = parameter.data.to(getattr(torch, dtype))
         return LanguageModel(hf, self.tokenizer, self.name)
 
-    def hooked(self) -> Any:
-        """The same model as TransformerLens' HookedTransformer, unprocessed, for SAE-Bench."""
+    def hooked(self, context: int = 128) -> Any:
+        """The same model as TransformerLens' HookedTransformer, unprocessed, for SAE-Bench.
+
+        Args:
+            context: tokens of the context that the two forms are compared on.
+        Raises:
+            ExperimentError: they differ by more than rounding.
+        """
         from transformer_lens.pretrained.weight_conversions import convert_gemma_weights
 
         cfg = hooked_config(self.hf.config, self.hf.dtype, self.hf.device, self.name)
-        model = hooked_class()(cfg, self.tokenizer, move_to_device=False)
+        # A tokenizer of its own: a call sets the padding of those that another thread makes.
+        model = hooked_class()(cfg, copy.deepcopy(self.tokenizer), move_to_device=False)
         # Both forms share their matrices, but for W_E, which holds the embedding's scale.
         # load_and_process_state_dict (TransformerLens 3.9.0) would copy all of them by way of
         # float32, into a layout that the layers turn back before each product.
@@ -88,7 +99,41 @@ class LanguageModel:
         model.load_state_dict(dict(model.named_buffers()) | weights, assign=True)
         model.move_model_modules_to_device()
         model.requires_grad_(False)
-        return model.eval()
+        model.eval()
+        self.check_same(model, context)
+        return model
+
+    @torch.no_grad()
+    def check_same(self, hooked: Any, context: int) -> None:
+        """Holds each block of TransformerLens' form, and its logits, against this one.
+
+        A block gets the residual stream that this form's block gets, so that rounding doesn't add
+        up. TransformerLens has no attention bias and no scaling of RoPE in Gemma-2, for example.
+
+        Raises:
+            ExperimentError: they differ by more than rounding, or are no numbers.
+        """
+        n_layers, draw = self.hf.config.num_hidden_layers, torch.Generator().manual_seed(0)
+        tokens_BL = torch.randint(self.hf.config.vocab_size, (1, context), generator=draw)
+        tokens_BL[:, 0] = self.tokenizer.bos_token_id
+        tokens_BL = tokens_BL.to(self.hf.device)
+        expected = self.activations(tokens_BL, tuple(range(n_layers)))
+        expected.append(self.hf(input_ids=tokens_BL, use_cache=False).logits)
+        for layer, ours in enumerate(expected):
+            at = {"stop_at_layer": layer + 1 if layer < n_layers else None}
+            if layer:
+                at |= {"start_at_layer": layer, "tokens": tokens_BL}
+            theirs = hooked(expected[layer - 1] if layer else tokens_BL, **at)
+            # Not of BOS, whose residual stream may be hundreds of times as long as any other.
+            error = float((theirs - ours)[:, 1:].float().norm() / ours[:, 1:].float().norm())
+            if not error <= ROUNDING[self.hf.dtype]:
+                what = f"block {layer}" if layer < n_layers else "what follows the last block"
+                raise ExperimentError(
+                    f"the language model {self.name!r} must be the same in transformers and in "
+                    f"TransformerLens, which SAE-Bench runs, but {what} gives what is off by "
+                    f"{error:.2g} of its length: its config.json asks for what TransformerLens "
+                    "lacks (attention_bias, rope_scaling), or its weights hold NaN; choose another"
+                )
 
 
 @functools.cache
@@ -116,6 +161,10 @@ def hooked_class() -> type:
                 return super(Hooked, lens).run_with_cache(*args, **kwargs)
             finally:
                 free.append(lens)
+
+        def set_tokenizer(self, tokenizer: Any, default_padding_side: str | None = None) -> None:
+            """Takes the tokenizer as it is, where TransformerLens would load another one."""
+            self.tokenizer, self.cfg.tokenizer_prepends_bos = tokenizer, True
 
         def on_same_weights(self) -> Hooked:
             """A copy of the modules."""
@@ -205,7 +254,8 @@ def load_language_model(
         dtype: "float32" or "bfloat16".
 
     Raises:
-        ExperimentError: it is not there, not readable, not allowed, or not a Gemma-2 model.
+        ExperimentError: it is not there, not readable, not allowed, not a Gemma-2 model, or its
+            weights are not those that its config.json describes.
     """
     from transformers import AutoTokenizer, Gemma2ForCausalLM
 
@@ -225,9 +275,10 @@ def load_language_model(
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     with access_errors(name):
         try:
-            hf = Gemma2ForCausalLM.from_pretrained(
-                path, dtype=dtype, attn_implementation="eager", use_safetensors=True
-            )
+            hf, report = Gemma2ForCausalLM.from_pretrained(
+                path, dtype=dtype, attn_implementation="eager", use_safetensors=True,
+                output_loading_info=True, ignore_mismatched_sizes=True,
+            )  # fmt: skip
         except OSError as error:
             if " file named model.safetensors" not in str(error):
                 raise
@@ -236,11 +287,64 @@ def load_language_model(
                 "model.safetensors; a pickle such as pytorch_model.bin is not read, since it can "
                 "run code: choose a model with safetensors, or convert the weights"
             ) from error
+        check_weights(name, report)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    if tokenizer.unk_token_id in tokenizer("text", add_special_tokens=False)["input_ids"]:
-        raise ExperimentError(
-            f"the tokenizer of the language model {name!r} knows no words: its tokenizer.json is "
-            "missing or damaged; fetch the model again"
-        )
+    prepare_tokenizer(tokenizer, name, hf.get_input_embeddings().num_embeddings)
     hf.requires_grad_(False)
     return LanguageModel(hf.eval().to(device), tokenizer, name)
+
+
+def check_weights(name: str, report: dict[str, Any]) -> None:
+    """ExperimentError where the weights' file isn't what config.json describes.
+
+    transformers gives what it doesn't find random values, and leaves out what it doesn't know.
+
+    Args:
+        report: `from_pretrained`'s, with output_loading_info.
+    """
+    found = {
+        "lacks": report["missing_keys"],
+        "has in another shape": {key for key, *_ in report["mismatched_keys"]},
+        "also has": report["unexpected_keys"],
+    }
+    if not any(found.values()):
+        return
+    parts = [
+        f"{what} {min(keys)}" + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")
+        for what, keys in found.items() if keys
+    ]  # fmt: skip
+    raise ExperimentError(
+        f"the weights of the language model {name!r} must be those that its config.json describes, "
+        f"but the file {', '.join(parts)}: fetch the model again, or correct its config.json"
+    )
+
+
+def prepare_tokenizer(tokenizer: Any, name: str, n_embeddings: int) -> None:
+    """Has a tokenizer give BOS and the text, nothing else, and a token to pad with.
+
+    So training, core evaluation and probing read a text alike, whatever the tokenizer adds.
+
+    Raises:
+        ExperimentError: it can't, or the model has no embedding for some of its tokens.
+    """
+    plain = tokenizer("text", add_special_tokens=False)["input_ids"]
+    largest = max(tokenizer.get_vocab().values())
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    wrong = {
+        "must know words, but knows none: its tokenizer.json is missing or damaged; fetch the "
+        "model again": not plain or tokenizer.unk_token_id in plain,
+        f"must have ids below {n_embeddings}, the rows of the embedding, but has {largest}: take "
+        "the tokenizer that belongs to the model": largest >= n_embeddings,
+        "must have a BOS token, which begins each context, but has none: name one as bos_token in "
+        "its tokenizer_config.json": tokenizer.bos_token_id is None,
+        "must be a fast one, with a tokenizer.json, but is none: convert it": backend is None,
+    }
+    for sentence, holds in wrong.items():
+        if holds:
+            raise ExperimentError(f"the tokenizer of the language model {name!r} {sentence}")
+    bos, bos_id = tokenizer.bos_token, tokenizer.bos_token_id
+    if tokenizer("text")["input_ids"] != [bos_id, *plain]:
+        named = {"id": "bos", "ids": [bos_id], "tokens": [bos]}
+        backend.post_processor = TemplateProcessing(single="bos $A", special_tokens=[named])
+    if tokenizer.pad_token_id is None:  # it is left out wherever it stands, as these are
+        tokenizer.pad_token = tokenizer.eos_token or bos

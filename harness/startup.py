@@ -228,7 +228,7 @@ def load_models(
     lm = load_language_model(settings.model, settings.lm_dtype, device)
     check_layers(settings, lm)
     harvest = for_harvest(lm, train_dtype, settings.harvest_contexts, settings.context)
-    hooked = lm.hooked()
+    hooked = lm.hooked(settings.context)
     return {
         "sae_bench_model": remember(hooked, hooked),
         "language_model": remember(harvest, harvest.hf),
@@ -296,10 +296,16 @@ def choose_profile(profiles: Iterable[str]) -> str:
 
 
 def check_layers(settings: SettingsLike, lm: LanguageModel) -> None:
-    """ExperimentError where the language model has fewer blocks than the settings name."""
+    """ExperimentError where the language model has fewer blocks, or positions, than are asked."""
     n_layers = lm.hf.config.num_hidden_layers
     if max(settings.layers) >= n_layers:
         raise ExperimentError(
             f"layers must be below {n_layers}, the number of blocks of {settings.model}, but are "
             f"{settings.layers}: change them at the top of experiment.py"
+        )
+    positions = lm.hf.config.max_position_embeddings
+    if settings.context > positions:
+        raise ExperimentError(
+            f"context must be at most {positions}, the positions of {settings.model}, but is "
+            f"{settings.context}: lower it at the top of experiment.py"
         )

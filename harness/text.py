@@ -375,5 +375,8 @@ class TokenStream:
 
 
 def special_token_ids(tokenizer: Any) -> set[int]:
-    """The ids of BOS, EOS and padding."""
-    return {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    """The ids of BOS, EOS and padding: the tokens that neither training nor evaluation counts.
+
+    All others count, a tokenizer's additional special tokens (turns of a chat) among them.
+    """
+    return {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id} - {None}
