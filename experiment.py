@@ -780,7 +780,7 @@ def export(run: Run, training: Training) -> None:
         kind = "jumprelu" if sae.threshold is not None else "standard" if sae.k is None else "topk"
         theta = {**sae.learned_scalars(), "scale": sae.norm_scaling_factor}
         raw, folder = sae.fold_activation_norm_scaling(), f"sae/layer_{layer}/seed_{seed}"
-        export_to_saelens(raw, run.settings, run.out_dir / folder, kind, k=sae.k, theta=theta)
+        export_to_saelens(run, raw, run.out_dir / folder, kind, k=sae.k, theta=theta)
 
 
 def main(run: Run) -> None:

@@ -18,7 +18,7 @@ from sae_bench.custom_saes.base_sae import BaseSAE
 from torch import Tensor
 
 from experiment import CustomSAE, Settings
-from harness.evaluation.core import export_to_saelens
+from harness.evaluation.core import write_as_saelens
 
 
 class PeerTrainer:
@@ -131,8 +131,9 @@ def exported(sae: Any, settings: Settings, layer: int) -> Exported:
         if isinstance(sae, CustomSAE):
             kind = {"relu": "standard"}.get(sae.cfg.activation_fn_str, sae.cfg.activation_fn_str)
             raw = sae.fold_activation_norm_scaling()
-            export_to_saelens(raw, settings, Path(folder), kind=kind, k=sae.k)
-            return Exported(SAE.load_from_disk(folder), settings, layer)
+            return Exported(
+                write_as_saelens(raw, settings, Path(folder), kind, sae.k), settings, layer
+            )
         copy.deepcopy(sae).save_inference_model(folder)
         stored = SAE.load_from_disk(folder)
     norms_F = stored.W_dec.norm(dim=1)

@@ -233,6 +233,7 @@ def odd_results(layers: dict[str, dict[str, list[float]]], d_sae: int) -> list[s
             f"ce_loss_score says little: it divides by {gap:.3f}, what the language model's loss "
             "rises by with zeros in place of the layer": gap < 0.1,
             "over half of the features are dead": value["frac_alive"] < 0.5,
+            f"FVU is {value['fvu']:.2f}: the mean reconstructs better": value["fvu"] > 1,
             "probing on the SAE's best 5 features is at chance": top < 0.55,
             f"the SAE's best 5 features ({top:.3f}) tell less than those of an untrained SAE "
             f"({untrained:.3f})": top < untrained,
@@ -278,7 +279,8 @@ def write_records(
     info["verdict"]["means"] |= numbers
     baseline, differing = against_given_baseline(settings, layers)
     shortened = [log.shortened] if log.shortened else []
-    warnings = [*shortened, *odd_results(layers, settings.d_sae), *differing]
+    odd = odd_results(layers, settings.d_sae)
+    warnings = [*shortened, *LEDGER.warnings, *odd, *differing]
     notes = [baseline] if baseline else []
     check_info(info)
     write_json(run.out_dir / "warnings.json", warnings)

@@ -204,6 +204,11 @@ def set_up(
     if needs:
         settings = fit_core_batches(settings, device)
     make_reproducible()
+    if settings.core_text == settings.training_text != "tinylm":
+        LEDGER.warns(
+            f"training_text and core_text are both {settings.core_text!r}: core evaluation's "
+            "figures are of text that the SAEs may have been trained on"
+        )
     with redirect_output(log):
         models = load_models(settings, train_dtype, device)
         return Run(

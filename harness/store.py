@@ -274,6 +274,7 @@ class Ledger:
     Attributes:
         kept: what an attempt that fails goes on from. reused: what was not repeated.
         key: all that the training of this attempt depends on, or of the attempt before.
+        warnings: what is odd but may be meant, for warnings.json.
         rehearsing: nothing is found or kept, whatever its key.
     """
 
@@ -285,6 +286,7 @@ class Ledger:
         """A new attempt. `key`: of the training of the one before."""
         self.kept: list[str] = []
         self.reused: list[str] = []
+        self.warnings: list[str] = []
         self.key = key
 
     @contextlib.contextmanager
@@ -310,6 +312,12 @@ class Ledger:
             if not quietly:
                 unchanged = "as all that it depends on is unchanged"
                 print_line(f"{what}{part}: kept, {unchanged}; not repeated")
+
+    def warns(self, sentence: str) -> None:
+        """Says once what is odd but may be meant, and remembers it for warnings.json."""
+        if not self.rehearsing and sentence not in self.warnings:
+            self.warnings.append(sentence)
+            print_line(f"warning: {sentence}")
 
     def changed(self, key: dict[str, Any]) -> str:
         """In what the key of this training differs from the attempt's before: at most six names."""

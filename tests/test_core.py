@@ -6,9 +6,11 @@ import dataclasses
 import json
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from sae_lens import SAE
+from safetensors.torch import load_file
 
 from bench.common import run_on, settings_of
 from harness.errors import ExperimentError
@@ -23,8 +25,9 @@ from harness.evaluation.core import (
 )
 from harness.evaluation.shared_forward import CountingSAE, ModelView, SharedForward, StoreView
 from harness.language_model import load_language_model
-from harness.store import store_dir
-from tests.conftest import replace
+from harness.records import odd_results
+from harness.store import LEDGER, store_dir
+from tests.conftest import SOURCES, replace
 
 STATS = torch.zeros(32), 1.0  # of activations: their mean, and the factor to unit norm
 
@@ -149,13 +152,88 @@ def test_what_an_edit_asks_beside_is_answered_by_sae_and_model(toy, toy_lm) -> N
     assert counting.target_BLD is None
 
 
-def test_an_sae_that_saelens_would_read_as_another_is_left_out(toy, tmp_path, capsys) -> None:
+def probing_texts(toy_lm) -> dict:
+    """A data set of one class, of 8 texts."""
+    ids = toy_lm.tokenizer(SOURCES[0], add_special_tokens=False)["input_ids"]
+    tokens_NL = torch.nn.functional.pad(torch.tensor(ids[: 8 * 31]).view(8, 31), (1, 0), value=2)
+    return {"toy": 2 * [{"argparse": {"input_ids": tokens_NL}}]}
+
+
+class ScaledCodes:
+    """An edit by which features alone are others: twice as large, and halved by decode."""
+
+    def __init__(self, sae):
+        encode, decode = sae.encode, sae.decode
+        sae.encode = lambda x: 2 * encode(x)
+        sae.decode = lambda f: decode(f / 2)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda sae: setattr(sae, "activation_fn", torch.nn.functional.silu),
+        lambda sae: setattr(sae, "encode", lambda x, was=sae.encode: was(x).clamp(max=0.5)),
+        lambda sae: setattr(sae, "decode", lambda f, was=sae.decode: was(f) + 1),
+        lambda sae: setattr(sae, "k", 5),
+        ScaledCodes,
+    ],
+)
+def test_an_sae_that_saelens_would_read_as_another_is_not_written_as_one(
+    toy, toy_lm, tmp_path, capsys, monkeypatch, edit
+) -> None:
+    """Its weights and a note are, and it is said, once."""
+    monkeypatch.setattr(LEDGER, "warnings", [])
     settings = settings_of("run_1", "tinylm")
+    run = run_on(toy_lm, settings, probe_texts=probing_texts(toy_lm))
     sae = toy.new_sae(settings, 2, 0, STATS, {}, 4)
-    sae.activation_fn = torch.nn.functional.silu
-    export_to_saelens(sae, settings, tmp_path / "sae", "topk", k=4, theta={"scale": 1.0})
-    assert "sae is left out: SAELens' topk SAE" in capsys.readouterr().out
-    assert [file.name for file in (tmp_path / "sae").iterdir()] == ["theta.json"]
+    edit(sae)
+    for seed in "01":
+        export_to_saelens(run, sae, tmp_path / seed, "topk", k=4, theta={"scale": 1.0})
+    (warning,) = LEDGER.warnings
+    assert "SAELens' topk SAE with these weights gives other features" in warning
+    assert capsys.readouterr().out == f"warning: {warning}\n"
+    files = {file.name for file in (tmp_path / "0").iterdir()}
+    assert files == {"README.txt", "theta.json", "weights.safetensors"}
+    assert "not written as an SAE of SAELens" in (tmp_path / "0" / "README.txt").read_text()
+    written = load_file(tmp_path / "0" / "weights.safetensors")
+    assert all(torch.equal(written[name], t) for name, t in sae.state_dict().items())
+    with pytest.raises(FileNotFoundError):
+        SAE.load_from_disk(tmp_path / "0")
+
+
+def test_what_warns_comes_into_warnings_json(toy, toy_run: Path) -> None:
+    """Here: training and core evaluation on the same text; FVU above 1."""
+    said = json.loads((toy_run / "warnings.json").read_text())
+    assert any("training_text and core_text are both 'toy'" in sentence for sentence in said)
+    layer = {"l0": [4.0], "frac_alive": [1.0], "fvu": [1.2], "sae_top_5_test_accuracy": [0.9],
+             "untrained_top_5_test_accuracy": [0.8]}  # fmt: skip
+    assert odd_results({"layer_0": layer}, 64) == [
+        "layer_0: FVU is 1.20: the mean reconstructs better"
+    ]
+
+
+def test_a_core_text_that_is_used_again_is_said(
+    toy, toy_lm, own_cache, tmp_path, monkeypatch
+) -> None:
+    """Also where the figures come from the store."""
+    text = datasets.Dataset.from_dict({"text": [SOURCES[0][:200]]})
+    replace(monkeypatch, "core_text", lambda settings: text)
+    settings = dataclasses.replace(settings_of("run_1", "tinylm"), layers=(2,))
+    run = run_on(toy_lm, settings, sae_bench_model=toy_lm.hooked(), out_dir=tmp_path)
+    sae = toy.new_sae(settings, 2, 0, (torch.ones(32), 1.0), {}, 4)
+    for _ in range(2):
+        monkeypatch.setattr(LEDGER, "warnings", [])
+        core_evaluation(run, {"sae": sae}, toy.core_metrics, keys={"sae": {"a": 1}})
+        assert len(LEDGER.warnings) == 1
+        assert "'toy', is short: of 24 contexts that were drawn 5 differ" in LEDGER.warnings[0]
+
+
+def test_a_core_text_without_a_whole_context_is_one_sentence(toy, toy_lm, monkeypatch) -> None:
+    text = datasets.Dataset.from_dict({"text": ["one two"]})
+    replace(monkeypatch, "core_text", lambda settings: text)
+    settings = dataclasses.replace(settings_of("run_1", "tinylm"), layers=(0, 2))
+    with pytest.raises(ExperimentError, match="must hold one context of 32 tokens, but is shorter"):
+        shared_core_evals(two_saes(toy, settings), toy_lm.hooked(), settings, toy.core_metrics)
 
 
 def test_an_error_in_one_core_evaluation_ends_all(toy, toy_lm) -> None:
@@ -229,7 +307,7 @@ def test_a_layer_that_the_loss_does_not_need_is_named(toy, toy_lm) -> None:
 def test_exported_sae_gives_the_same_output(toy, toy_lm, tmp_path: Path, changes, form) -> None:
     settings = dataclasses.replace(settings_of("run_1", "tinylm"), layers=(2,), **changes)
     mean = torch.randn(32, generator=torch.Generator().manual_seed(1))
-    run = run_on(toy_lm, settings, out_dir=tmp_path)
+    run = run_on(toy_lm, settings, out_dir=tmp_path, probe_texts=probing_texts(toy_lm))
     trainers = toy.new_trainers(run, {2: (mean, 0.7)}, {(2, 0): {"gamma": 0.1}})
     sae = trainers[2, 0].sae
     if form == "jumprelu":
@@ -237,6 +315,8 @@ def test_exported_sae_gives_the_same_output(toy, toy_lm, tmp_path: Path, changes
     toy.export(run, toy.Training({(2, 0): sae}, {}, None))
     stored = stored_sae(tmp_path, 2)
     assert stored.cfg.architecture() == form
+    # As SAEDashboard asks of a topk SAE.
+    assert form != "topk" or stored.cfg.rescale_acts_by_decoder_norm
     x = 3 * torch.randn(50, 32, generator=torch.Generator().manual_seed(2))
     assert torch.allclose(stored.encode(x), sae.fold_activation_norm_scaling().encode(x), atol=1e-6)
     assert torch.allclose(stored(x), sae.fold_activation_norm_scaling()(x), atol=1e-5)

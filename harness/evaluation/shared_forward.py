@@ -59,6 +59,8 @@ class SharedForward:
         self.layers = {f"blocks.{layer}.hook_resid_post": layer for layer in sorted(set(layers))}
         self.special = torch.tensor(sorted(special_token_ids(model.tokenizer)))
         self.n_batches = self.n_resets = 0
+        self.contexts: set[bytes] = set()  # digests of those drawn so far
+        self.n_contexts = 0
         self.tokens_BL: Tensor | None = None
         self.passes: dict[str, dict[str, Tensor]] = {}
         # Sums over the tokens of the sparsity batches, by hook, in float64.
@@ -71,6 +73,9 @@ class SharedForward:
         if number > self.n_batches:
             self.n_batches = number
             self.tokens_BL = self.store.get_batch_tokens(n_prompts)
+            rows = self.tokens_BL.cpu().numpy()
+            self.contexts |= {hashlib.sha256(row.tobytes()).digest() for row in rows}
+            self.n_contexts += len(rows)
             self.passes = {}
             self.advance(1)
         return self.tokens_BL
