@@ -50,7 +50,7 @@ class Settings:
     train_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of training's matrix products
     layers: tuple[NonNegativeInt, ...] = (1, 2, 4)  # SAEs read blocks.L.hook_resid_post
     context: Annotated[int, Field(ge=2)] = 128  # tokens per context, BOS first
-    training_text: str = "tinylm"  # a data set with a "text" column; "tinylm": its corpus
+    training_text: str = "tinylm"  # a data set, folder or file of texts; "tinylm": its corpus
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     # The SAE and its loss (docs/method.md, The loss).
@@ -85,7 +85,7 @@ class Settings:
     log_every: PositiveInt = 20  # steps between lines of train_log.jsonl
 
     # Evaluation, by SAE-Bench.
-    core_text: str = "tinylm"  # a data set with a "text" column; "tinylm": its held-out text
+    core_text: str = "tinylm"  # as training_text; "tinylm": its held-out text
     core_prompts: PositiveInt = 16  # contexts per batch
     core_reconstruction_batches: PositiveInt = 10
     core_sparsity_batches: PositiveInt = 40

@@ -13,6 +13,7 @@
     language_model   a Hugging Face model in the two forms that training and evaluation need
     fused_gemma      Gemma-2's forward pass on a CPU, faster
     text             from a data set to packed contexts
+    text_files       local files of texts
     command          one attempt: lock, heartbeat, signals, last words; knows nothing of SAEs
     checkpoints      a training as far as it has come: what is saved, and how it goes on
     store            what outlives a run: one shelf, its codecs, the ledger of what was reused

@@ -15,6 +15,7 @@ from harness.errors import GET_ACCESS, LOG_IN, TRY_TINYLM, ExperimentError
 from harness.interfaces import SettingsLike
 from harness.language_model import language_model_config
 from harness.machine import free_gb
+from harness.text_files import form_of
 
 DATA_GB = 5.0  # set aside for the probing data sets, which datasets stores twice
 
@@ -30,9 +31,12 @@ def preflight(settings: SettingsLike, device: torch.device) -> list[str]:
     Raises:
         ExperimentError: what is missing, and what to do.
     """
-    texts = [settings.training_text, settings.core_text, *settings.probe_sets]
+    check_probe_sets(settings)
+    texts = [settings.training_text, settings.core_text]
     wanted = [("model", settings.model)] if settings.model != "tinylm" else []
-    wanted += [("dataset", hub_name(text)) for text in texts if not text.startswith("tinylm")]
+    wanted += [("dataset", text) for text in texts if text != "tinylm"]
+    sets = [name for name in settings.probe_sets if not name.startswith("tinylm/")]
+    wanted += [("dataset", hub_name(name)) for name in sets]
     if not wanted:
         return []
     wanted = list(dict.fromkeys(wanted))
@@ -47,9 +51,21 @@ def preflight(settings: SettingsLike, device: torch.device) -> list[str]:
     return [check_disk(settings), check_memory(parts, device)]
 
 
-def hub_name(text: str) -> str:
-    """The hub's name of a data set; SAE-Bench gives parts and variants of one a suffix."""
-    return text.split("_class_set")[0].removesuffix("_sentiment")
+def check_probe_sets(settings: SettingsLike) -> None:
+    """ExperimentError where one of the probing sets is none that SAE-Bench knows."""
+    from sae_bench.sae_bench_utils.dataset_info import chosen_classes_per_dataset as known
+
+    for name in settings.probe_sets:
+        if name not in known and not name.startswith("tinylm/"):
+            raise ExperimentError(
+                f"probe_sets must be data sets whose classes SAE-Bench knows ({', '.join(known)}), "
+                f"or tinylm/A or tinylm/B, but one is {name!r}: choose among these"
+            )
+
+
+def hub_name(probe_set: str) -> str:
+    """The hub's name of a probing set; SAE-Bench gives parts and variants of one a suffix."""
+    return probe_set.split("_class_set")[0].removesuffix("_sentiment")
 
 
 def hub_problem(kind: str, name: str) -> str | None:
@@ -61,8 +77,15 @@ def hub_problem(kind: str, name: str) -> str | None:
     import huggingface_hub
     from huggingface_hub import constants, errors
 
-    if os.path.isdir(name) or in_local_cache(kind, name):
+    if kind == "model" and os.path.isfile(name):
+        return f"the model {name!r} must be a folder, but is a file: name the folder that it is in"
+    if os.path.exists(name) or in_local_cache(kind, name):
         return None
+    if not may_be_on_the_hub(name):
+        return (
+            f"the {kind} {name!r} must be there, or a name on the hub, but there is no such file "
+            "or folder, and the hub has no such names: check it at the top of experiment.py"
+        )
     if constants.HF_HUB_OFFLINE:
         return (
             f"the {kind} {name!r} is not in the local cache {constants.HF_HOME} and HF_HUB_OFFLINE "
@@ -86,6 +109,17 @@ def hub_problem(kind: str, name: str) -> str | None:
             f"to a cache that holds it; {TRY_TINYLM}"
         )
     return None
+
+
+def may_be_on_the_hub(name: str) -> bool:
+    """Whether the hub can have that name, and not that of a file."""
+    from huggingface_hub import errors, utils
+
+    try:
+        utils.validate_repo_id(name)
+    except errors.HFValidationError:
+        return False
+    return form_of(name) is None
 
 
 def in_local_cache(kind: str, name: str) -> bool:

@@ -26,6 +26,7 @@ from harness.machine import memory_gb, processor_name
 from harness.start import HERE
 from harness.store import LEDGER, digest, sha256_file, write_atomic, write_json
 from harness.text import hub_revision
+from harness.text_files import local_texts
 
 
 def write_config(run: RunLike) -> None:
@@ -70,6 +71,7 @@ def config_record(run: RunLike) -> dict[str, Any]:
         "dtype": settings.lm_dtype,
         "train_dtype": run.train_dtype,
         "device": str(run.device),
+        "texts": {name: text._asdict() for name, text in local_texts(settings).items()},
         "hardware": {
             "machine": platform.machine(),
             "processor": processor_name(),

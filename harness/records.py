@@ -22,7 +22,7 @@ from harness.machine import peak_memory_gb
 from harness.provenance import write_outcome
 from harness.reference import verdict_of
 from harness.start import HERE, STARTED
-from harness.store import write_json
+from harness.store import LEDGER, write_json
 from harness.training import TrainingLog
 from harness.verdict import PRIMARY, mean, primary_metric, summarize
 

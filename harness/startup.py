@@ -39,6 +39,7 @@ from harness.reference import check_references
 from harness.settings import checked_settings
 from harness.start import source_at_start
 from harness.store import LEDGER, cached
+from harness.text import look_at_texts
 
 DESCRIPTION = "Train and score a parametric contrastive SAE."
 
@@ -204,11 +205,7 @@ def set_up(
     if needs:
         settings = fit_core_batches(settings, device)
     make_reproducible()
-    if settings.core_text == settings.training_text != "tinylm":
-        LEDGER.warns(
-            f"training_text and core_text are both {settings.core_text!r}: core evaluation's "
-            "figures are of text that the SAEs may have been trained on"
-        )
+    look_at_texts(settings)
     with redirect_output(log):
         models = load_models(settings, train_dtype, device)
         return Run(

@@ -21,7 +21,9 @@ from torch import Tensor
 
 from harness.console import print_line
 from harness.errors import ExperimentError, first_line, is_connection_error
-from harness.store import cache_dir, pinned, sha256_file
+from harness.interfaces import SettingsLike
+from harness.store import LEDGER, cache_dir, pinned, sha256_file
+from harness.text_files import files_line, local_rows, local_text, no_column
 
 STREAM_RETRIES = 6  # of a broken connection in a row: a minute in all
 POOL_FILES = 512  # files of tinylm's corpus from which passages are drawn at a time
@@ -157,6 +159,34 @@ def whole_zstd(file: Any, mode: str = "rb") -> Any:
     return io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"), buffer_size=2**17)
 
 
+def look_at_texts(settings: SettingsLike) -> None:
+    """Says which files local texts are read from; warns of files left out, and of one text twice.
+
+    Raises:
+        ExperimentError: a text that lies here can't be read.
+    """
+    training, core = settings.training_text, settings.core_text
+    if core == training != "tinylm":
+        LEDGER.warns(
+            f"training_text and core_text are both {core!r}: core evaluation's figures are of text "
+            "that the SAEs may have been trained on"
+        )
+    for name in dict.fromkeys((training, core)):
+        with text_errors(name):
+            text = local_text(name)
+        if text is not None and text.left_out:
+            LEDGER.warns(files_line(name, text))
+        elif text is not None:
+            print_line(files_line(name, text))
+
+
+def text_stream(name: str) -> Any:
+    """The split "train" of a local file or folder, or of a data set of the hub, streamed."""
+    if (text := local_text(name)) is not None:
+        return local_rows(name, text, load_dataset)
+    return load_dataset(name, split="train", streaming=True)
+
+
 def streamed_texts(name: str) -> Iterator[str]:
     """The column "text" of a data set's split "train", streamed; texts of white space left out.
 
@@ -170,11 +200,10 @@ def streamed_texts(name: str) -> Iterator[str]:
     while True:
         try:
             if stream is None:
-                stream = load_dataset(name, split="train", streaming=True)
+                stream = text_stream(name)
             for row in text_rows(name, stream):
                 failures = 0
-                if row["text"].strip():
-                    yield row["text"]
+                yield row["text"]
             return
         except ExperimentError:
             raise
@@ -185,20 +214,27 @@ def streamed_texts(name: str) -> Iterator[str]:
             time.sleep(2.0 ** (failures - 1))
             if stream is not None:
                 state = stream.state_dict()
-                stream = load_dataset(name, split="train", streaming=True)
+                stream = text_stream(name)
                 stream.load_state_dict(state)
 
 
 def text_rows(name: str, rows: Iterable[dict]) -> Iterator[dict]:
-    """The rows that have a text; ExperimentError at one without such a column."""
-    for row in rows:
+    """The rows that have a text of more than white space, for training and core evaluation alike.
+
+    Raises:
+        ExperimentError: a row has no such column, or none of strings.
+    """
+    for number, row in enumerate(rows, 1):
         if "text" not in row:
+            raise no_column(name, row)
+        text = row["text"]
+        if not isinstance(text, str | None):
             raise ExperimentError(
-                f"the text {name!r} must have a column 'text', but has {sorted(row)}: "
-                "choose another data set, or rename its column"
+                f"the text {name!r} must have strings in its column 'text', but row {number} has "
+                f"{text!r:.60} ({type(text).__name__}): make each row one string"
             )
-        if row["text"] is not None:
-            yield row
+        if text and text.strip():
+            yield {"text": text}  # alone: SAELens would take a column of tokens instead
 
 
 def text_error(name: str, error: Exception, failures: int = 1) -> ExperimentError:

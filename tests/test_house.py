@@ -17,7 +17,7 @@ FLOORS = (
     ("start", "errors", "verdict", "interfaces", "settings", "reference"),
     ("console", "machine"),
     ("store",),
-    ("checkpoints", "command", "text", "syntax", "call_graph"),
+    ("checkpoints", "command", "text_files", "text", "syntax", "call_graph"),
     ("language_model",),
     ("fused_gemma", "fingerprint", "preflight"),
     ("evaluation.shared_forward", "evaluation.probe_texts"),

@@ -91,6 +91,35 @@ def test_what_the_hub_refuses_is_one_sentence_without_token(
     assert "hf_secret" not in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("training_text", "/no/such/folder", "'/no/such/folder' must be there.* no such file or"),
+        ("core_text", "texts.jsonl", "'texts.jsonl' must be there, or a name on the hub"),
+        ("training_text", "own_sentiment", "the dataset 'own_sentiment' is not on the hub"),
+        ("model", "model.safetensors", "must be a folder, but is a file: name the folder"),
+        ("probe_sets", ("own",), "whose classes SAE-Bench knows .*but one is 'own': choose"),
+    ],
+)
+def test_a_name_that_can_t_be_right_is_told_as_what_it_is(
+    gemma, tmp_path: Path, monkeypatch, setting, value, message
+) -> None:
+    """The hub is not asked for it, nor blamed."""
+    refuse(monkeypatch, "own_sentiment", errors.RepositoryNotFoundError)
+    monkeypatch.chdir(tmp_path)
+    Path("model.safetensors").touch()
+    with pytest.raises(ExperimentError, match=message):
+        preflight(dataclasses.replace(gemma, **{setting: value}), CPU)
+
+
+def test_a_file_is_a_text_too(gemma, tmp_path: Path, monkeypatch) -> None:
+    refuse(monkeypatch, "texts.jsonl", errors.RepositoryNotFoundError)
+    replace(monkeypatch, "memory_gb", lambda: 80.0)
+    monkeypatch.chdir(tmp_path)
+    Path("texts.jsonl").write_text('{"text": "one"}\n')
+    assert preflight(dataclasses.replace(gemma, training_text="texts.jsonl"), CPU)
+
+
 def test_offline_needs_the_cache(gemma, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ExperimentError, match="HF_HUB_OFFLINE is set: .* \\(and 7 more of"):

@@ -28,7 +28,7 @@ from harness.store import (
     write_atomic,
     write_json,
 )
-from harness.text import documents, load_dataset, special_token_ids, text_errors, text_rows
+from harness.text import documents, special_token_ids, text_errors, text_rows, text_stream
 
 
 def core_config(settings: SettingsLike) -> Any:
@@ -76,7 +76,7 @@ def core_text(settings: SettingsLike) -> Any:
     if name == "tinylm":
         return heldout_passages()
     with text_errors(name):
-        return EvaluationText(name, load_dataset(name, split="train", streaming=True))
+        return EvaluationText(name, text_stream(name))
 
 
 class EvaluationText:

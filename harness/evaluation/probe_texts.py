@@ -135,7 +135,7 @@ def read_probe_texts(
             for part in probe_tokens(name, tokenizer, device, settings)
         ]
 
-    if not settings.core_text.startswith("tinylm"):
+    if settings.core_text != "tinylm":
         texts = documents(settings.core_text, "heldout")()
         if next(texts, None) is None:
             raise ExperimentError(f"the text {settings.core_text!r} holds no text: check core_text")
