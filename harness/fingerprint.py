@@ -137,12 +137,12 @@ def tokens_digest(split: list[dict[str, Any]]) -> str:
 
 
 def text_identity(name: str) -> dict[str, Any]:
-    """What tells a text from another: its name; of tinylm's corpus, a folder or a file, what it holds."""
+    """What tells a text from another: its name; of tinylm's corpus and what lies here, files."""
     if name == "tinylm":
         files = ("manifest.tsv", "corpus.py", "tokenizer.json")
         return {"text": [sha256_file(HERE / "tinylm" / file) for file in files]}
-    place = Path(name)
-    files = sorted(path for path in (place, *place.rglob("*")) if path.is_file())
+    folder = Path(name)
+    files = sorted(path for path in (folder, *folder.rglob("*")) if path.is_file())
     return {"text": [name, [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files]]}
 
 

@@ -15,6 +15,7 @@ import torch
 import experiment
 from harness.errors import ExperimentError
 from harness.evaluation.core import core_text
+from harness.fingerprint import text_identity
 from harness.records import write_config
 from harness.store import LEDGER
 from harness.text import look_at_texts, streamed_texts
@@ -119,6 +120,13 @@ def test_a_file_of_another_form_is_one_sentence() -> None:
         pass
     with pytest.raises(ExperimentError, match="must be a file of one of the forms .*convert it"):
         list(streamed_texts("texts.zip"))
+
+
+def test_a_key_knows_a_file_s_content() -> None:
+    Path("own.csv").write_text("text\nx\n")
+    before = text_identity("own.csv")
+    Path("own.csv").write_text("text\nlonger\n")
+    assert text_identity("own.csv") != before
 
 
 def test_which_files_are_read_is_said_and_recorded(capsys, tmp_path: Path) -> None:
