@@ -49,7 +49,7 @@ class Settings:
     lm_dtype: Literal["float32", "bfloat16"] = "float32"  # of the language model in evaluation
     train_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of training's matrix products
     layers: tuple[NonNegativeInt, ...] = (1, 2, 4)  # SAEs read blocks.L.hook_resid_post
-    context: Annotated[int, Field(ge=2)] = 128  # tokens per context, BOS first
+    context: Annotated[int, Field(ge=3)] = 128  # tokens per context, BOS first
     training_text: str = "tinylm"  # a data set, folder or file of texts; "tinylm": its corpus
     device: Literal["auto", "cpu", "cuda"] = "auto"
 

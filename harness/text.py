@@ -319,8 +319,8 @@ class ReadAhead:
 class TokenStream:
     """Packs texts into contexts of token ids: BOS, then text; BOS also stands between two texts.
 
-    It holds no padding. A corpus that runs out starts again, with a line that says so. Texts are
-    read and tokenized ahead, so that the language model needn't wait for them.
+    It holds no padding. A corpus that runs out starts again, with a line that says so after 1, 2,
+    4, 8, … times. Texts are read and tokenized ahead, so that the language model needn't wait.
 
     Args:
         texts: starts an iterator over the corpus.
@@ -392,7 +392,9 @@ class TokenStream:
         if not n_texts:
             self.epoch += 1
             self.n_texts = 0
-            print_line(f"training text: all of it used {self.epoch} times, starting again")
+            if self.epoch & (self.epoch - 1) == 0:
+                times = "once" if self.epoch == 1 else f"{self.epoch} times"
+                print_line(f"training text: all of it used {times}, starting again")
 
     def _tokenized(self, skip: int, n_texts: int = 32) -> Iterator[tuple[list[int], int]]:
         """Token ids of the next texts and their number, from `skip` on; ([], 0) at each end."""
@@ -404,7 +406,7 @@ class TokenStream:
             while batch := list(itertools.islice(texts, n_texts)):
                 ids = self.tokenizer(batch, add_special_tokens=False)["input_ids"]
                 yield [token for text in ids for token in (bos, *text)], len(batch)
-                some += len(batch)
+                some += sum(map(bool, ids))
             if not some:
                 raise ExperimentError("the training text holds no text: check training_text")
             yield [], 0

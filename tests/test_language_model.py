@@ -196,9 +196,29 @@ def test_a_corpus_that_runs_out_starts_again_and_says_so(toy_lm, capsys) -> None
     stream.contexts(4)
     assert capsys.readouterr().out == ""
     stream.contexts(40)
-    assert "all of it used 1 times, starting again" in capsys.readouterr().out
+    assert "all of it used once, starting again" in capsys.readouterr().out
     with pytest.raises(ExperimentError, match="no text"):
         stream_of([], toy_lm.tokenizer).contexts(1)
+
+
+def test_a_text_of_one_token_is_used_again_without_a_line_each_time(toy_lm, capsys) -> None:
+    with stream_of(["a"], toy_lm.tokenizer) as stream:
+        stream.contexts(40)
+    assert stream.epoch >= 300
+    assert len(capsys.readouterr().out.splitlines()) == 9  # after 1, 2, 4, … 256 times
+
+
+def test_texts_without_a_token_are_no_text() -> None:
+    """Or a run would wait for ever for a token to train on."""
+
+    class Deaf:
+        bos_token_id = 2
+
+        def __call__(self, texts: list[str], add_special_tokens: bool) -> dict:
+            return {"input_ids": [[] for _ in texts]}
+
+    with pytest.raises(ExperimentError, match="no text"):
+        stream_of(["one", "two"], Deaf()).contexts(1)
 
 
 def test_buffer_hands_out_every_text_token_once_in_order(toy_lm) -> None:

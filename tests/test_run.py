@@ -146,6 +146,7 @@ def test_planned_runs_train_as_the_plan_says(
         ({"model": "no/such-model"}, "the language model 'no/such-model' can't be loaded"),
         ({"probe_sets": ("tinylm/C",)}, "probe_sets must be one or more data sets; of tinylm"),
         ({"probe_ks": (1, 2, 5, 100)}, "probe_ks must be at most d_sae = 64, with 1, 2 and 5"),
+        ({"context": 2}, "context must be greater than or equal to 3, but is 2"),
         ({"training_tokens": 4096.0}, "training_tokens must be a whole number, but is 4096.0"),
         ({"layers": (0, -1)}, r"layers must be greater than or equal to 0, but is -1 \(of \(0, "),
         ({"curriculum": 1}, "curriculum must be True or False, but is 1"),
