@@ -37,7 +37,7 @@ from harness.console import Progress, redirect_output
 from harness.evaluation.core import prepare_for_sae_bench, shared_core_evals
 from harness.fingerprint import versions
 from harness.language_model import LanguageModel
-from harness.machine import peak_memory_gb, processor_name
+from harness.machine import n_cores, peak_memory_gb, processor_name
 from harness.training import ActivationStats, TrainingLog
 
 PAD, EOS, BOS = 0, 1, 2
@@ -350,7 +350,7 @@ def main(argv: list[str] | None = None) -> int:
         core_sparsity_batches=50 if large else 10,  # as in the profile
     )
     n_steps = 256 if large else 16
-    torch.set_num_threads(len(os.sched_getaffinity(0)))  # this and what follows as in a run
+    torch.set_num_threads(n_cores())  # this and what follows as in a run
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
 

@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from harness.machine import processor_name
+from harness.machine import n_cores, processor_name
 
 STAGES = ("harvest", "training", "core", "sparse_probing")
 EDITS = (  # what a rerun follows: its name, what is replaced, and by what
@@ -76,7 +76,7 @@ def main() -> None:
             print("| --- | --- | --- |" + " --- |" * len(stages))
         figures = " | ".join(f"{value:.3g}" for value in stages.values())
         print(f"| {what} | {seconds:.0f} | {first / seconds:.1f} | {figures} |", flush=True)
-    print(f"\n{processor_name()}, {len(os.sched_getaffinity(0))} cores; "
+    print(f"\n{processor_name()}, {n_cores()} cores; "
           f"{time.strftime('%Y-%m-%d')}. Stages that are kept show what they once took, "
           "but for the evaluations'.")  # fmt: skip
 

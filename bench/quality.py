@@ -33,7 +33,6 @@ import functools
 import itertools
 import json
 import math
-import os
 import sys
 import tempfile
 import time
@@ -55,7 +54,13 @@ from harness.evaluation.probe_texts import read_probe_texts
 from harness.evaluation.probing import sparse_probing
 from harness.fused_gemma import for_harvest
 from harness.language_model import load_language_model
-from harness.machine import choose_device, choose_train_dtype, make_reproducible, processor_name
+from harness.machine import (
+    choose_device,
+    choose_train_dtype,
+    make_reproducible,
+    n_cores,
+    processor_name,
+)
 from harness.start import SOURCES_AT_START
 from harness.startup import Run
 from harness.store import new_log
@@ -330,7 +335,7 @@ def machine() -> dict[str, Any]:
     """Where and when figures are made."""
     return {
         "machine": processor_name(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": n_cores(),
         "date": str(datetime.date.today()),
     }
 

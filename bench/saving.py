@@ -25,7 +25,7 @@ from bench.common import settings_of
 from harness.checkpoints import Checkpoints
 from harness.fused_gemma import for_harvest
 from harness.language_model import load_language_model
-from harness.machine import choose_train_dtype, make_reproducible, processor_name
+from harness.machine import choose_train_dtype, make_reproducible, n_cores, processor_name
 from harness.startup import Run
 from harness.text import TokenStream, documents
 
@@ -84,7 +84,7 @@ def main() -> None:
     ratio = statistics.median(seconds[True]) / statistics.median(seconds[False])
     print(f"share of the time in saves, median: {100 * statistics.median(shares):.2f}%")
     print(f"ratio of the medians, saved / not saved: {ratio:.3f}")
-    print(f"{processor_name()}, {len(os.sched_getaffinity(0))} cores, "
+    print(f"{processor_name()}, {n_cores()} cores, "
           f"{time.strftime('%Y-%m-%d')}")  # fmt: skip
 
 

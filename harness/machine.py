@@ -34,9 +34,15 @@ def choose_device(settings: SettingsLike, profile: str) -> torch.device:
     return torch.device(wanted)
 
 
+def n_cores() -> int:
+    """The cores that this process may use; on macOS, which doesn't say, all."""
+    allowed = getattr(os, "sched_getaffinity", None)
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
+
+
 def make_reproducible() -> None:
     """The same seed on the same machine gives the same results, bit for bit."""
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(n_cores())
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # no result depends on it
     torch.backends.cudnn.benchmark = False

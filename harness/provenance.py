@@ -22,7 +22,7 @@ from harness.call_graph import own_files, reachable_code
 from harness.fingerprint import tokens_digest, versions
 from harness.interfaces import RunLike
 from harness.language_model import model_path
-from harness.machine import memory_gb, processor_name
+from harness.machine import memory_gb, n_cores, processor_name
 from harness.start import HERE
 from harness.store import LEDGER, digest, sha256_file, write_atomic, write_json
 from harness.text import hub_revision
@@ -75,7 +75,7 @@ def config_record(run: RunLike) -> dict[str, Any]:
         "hardware": {
             "machine": platform.machine(),
             "processor": processor_name(),
-            "cores": len(os.sched_getaffinity(0)),
+            "cores": n_cores(),
             "memory_gb": round(memory_gb(), 1),
             "gpu": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else None,
         },

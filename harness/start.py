@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from pathlib import Path
+
+if sys.platform == "win32":
+    sys.exit("experiment.py needs Linux or macOS: on Windows, run it in WSL")
 
 STARTED = time.monotonic()
 HERE = Path(__file__).resolve().parent.parent

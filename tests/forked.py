@@ -30,7 +30,8 @@ LIBRARIES = [
     "psutil",
 ]
 CONTEXT = multiprocessing.get_context("forkserver")
-CORES = itertools.cycle(sorted(os.sched_getaffinity(0)))
+PINS = hasattr(os, "sched_setaffinity")  # macOS doesn't
+CORES = itertools.cycle(sorted(os.sched_getaffinity(0)) if PINS else [0])
 
 
 def environment(hf_home: Path, **variables: str) -> dict[str, str]:
@@ -43,6 +44,9 @@ def environment(hf_home: Path, **variables: str) -> dict[str, str]:
 @contextlib.contextmanager
 def one_core() -> Iterator[None]:
     """Processes started here have one: at toy sizes threads cost more than they save."""
+    if not PINS:
+        yield
+        return
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {next(CORES)})
     try:
@@ -130,7 +134,8 @@ def _run(
 ) -> None:
     """In the child: becomes what a fresh Python would be, and runs the script as the program."""
     os.setsid()
-    os.sched_setaffinity(0, {core})
+    if PINS:
+        os.sched_setaffinity(0, {core})
     os.dup2(stdout.fileno(), 1)
     os.dup2(stderr.fileno(), 2)
     stdout.close()

@@ -64,8 +64,9 @@ from harness.settings import checked_settings
 from harness.evaluation.core import core_config
 from harness.evaluation.probing import probing_config
 from harness.language_model import load_language_model
+from harness.machine import n_cores
 
-torch.set_num_threads(len(os.sched_getaffinity(0)))
+torch.set_num_threads(n_cores())
 chosen = experiment.PROFILES["gemma-2-2b"] | experiment.PLAN["run_x"]
 settings = checked_settings("run_x", experiment.Settings, chosen)
 model = load_language_model(settings.model, settings.lm_dtype).hooked()

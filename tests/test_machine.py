@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from harness.machine import choose_train_dtype, in_threads
-from tests.conftest import replace, settings_of
+from harness.machine import choose_train_dtype, in_threads, n_cores
+from tests.conftest import ROOT, replace, settings_of
 
 
 def test_threads_take_the_parts_of_a_key_in_order_with_a_share_of_the_cores() -> None:
@@ -32,6 +35,20 @@ def test_threads_take_the_parts_of_a_key_in_order_with_a_share_of_the_cores() ->
     with pytest.raises(RuntimeError, match="step failed"):
         list(in_threads(broken, ["a", "b", "c"], [0, 1, 2, 3], torch.device("cpu")))
     assert torch.get_num_threads() == 2
+
+
+def test_a_machine_that_does_not_say_which_cores_are_free_gives_all(monkeypatch) -> None:
+    """As macOS."""
+    assert n_cores() == len(os.sched_getaffinity(0))
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert n_cores() == os.cpu_count()
+
+
+def test_windows_itself_is_one_sentence() -> None:
+    code = "import sys; sys.platform = 'win32'; import harness.start"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert ended.stderr == "experiment.py needs Linux or macOS: on Windows, run it in WSL\n"
 
 
 def test_train_dtype_is_what_the_hardware_multiplies(toy, monkeypatch) -> None:
