@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,19 @@ def test_the_public_face_is_what_experiment_uses() -> None:
     listed = {f"{room}.{name}" for room, names in harness.PUBLIC.items() for name in names}
     assert used == listed
     assert len(listed) <= 25
+
+
+def test_uv_and_pip_install_the_same_versions() -> None:
+    lines = [*(ROOT / "requirements.txt").open(), *(ROOT / "constraints.txt").open()]
+    named = [line.strip() for line in lines if line.strip() and line[0] not in "-#"]
+    pinned = dict(line.split("==") for line in named if "==" in line)
+    required = {name: pinned[name] for name in named if "==" not in name}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    wanted = [*project["project"]["dependencies"], *project["dependency-groups"]["dev"]]
+    assert dict(line.split("==") for line in wanted) == required
+    for line in project["tool"]["uv"]["constraint-dependencies"]:
+        name, version = line.split("==")
+        assert pinned[name] == version
 
 
 def test_no_class_of_the_harness_is_a_base() -> None:
