@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -342,20 +342,21 @@ def cached(kind: str, key: dict[str, Any] | None, compute: Callable[..., Any], *
 
     See `cached_each`.
     """
-    return cached_each(kind, {"": key}, lambda _: {"": compute(*args)})[""]
+    return cached_each(kind, {"": key}, lambda _: [("", compute(*args))])[""]
 
 
 def cached_each(
     kind: str,
     keys: dict[str, dict[str, Any] | None],
-    compute: Callable[[list[str]], dict[str, Any]],
+    compute: Callable[[list[str]], Iterable[tuple[str, Any]]],
 ) -> dict[str, Any]:
     """Results by name: from the store where an earlier run has left them, the others computed.
 
     Args:
         kind: what they are, in words. keys: by name, all that a result depends on, as JSON; None:
             it is computed and not kept.
-        compute: returns the results of the names it is given.
+        compute: gives the results of these names, each as (name, result); one is kept before the
+            next is asked for, so that a kill costs the one that it was at.
     Returns:
         the results as JSON has them.
     """
@@ -370,13 +371,12 @@ def cached_each(
         LEDGER.reuses(kind, part=f" of {', '.join(found)}" if len(found) < len(keys) else "")
     missing = [name for name in keys if name not in found]
     with OBSERVED.computing(kind):
-        computed = compute(missing) if missing else {}
-    for name, value in computed.items():
-        if (key := keys.get(name)) is not None:
-            value = json.loads(json.dumps(value))
-            if shelf.put(digest(key), {"key": key, "value": value}):
-                LEDGER.keeps(kind)
-        found[name] = value
+        for name, value in compute(missing) if missing else ():
+            if (key := keys.get(name)) is not None:
+                value = json.loads(json.dumps(value))
+                if shelf.put(digest(key), {"key": key, "value": value}):
+                    LEDGER.keeps(kind)
+            found[name] = value
     return {name: found[name] for name in keys}
 
 

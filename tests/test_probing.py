@@ -212,6 +212,32 @@ def test_the_language_model_s_probes_are_computed_once(toy, scored, monkeypatch)
     assert other != first and called == ["llm", "sae", "llm", "sae"]
 
 
+def test_a_kill_costs_the_probes_of_the_sae_that_it_came_in(toy, scored) -> None:
+    run, _ = scored
+    stats = torch.zeros(32), 1.0
+    saes = {name: toy.new_sae(run.settings, 2, seed, stats, {}, 4)
+            for seed, name in enumerate("abc")}  # fmt: skip
+    probed = []
+
+    def score(keys: dict | None, killed_at: int | None = None) -> dict:
+        def probe(acts, who, ks):
+            if who == "sae":
+                probed.append(who)
+                if len(probed) == killed_at:
+                    raise KeyboardInterrupt
+            return toy.probe(acts, who, ks)
+
+        probed.clear()
+        return sparse_probing(run, saes, probe, Progress("probing", 6, "SAEs"), keys)
+
+    undisturbed = score(None)
+    keys = {name: {"SAE": name} for name in saes}
+    for killed_at in (3, 3):  # at c on the first set; then, with c left, at b on the second
+        with pytest.raises(KeyboardInterrupt):
+            score(keys, killed_at)
+    assert score(keys) == undisturbed and len(probed) == 2
+
+
 def test_an_edit_of_probe_leaves_no_language_model_s_probes_in_use(scored, tmp_path) -> None:
     run, _ = scored
     (name, split), *_ = run.probe_texts.items()

@@ -103,9 +103,9 @@ def test_a_result_of_some_names_is_computed_for_those_alone(own_cache: Path, cap
     """One without a key is never kept; a file that was changed by hand is set aside."""
     asked = []
 
-    def lengths(names: list[str]) -> dict[str, list]:
+    def lengths(names: list[str]) -> list[tuple[str, list]]:
         asked.append(names)
-        return {name: [len(name), (1, 2)] for name in names}
+        return [(name, [len(name), (1, 2)]) for name in names]
 
     keys = {"a": {"x": 1}, "bb": {"x": 2}, "ccc": None}
     first = cached_each("lengths", keys, lengths)

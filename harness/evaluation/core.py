@@ -158,7 +158,7 @@ def shared_core_evals(
         common = result_key("core evaluation", run, given, saes.values(), **text)
         keys = {name: common | {"SAE": describe(sae)} for name, sae in saes.items()}
 
-    def evaluated(names: list[str]) -> dict[str, tuple[dict, dict, dict[str, float], list[int]]]:
+    def evaluated(names: list[str]) -> list[tuple[str, tuple[dict, dict, dict[str, float], list[int]]]]:
         config, ignored = core_config(settings), special_token_ids(model.tokenizer)
         layers = sorted({saes[name].cfg.hook_layer for name in names})
         store = core_store(settings, model, saes[names[0]])
@@ -184,7 +184,8 @@ def shared_core_evals(
         with torch.no_grad(), retain_freed_memory():
             found = run_cooperatively({name: functools.partial(one, name) for name in names})
         drawn = [shared.n_contexts, len(shared.contexts)]
-        return {name: (*result, counting[name].figures(), drawn) for name, result in found.items()}
+        return [(name, (*result, counting[name].figures(), drawn))
+                for name, result in found.items()]  # fmt: skip
 
     try:
         return cached_each("core evaluation", keys, evaluated)

@@ -295,17 +295,15 @@ def shared_probing(
         draws = settings.probe_seed, probe, acts, "llm", settings.probe_ks, settings.probe_seed
         return cached("language model probes", key, drawn_from, *draws)[0]
 
-    @retain_freed_memory()
-    def probed(names: list[str]) -> dict[str, tuple[dict, str]]:
+    def probed(names: list[str]) -> Iterator[tuple[str, tuple[dict, str]]]:
         some = {name: saes[name] for name in names}
-        llm_acts, sae_acts = probing_features(split, run.sae_bench_model, some, settings, run)
-        llm = {layer: llm_probes(layer, acts) for layer, acts in llm_acts.items()}
-        found = {}
-        for name, acts in sae_acts.items():
-            draws = states[name], probe, acts, "sae", settings.probe_ks, settings.probe_seed
-            own, after = drawn_from(*draws)
-            found[name] = own | llm[saes[name].cfg.hook_layer], after
-        return found
+        with retain_freed_memory():
+            llm_acts, sae_acts = probing_features(split, run.sae_bench_model, some, settings, run)
+            llm = {layer: llm_probes(layer, acts) for layer, acts in llm_acts.items()}
+            for name, acts in sae_acts.items():
+                draws = states[name], probe, acts, "sae", settings.probe_ks, settings.probe_seed
+                own, after = drawn_from(*draws)
+                yield name, (own | llm[saes[name].cfg.hook_layer], after)
 
     with error_context(dataset):
         found = cached_each("sparse probing", keys, probed)
