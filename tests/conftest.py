@@ -88,14 +88,12 @@ def toy_config(vocab_size: int, n_layers: int):
     )
 
 
-@pytest.fixture(scope="session")
-def toy_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_toy_model(folder: Path) -> Path:
     """A folder in Hugging Face's form: 4 layers, d_model 32, a tokenizer of 300 tokens."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import Gemma2ForCausalLM, PreTrainedTokenizerFast
 
-    folder = tmp_path_factory.mktemp("toy") / "toy-gemma-2"
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -121,6 +119,11 @@ def toy_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = toy_config(vocab_size=300, n_layers=4)
     Gemma2ForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def toy_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_toy_model(tmp_path_factory.mktemp("toy") / "toy-gemma-2")
 
 
 @pytest.fixture(scope="session")
