@@ -20,6 +20,8 @@ from greenlet import getcurrent, greenlet
 from harness.errors import ExperimentError
 from harness.interfaces import SettingsLike
 
+LONGEST_CALL = 2.0  # seconds that calls side by side are waited for once one of them has failed
+
 
 def choose_device(settings: SettingsLike, profile: str) -> torch.device:
     """The device that `settings.device` stands for: "auto" is a GPU for gemma-2-2b, else a CPU."""
@@ -93,21 +95,22 @@ def in_threads(
     share = cores // n_workers
     ready, next_part = list(keys), dict.fromkeys(keys, 0)
     running: dict[Future, Any] = {}
-    with ThreadPoolExecutor(n_workers, "steps", torch.set_num_threads, (share,)) as pool:
-        try:
-            while ready or running:
-                while ready and len(running) < n_workers:
-                    key = ready.pop(0)
-                    running[pool.submit(function, key, parts[next_part[key]])] = key
-                for done in wait(running, return_when=FIRST_COMPLETED).done:
-                    key = running.pop(done)
-                    yield key, parts[next_part[key]], done.result()
-                    next_part[key] += 1
-                    if next_part[key] < len(parts):
-                        ready.append(key)
-        finally:
-            pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(cores)
+    pool = ThreadPoolExecutor(n_workers, "steps", torch.set_num_threads, (share,))
+    try:
+        while ready or running:
+            while ready and len(running) < n_workers:
+                key = ready.pop(0)
+                running[pool.submit(function, key, parts[next_part[key]])] = key
+            for done in wait(running, return_when=FIRST_COMPLETED).done:
+                key = running.pop(done)
+                yield key, parts[next_part[key]], done.result()
+                next_part[key] += 1
+                if next_part[key] < len(parts):
+                    ready.append(key)
+    finally:  # after an error, or a signal, not for ever: a call may never return
+        pool.shutdown(wait=not running, cancel_futures=True)
+        wait(running, timeout=LONGEST_CALL)
+        torch.set_num_threads(cores)
 
 
 def in_order(

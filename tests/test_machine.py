@@ -6,6 +6,8 @@ import dataclasses
 import os
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import torch
@@ -49,6 +51,23 @@ def test_windows_itself_is_one_sentence() -> None:
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 1
     assert ended.stderr == "experiment.py needs Linux or macOS: on Windows, run it in WSL\n"
+
+
+def test_an_error_does_not_wait_for_calls_that_never_return(monkeypatch) -> None:
+    torch.set_num_threads(2)
+    monkeypatch.setattr("harness.machine.LONGEST_CALL", 0.1)
+    go_on = threading.Event()
+
+    def work(key: str, part: int) -> None:
+        if key == "a":
+            raise RuntimeError("step failed")
+        go_on.wait(30)
+
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match="step failed"):
+        list(in_threads(work, ["a", "b"], [0], torch.device("cpu")))
+    assert time.monotonic() - began < 10
+    go_on.set()
 
 
 def test_train_dtype_is_what_the_hardware_multiplies(toy, monkeypatch) -> None:
