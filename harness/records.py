@@ -153,6 +153,36 @@ def against_given_baseline(
     return line, warnings
 
 
+def by_layer(
+    figures: dict[tuple[int, int], dict[str, float]], settings: SettingsLike
+) -> dict[str, dict[str, list[float]]]:
+    """{layer_L: {metric: a value per seed}}, in the order of the settings' layers and seeds.
+
+    Raises:
+        ExperimentError: an SAE has no figures, or lacks one that another seed has, or it is no
+            number.
+    """
+    keys = list(itertools.product(settings.layers, settings.seeds))
+    if set(figures) != set(keys):
+        raise ExperimentError(
+            f"write_records must be given figures of these layers and seeds, {keys}, but was given "
+            f"those of {list(figures)}: look at main"
+        )
+    layers: dict[str, dict[str, list[float]]] = {f"layer_{at}": {} for at in settings.layers}
+    for layer, seed in keys:
+        metrics = dict.fromkeys(m for other in settings.seeds for m in figures[layer, other])
+        for metric in metrics:
+            value = figures[layer, seed].get(metric)
+            try:
+                layers[f"layer_{layer}"].setdefault(metric, []).append(float(value))
+            except (TypeError, ValueError) as error:
+                raise ExperimentError(
+                    f"{metric} must be a number for every seed, but is {str(value)[:80]!r} for "
+                    f"layer {layer}, seed {seed}: record it for each SAE, or for none"
+                ) from error
+    return layers
+
+
 def check_info(info: dict[str, dict]) -> None:
     """ExperimentError where a figure that is to be recorded can't be right."""
     for entry, content in info.items():
@@ -170,7 +200,8 @@ def check_complete(out_dir: Path) -> None:
     """ExperimentError where a run has come to its end without its results."""
     if not (out_dir / "final_info.json").exists():
         raise ExperimentError(
-            f"the run ended, but there is no {out_dir.name}/final_info.json: look at write_records"
+            f"the run ended, but there is no {out_dir.name}/final_info.json: look for a return "
+            "before write_records in main, or a yield, and at write_records"
         )
 
 
@@ -262,11 +293,8 @@ def write_records(
         "training_tokens": log.n_steps * settings.batch,
         "n_seeds": len(settings.seeds),
     }
-    layers: dict[str, dict[str, list[float]]] = {}
-    for (layer, _), row in figures.items():
-        metrics = layers.setdefault(f"layer_{layer}", {})
-        for metric, value in (row | counts | seconds).items():
-            metrics.setdefault(metric, []).append(float(value))
+    rows = {key: row | counts | seconds for key, row in figures.items()}
+    layers = by_layer(rows, settings)
     overall = {
         "seed": [float(seed) for seed in settings.seeds],
         PRIMARY: primary_metric(layers.values()),

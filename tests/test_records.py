@@ -15,7 +15,7 @@ import torch
 from harness.console import STAGE
 from harness.errors import ExperimentError
 from harness.evaluation.core import check_core, save_core
-from harness.records import against_given_baseline
+from harness.records import against_given_baseline, by_layer
 from harness.verdict import PRIMARY
 from tests.conftest import ROOT, replace, run_command, settings_of
 from tests.test_command import words
@@ -189,6 +189,46 @@ def test_garbage_from_an_edited_evaluation_is_not_recorded(
     assert run_command(toy, tmp_path / "run_1") == 1
     said = words(capsys.readouterr().err)
     assert "the run ended, but there is no run_1/final_info.json" in said["cause"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({(2, 1): {"l0": 1.0}}, "fvu must be a number for every seed, but is 'None' for layer 2"),
+        ({(0, 0): {"l0": 1.0, "fvu": "low"}}, "but is 'low' for layer 0, seed 0: record it for"),
+        ({(0, 0): {"l0": 1.0, "fvu": torch.ones(2)}}, r"but is 'tensor\(\[1., 1.\]\)' for"),
+        ({(7, 0): {"l0": 1.0, "fvu": 1.0}}, "must be given figures of these layers and seeds"),
+        ({(2, 1): None}, "must be given figures of these layers and seeds"),
+    ],
+)
+def test_a_figure_is_there_for_every_seed_or_for_none(toy, changes: dict, says: str) -> None:
+    settings = dataclasses.replace(settings_of(toy, "run_1"), seeds=(1, 0))
+    figures = {(at, seed): {"l0": at + seed, "fvu": 0.5} for seed in (0, 1) for at in (2, 0)}
+    layers = by_layer(figures, settings)
+    assert list(layers) == ["layer_0", "layer_2"] and layers["layer_2"]["l0"] == [3, 2]
+    figures = {key: row for key, row in (figures | changes).items() if row is not None}
+    with pytest.raises(ExperimentError, match=says):
+        by_layer(figures, settings)
+
+
+@pytest.mark.parametrize("edit", ["nan", "return"])
+def test_weights_that_are_no_numbers_and_an_early_return_are_told_as_what_they_are(
+    toy, tmp_path, own_cache, monkeypatch, capsys, edit: str
+) -> None:
+    export, begin = toy.export, toy.main
+
+    def with_nan(run, training):
+        training.saes[0, 0].W_dec.data[3, 4] = float("nan")
+        export(run, training)
+
+    if edit == "nan":
+        monkeypatch.setattr(toy, "export", with_nan)
+        says = "1 of the 2048 values of W_dec are not finite after training: look at what writes it"
+    else:  # not in the rehearsal
+        monkeypatch.setattr(toy, "main", lambda run: begin(run) if STAGE.prefix else None)
+        says = "the run ended, but there is no run_1/final_info.json: look for a return before"
+    assert run_command(toy, tmp_path / "run_1") == 1
+    assert says in words(capsys.readouterr().err)["cause"]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])

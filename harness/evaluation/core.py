@@ -296,17 +296,22 @@ def save_core(
 
 def check_trained(name: str, sae: SAELike, untrained: SAELike) -> None:
     """ExperimentError where training left an SAE as it was, or weights that are no numbers."""
-    for parameter, tensor in sae.named_parameters():
-        if not torch.isfinite(tensor).all():
-            raise ExperimentError(
-                f"{name}: {parameter} holds values that are not finite after training: "
-                "look at the loss and at lr"
-            )
+    check_finite(name, dict(sae.named_parameters()))
     if torch.equal(sae.W_enc, untrained.W_enc):
         raise ExperimentError(
             f"{name}: no training step was done, its weights are those it was initialized with: "
             "look at the training loop"
         )
+
+
+def check_finite(name: str, weights: dict[str, torch.Tensor]) -> None:
+    """ExperimentError where a weight of an SAE is no number."""
+    for parameter, tensor in weights.items():
+        if n_odd := int((~torch.isfinite(tensor)).sum()):
+            raise ExperimentError(
+                f"{name}: {n_odd} of the {tensor.numel()} values of {parameter} are not finite "
+                "after training: look at what writes it, at the loss and at lr"
+            )
 
 
 def check_core(name: str, metrics: dict[str, float]) -> None:
@@ -393,6 +398,7 @@ def write_as_saelens(
     else:
         stored = StandardSAE(StandardSAEConfig(**shape))
     weights = sae.state_dict()
+    check_finite(f"the SAE for {folder}", weights)
     for name, tensor in stored.state_dict().items():
         tensor.copy_(weights[name])
     stored.save_model(folder)
