@@ -14,7 +14,7 @@
     fused_gemma      Gemma-2's forward pass on a CPU, faster
     text             from a data set to packed contexts
     text_files       local files of texts
-    command          one attempt: lock, heartbeat, signals, last words; knows nothing of SAEs
+    command          one attempt: folder, lock, heartbeat, last words; knows nothing of SAEs
     checkpoints      a training as far as it has come: what is saved, and how it goes on
     store            what outlives a run: one shelf, its codecs, the ledger of what was reused
     console          what a user reads; what stage the command is at
@@ -22,9 +22,12 @@
     reference        the run that another is compared to, or takes constants from
     verdict          better or worse, and what can be compared
     errors           failures whose message is the whole story
+    signals          what asks the process to end, and ends that nothing holds up
+    witness          last words of a process that crashed in C code, or was killed
+    partials         what is half-written, and left where a process was killed
     settings         what a setting can be, and the sentence where it isn't
     interfaces       what the harness asks of settings, SAE and trainer
-    start            what has to be read before anything else is imported
+    start            what has to be read before anything else is imported; it speaks until then
 
 `PUBLIC` is the harness's face: the names that experiment.py uses, by room.
 """

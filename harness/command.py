@@ -9,32 +9,36 @@ import faulthandler
 import json
 import os
 import shutil
-import signal
 import sys
-import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TextIO
 
 import psutil
+from filelock import FileLock
 
-from harness.console import STAGE
+from harness.console import STAGE, tolerant_output
 from harness.errors import (
     ExperimentError,
     first_line,
     is_full_disk,
     is_out_of_memory,
+    last_words,
+    place_of,
     redact,
-    shortened,
+    text_of,
 )
-from harness.start import HERE
-from harness.store import LEDGER, digest, new_log, place_for, take_lock, write_atomic
+from harness.partials import PREFIX, remove_left, temporary_dir
+from harness.signals import GRACE, Ended, Signals, leave_within, signal_of
+from harness.start import HERE, WATCH
+from harness.store import LEDGER, cache_dir, digest, new_log, place_for, take_lock, write_atomic
+from harness.witness import witnessed
 
-LAST_WORDS = 1500  # characters of standard error that a driver shows of a run that failed
 HEARTBEAT = 5.0  # seconds between two notes of what an attempt is doing
+LOCK = ".lock"  # the file in a run's folder that the process that writes it holds
 
 
 def check_out_dir(out_dir: Path) -> None:
@@ -53,6 +57,8 @@ def check_out_dir(out_dir: Path) -> None:
             f"--out_dir={out_dir} must be a new folder, or that of a run, but holds other files: "
             "name another"
         )
+    if (out_dir / LOCK).exists():
+        lock_folder(out_dir).release()
     place = out_dir
     while not place.exists() and place != place.parent:
         place = place.parent
@@ -64,8 +70,10 @@ def check_out_dir(out_dir: Path) -> None:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder holds a run, complete or not."""
+    """Whether a folder holds a run, complete or not; or what stands before its config.json."""
     if (folder / "final_info.json").exists():
+        return True
+    if all(path.name == LOCK or path.name.startswith(PREFIX) for path in folder.iterdir()):
         return True
     try:
         return {"run", "sha256"} <= json.loads((folder / "config.json").read_text()).keys()
@@ -73,39 +81,65 @@ def is_run(folder: Path) -> bool:
         return False
 
 
-def prepare_out_dir(out_dir: Path) -> str | None:
-    """Makes `out_dir`, writable and without results.
+def lock_folder(out_dir: Path) -> FileLock:
+    """Holds a run's folder, by whatever name and with whatever cache another process comes to it.
+
+    Raises:
+        ExperimentError: another one holds it.
+    """
+    lock = take_lock(out_dir / LOCK)
+    if lock is None:
+        raise ExperimentError(
+            f"{out_dir} is being written by another process: wait until it ends, or name another "
+            "--out_dir"
+        )
+    return lock
+
+
+@contextlib.contextmanager
+def prepared_out_dir(out_dir: Path) -> Iterator[str | None]:
+    """Inside, `out_dir` is this process's, and at first it is writable and without results.
 
     A complete run that stands there (it has a final_info.json) is set aside as `out_dir.1`, `.2`,
     …. What an unfinished attempt left is removed: all that was paid for is in the store.
 
-    Returns:
+    Yields:
         a line that says what was set aside, or None.
     Raises:
-        ExperimentError: the folder can't be made or written.
+        ExperimentError: the folder can't be made or written, or another process writes it.
     """
     moved = None
     try:
+        lock = lock_folder(out_dir)
         if (out_dir / "final_info.json").exists():
             number = 1
             while (aside := out_dir.with_name(f"{out_dir.name}.{number}")).exists():
                 number += 1
             out_dir.rename(aside)
             moved = f"{out_dir} holds a complete run: set aside as {aside}"
+            (aside / LOCK).unlink()
+            lock.release()
+            lock = lock_folder(out_dir)
         elif (out_dir / "config.json").exists():
             for folder in ("sae", "eval_results"):
                 shutil.rmtree(out_dir / folder, ignore_errors=True)
-            for file in ("code.zip", "warnings.json"):
+            for file in ("code.zip", "warnings.json", "train_log.jsonl"):
                 (out_dir / file).unlink(missing_ok=True)
-        out_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out_dir):
-            pass
+        for left in out_dir.glob(f"{PREFIX}*"):
+            left.unlink()
     except OSError as error:
+        if is_full_disk(error):
+            raise
         raise ExperimentError(
             f"--out_dir={out_dir} must be a folder that can be written, but: "
             f"{error.strerror or error}; name another, or change its permissions"
         ) from error
-    return moved
+    try:
+        yield moved
+    finally:
+        with contextlib.suppress(OSError):
+            (out_dir / LOCK).unlink(missing_ok=True)
+            lock.release()
 
 
 class _Arguments(argparse.ArgumentParser):
@@ -129,13 +163,11 @@ class RunLock:
 
     def __init__(self, out_dir: Path, log: Path) -> None:
         self.out_dir = out_dir
-        name = f"{out_dir.name[:60]}-{digest(str(out_dir.resolve()))[:16]}"
+        resolved = out_dir.resolve()
+        name = f"{resolved.name[:60]}-{digest(str(resolved))[:16]}"
         self.path = place_for("attempts") / f"{name}.json"
         self.lock = take_lock(self.path.with_suffix(".lock"))
-        try:
-            self.before = json.loads(self.path.read_text())
-        except (OSError, ValueError):
-            self.before = {}
+        self.before = self._read()
         if self.lock is None:
             raise ExperimentError(
                 f"{out_dir} is being written by another process ({self.before.get('pid', '?')}): "
@@ -155,6 +187,20 @@ class RunLock:
         self.beat()
         threading.Thread(target=self._beat_on, name="heartbeat", daemon=True).start()
         STAGE.listener = self.beat
+
+    def _read(self) -> dict[str, Any]:
+        """What the process before left; {} where that is no whole record."""
+        numbers = dict.fromkeys(("seconds", "memory_gb", "machine_gb", "total_gb"), (int, float))
+        texts = dict.fromkeys(("log", "began", "stage"), str)
+        kinds = {**numbers, **texts, "pid": int, "silent": int, "key": (dict, type(None))}
+        try:
+            record = json.loads(self.path.read_text())
+        except (OSError, ValueError, RecursionError):
+            return {}
+        whole = isinstance(record, dict) and all(
+            name in record and isinstance(record[name], kind) for name, kind in kinds.items()
+        )
+        return record if whole else {}
 
     def beat(self) -> None:
         """Writes the record."""
@@ -203,48 +249,51 @@ class RunLock:
         self.lock.release()
 
 
-class _Ended(BaseException):
-    """Raised by a signal that asks the process to end."""
+class _Attempt:
+    """What is known of one attempt when it fails.
 
+    Attributes:
+        log, lock: once they are there. memory_settings: see `main`.
+    """
 
-def _end(number: int, frame: Any) -> None:
-    raise _Ended(signal.Signals(number).name)
+    def __init__(self, memory_settings: Callable[[str], str]) -> None:
+        self.log: Path | None = None
+        self.lock: RunLock | None = None
+        self.memory_settings = memory_settings
+        self.stderr = os.dup(2)  # also while output is redirected
+        self.ends_by_itself: Callable[[], None] = lambda: None
 
+    def fails(self, error: BaseException, stderr: TextIO | None = None) -> int:
+        """Says why, at the end of standard error and at length in the log: the exit status."""
+        told = isinstance(error, (KeyboardInterrupt, Ended))
+        if self.log:
+            with contextlib.suppress(OSError):
+                with self.log.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                    traceback.print_exception(error, file=file)
+                    if told:  # where each thread was: one may never return
+                        file.flush()
+                        faulthandler.dump_traceback(file)
+        notes = [str(note) for note in reversed(getattr(error, "__notes__", []))]
+        notes = [note for note in notes if len(note) < 80][:3]
+        stage = STAGE.name + (f" ({', '.join(notes)})" if notes else "")
+        said = explained(error, self.lock, self.memory_settings) | {"log": str(self.log or "")}
+        print(last_words(stage, **said), file=stderr or sys.stderr, flush=True)
+        return 128 + signal_of(error) if told else 1
 
-def _end_again(swallowed: Any) -> None:
-    """`sys.unraisablehook`: what a finalizer raises is lost, so the signal is sent again."""
-    if not isinstance(swallowed.exc_value, (KeyboardInterrupt, _Ended)):
-        sys.__unraisablehook__(swallowed)
-        return
-    number = signal_of(swallowed.exc_value)
-    threading.Timer(0.1, os.kill, [os.getpid(), number]).start()
+    def give_up(self, error: Ended) -> NoReturn:
+        """Ends the process from another thread than the main one, which doesn't come back."""
+        leave_within(GRACE, 128 + signal_of(error))
+        shown = open(self.stderr, "w", errors="backslashreplace", closefd=False)
+        status = self.fails(error, shown)
+        self.ends_by_itself()
+        self.release(status)
+        os._exit(status)
 
-
-def signal_of(error: BaseException) -> signal.Signals:
-    """The signal behind an `_Ended`, or a KeyboardInterrupt."""
-    return signal.Signals[str(error) or "SIGINT"]
-
-
-@contextlib.contextmanager
-def handlers(log: Path) -> Iterator[None]:
-    """Signals that ask for an end raise; a crash in C leaves its stack in the log."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    asked = [signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup ignores it
-        asked.append(signal.SIGHUP)
-    stock = {number: signal.signal(number, _end) for number in asked}
-    hook, sys.unraisablehook = sys.unraisablehook, _end_again
-    with log.open("a") as file:
-        faulthandler.enable(file)
-        try:
-            yield
-        finally:
-            faulthandler.disable()
-            sys.unraisablehook = hook
-            for number, handler in stock.items():
-                signal.signal(number, handler)
+    def release(self, status: int) -> None:
+        """Notes how it ended, and lets go of its folder."""
+        if self.lock:
+            self.lock.release("complete" if status == 0 else f"status {status}")
+        os.close(self.stderr)
 
 
 def main(
@@ -256,61 +305,48 @@ def main(
     """Calls `run(out_dir, log)`; on failure the end of standard error says why, in words.
 
     Args:
-        argv: of the command; by default sys.argv's. description: what `--help` says of it.
+        argv: of the command; by default sys.argv's, and the process ends soon after a failure.
+        description: what `--help` says of it.
         memory_settings: the settings that take less memory in a stage, in words.
     Returns:
         the exit status: 0; 1 after a failure; 128 + its number after a signal.
     """
-    log = lock = None
-    status = 0
+    WATCH.launched = True
+    attempt, status = _Attempt(memory_settings), 1
     STAGE.name = "start-up"
-    try:
-        parser = _Arguments(description=description, allow_abbrev=False)
-        parser.add_argument("--out_dir", type=Path, required=True, help="the folder of this run")
-        out_dir = parser.parse_args(argv).out_dir.absolute()
-        log = new_log(out_dir.name)
-        lock = RunLock(out_dir, log)
-        if death := lock.last_death(memory_settings):
-            print(death, file=sys.stderr, flush=True)
-        with handlers(log):
-            run(out_dir, log)
-    except (Exception, KeyboardInterrupt, SystemExit, _Ended) as error:
-        if isinstance(error, SystemExit) and not log:  # --help
-            raise
-        told = isinstance(error, (KeyboardInterrupt, _Ended))
-        status = 128 + signal_of(error) if told else 1
-        if log:
-            with contextlib.suppress(OSError), log.open("a", encoding="utf-8") as file:
-                traceback.print_exception(error, file=file)
-        print(last_words(error, log, lock, memory_settings), file=sys.stderr)
-    finally:
-        if lock:
-            lock.release("complete" if status == 0 else f"status {status}")
+    with tolerant_output(), Signals(attempt.give_up) as signals:
+        try:
+            parser = _Arguments(description=description, allow_abbrev=False)
+            parser.add_argument("--out_dir", type=Path, required=True, help="the run's folder")
+            out_dir = parser.parse_args(argv).out_dir.absolute()
+            attempt.log = new_log(out_dir.name)
+            attempt.lock = RunLock(out_dir, attempt.log)
+            for folder in (cache_dir(), temporary_dir()):
+                remove_left(folder)
+            if death := attempt.lock.last_death(memory_settings):
+                print(death, file=sys.stderr, flush=True)
+            watching = witnessed(attempt.log, attempt.lock.path, attempt.stderr)
+            with watching as attempt.ends_by_itself:
+                run(out_dir, attempt.log)
+            status = 0
+        except (Exception, KeyboardInterrupt, SystemExit, Ended) as error:
+            signals.over.set()
+            if isinstance(error, SystemExit) and not attempt.log:  # --help
+                raise
+            status = attempt.fails(error)
+        finally:
+            signals.over.set()
+            attempt.release(status)
+    WATCH.status = status
+    if status and argv is None:
+        leave_within(GRACE, status)
     return status
-
-
-def last_words(
-    error: BaseException,
-    log: Path | None,
-    lock: RunLock | None,
-    memory_settings: Callable[[str], str],
-) -> str:
-    """What failed, why, what to do and where the log is: at most `LAST_WORDS` characters."""
-    notes = [note for note in reversed(getattr(error, "__notes__", [])) if len(note) < 80]
-    where = STAGE.name + (f" ({', '.join(notes[:3])})" if notes else "")
-    said = explained(error, lock, memory_settings) | {"log": str(log or "")}
-    cause = said.pop("cause")
-    # Room for the labels, and for the line that make adds.
-    room = LAST_WORDS - 200 - len(where) - sum(map(len, said.values()))
-    said["cause"] = shortened(cause, max(room, 100))
-    lines = [f"{what}: {said[what]}" for what in ("at", "cause", "to do", "log") if said.get(what)]
-    return "\n".join([f"experiment.py failed during {where}", *lines])
 
 
 def explained(
     error: BaseException, lock: RunLock | None, memory_settings: Callable[[str], str]
 ) -> dict[str, str]:
-    """Why the command failed ("cause"), "at" which line where that helps, and what "to do".
+    """Why the command failed ("cause"), "at" which line where that helps, and what "to_do".
 
     An ExperimentError says what to do by itself.
     """
@@ -318,29 +354,15 @@ def explained(
     if lock and LEDGER.kept:
         again += f": it goes on from what is kept ({', '.join(LEDGER.kept)})"
     if isinstance(error, ExperimentError):
-        return {"cause": str(error)}
-    if isinstance(error, (KeyboardInterrupt, _Ended)):
-        return {"cause": f"it was told to end ({signal_of(error).name})", "to do": again}
+        return {"cause": text_of(error)}
+    if isinstance(error, (KeyboardInterrupt, Ended)):
+        return {"cause": f"it was told to end ({signal_of(error).name})", "to_do": again}
     if is_out_of_memory(error):
         cause, remedy = "out of memory", f"lower {memory_settings(STAGE.name)}"
     elif is_full_disk(error):
         place = lock.out_dir if lock else "the run"
         cause, remedy = "a disk is full", f"free space where {place} is"
     else:
-        cause = f"{type(error).__name__}: {redact(str(error))}"
-        return {"at": place_of(error), "cause": cause, "to do": f"mend it, and {again}"}
-    return {"cause": f"{cause} ({first_line(error)})", "to do": f"{remedy}, and {again}"}
-
-
-def place_of(error: BaseException) -> str:
-    """The line of experiment.py that an error passed last, and where it came from below that."""
-    frames = traceback.extract_tb(error.__traceback__)
-    ours = [frame for frame in frames if Path(frame.filename).name == "experiment.py"]
-    if not frames:
-        return ""
-    frame = (ours or frames)[-1]
-    place = f"{Path(frame.filename).name}, line {frame.lineno}, in {frame.name}: {frame.line}"
-    if frames[-1] is not frame:
-        deepest = frames[-1]
-        place += f" -> {Path(deepest.filename).name}, line {deepest.lineno}, in {deepest.name}"
-    return redact(place)[:300]
+        cause = f"{type(error).__name__}: {redact(text_of(error))}"
+        return {"at": place_of(error), "cause": cause, "to_do": f"mend it, and {again}"}
+    return {"cause": f"{cause} ({first_line(error)})", "to_do": f"{remedy}, and {again}"}

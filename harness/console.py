@@ -17,7 +17,8 @@ from tqdm import tqdm
 class _Tolerant:
     """A stream that loses what it can't write instead of raising: a full disk, a closed pipe.
 
-    Without a stream of its own it is standard output, whatever that is at the time.
+    What its encoding lacks it writes as escapes. Without a stream of its own it is standard
+    output, whatever that is at the time.
     """
 
     def __init__(self, stream: Any = None) -> None:
@@ -27,16 +28,39 @@ class _Tolerant:
         return getattr(self.stream or sys.stdout, name)
 
     def write(self, text: str) -> int:
-        with contextlib.suppress(OSError):
-            (self.stream or sys.stdout).write(text)
+        stream = self.stream or sys.stdout
+        with contextlib.suppress(OSError, ValueError):  # ValueError: an edit has closed it
+            try:
+                stream.write(text)
+            except UnicodeEncodeError:
+                encoding = stream.encoding or "ascii"
+                stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
 
     def flush(self) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             (self.stream or sys.stdout).flush()
 
 
 CONSOLE = _Tolerant()  # the user's; its stream is standard output's while that is redirected
+
+
+@contextlib.contextmanager
+def tolerant_output() -> Iterator[None]:
+    """Inside, output that can't be written is lost and costs no run, and none when Python ends."""
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(_Tolerant, streams)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = streams
+        for stream in streams:
+            try:
+                stream.flush()
+            except OSError:  # Python flushes once more, and its exit status would be 120
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            except ValueError:  # an edit has closed it
+                pass
 
 
 @contextlib.contextmanager
@@ -58,7 +82,9 @@ def redirect_output(log: Path) -> Iterator[None]:
     except (OSError, ValueError, AttributeError):
         own_stdout = True
     try:
-        CONSOLE.stream = streams[0] if own_stdout else open(saved[0], "w", closefd=False)
+        CONSOLE.stream = streams[0]
+        if not own_stdout:
+            CONSOLE.stream = open(saved[0], "w", encoding=streams[0].encoding, closefd=False)
         os.dup2(target, 1)
         os.dup2(target, 2)
         sys.stdout = sys.stderr = _Tolerant(text)

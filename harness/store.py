@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import functools
 import hashlib
 import json
@@ -22,7 +23,11 @@ from torch import Tensor
 
 from harness.console import print_line
 from harness.errors import ExperimentError, first_line
+<<<<<<< HEAD
 from harness.observation import OBSERVED
+=======
+from harness.partials import mark, partial_in, temporary_dir
+>>>>>>> 4e2344e (Every end has last words and the right status, and leaves nothing that stops the next start)
 
 STORE_GB = 20.0  # of paid-for work kept in the cache; the least recently used goes first
 ACTIVATIONS_GB = 4.0  # of a training, or of an evaluation; larger ones are made anew in each run
@@ -45,14 +50,13 @@ def place_for(kind: str) -> Path:
     Raises:
         ExperimentError: neither can be written.
     """
-    temporary = Path(tempfile.gettempdir()) / f"parametric-sae-{os.getuid()}"
-    for folder in (cache_dir() / kind, temporary / kind):
+    for folder in (cache_dir() / kind, temporary_dir() / kind):
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
                 return folder
     raise ExperimentError(
-        f"no place for a log: neither {cache_dir()} nor {temporary} can be written; "
+        f"no place for a log: neither {cache_dir()} nor {temporary_dir()} can be written; "
         "set XDG_CACHE_HOME to a folder that can"
     )
 
@@ -60,7 +64,7 @@ def place_for(kind: str) -> Path:
 def new_log(run_name: str) -> Path:
     """An empty log file for this attempt, outside `run_i/` so that it outlives it."""
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    path = place_for("logs") / f"{run_name}-{stamp}-{os.getpid()}.log"
+    path = place_for("logs") / f"{run_name[:60]}-{stamp}-{os.getpid()}.log"
     path.touch()
     return path
 
@@ -78,14 +82,15 @@ def write_whole(
         durable: it is on the disk itself before it takes the other one's place.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".partial-{os.getpid()}-{threading.get_ident()}"
+    partial = partial_in(folder)
     try:
         with partial.open("wb") as file:
+            mark(file.fileno())
             write(file)
             file.flush()
             if durable:
                 os.fsync(file.fileno())
-        return partial.replace(folder / name(partial))
+            return partial.replace(folder / name(partial))
     finally:
         partial.unlink(missing_ok=True)
 
@@ -112,13 +117,19 @@ def digest(key: object) -> str:
 
 
 def take_lock(path: Path) -> FileLock | None:
-    """A lock that ends with `release` or with the process; None where another one is held."""
+    """A lock that ends with `release` or with the process; None where another one is held.
+
+    On a file system without locks nothing is held: a mark in their place would outlive a kill.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path, blocking=False)
+    lock = FileLock(path, blocking=False, fallback_to_soft=False)
     try:
         lock.acquire()
     except Timeout:
         return None
+    except OSError as error:
+        if error.errno != errno.ENOSYS:
+            raise
     return lock
 
 

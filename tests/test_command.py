@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.command import LAST_WORDS, RunLock, main
+from harness.command import RunLock, main
 from harness.console import STAGE, redirect_output
-from harness.errors import error_context
+from harness.errors import LAST_WORDS, error_context
 from harness.startup import memory_settings
 from tests.conftest import ROOT, run_command
 
