@@ -47,6 +47,7 @@ class Signals:
             self.reading, self.writing = os.pipe()
             os.set_blocking(self.writing, False)
             self.wakeup = signal.set_wakeup_fd(self.writing, warn_on_full_buffer=False)
+            os.register_at_fork(after_in_child=self._in_child)
             threading.Thread(target=self._insist, name="signals", daemon=True).start()
         return self
 
@@ -58,6 +59,13 @@ class Signals:
             sys.unraisablehook = self.hook
             for number, handler in self.stock.items():
                 signal.signal(number, handler)
+
+    def _in_child(self) -> None:
+        """In a process that an edit forks: a signal to it ends it alone, and says nothing."""
+        if self.installed and not self.over.is_set():
+            signal.set_wakeup_fd(-1)
+            for number in self.stock:
+                signal.signal(number, signal.SIG_DFL)
 
     def _raise(self, number: int, frame: FrameType | None) -> None:
         if not self.over.is_set():  # else it is about to end

@@ -57,13 +57,13 @@ def witnessed(log: Path, record: Path, stderr: int) -> Iterator[Callable[[], Non
 def main(log: str, record: str) -> None:
     """The witness: waits, and speaks where the other process has not."""
     heard = b""
-    while part := sys.stdin.buffer.read1():
+    while not heard.endswith(BY_ITSELF) and (part := sys.stdin.buffer.read1()):
         heard += part
-        if heard.endswith(BY_ITSELF):
-            return
-    text = heard.decode(errors="replace")
+    text = heard.removesuffix(BY_ITSELF).decode(errors="replace")
     with contextlib.suppress(OSError), open(log, "a") as file:
         file.write(text)
+    if heard.endswith(BY_ITSELF):  # a process that it had forked may have crashed
+        return
     known = {}
     with contextlib.suppress(OSError, ValueError):
         known = json.loads(Path(record).read_text())
