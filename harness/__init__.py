@@ -8,6 +8,9 @@
     evaluation/      core, probing: SAE-Bench's figures, each pass of the language model made once;
                      shared_forward, probe_texts, estimate: what they are made of
     fingerprint      all that a result depends on
+    observation      what a run's own code does, seen while it does it
+    identity         what objects are
+    isolation        a rehearsal leaves no trace
     call_graph       the code that it depends on, from the objects at hand
     syntax           the statements of a Python file
     language_model   a Hugging Face model in the two forms that training and evaluation need

@@ -25,7 +25,7 @@ from torch import nn
 
 from harness.errors import ExperimentError
 from harness.identity import HELD, describe
-from harness.observation import OBSERVED, is_of_a_library, is_own, name_of
+from harness.observation import OBSERVED, is_of_a_library, name_of
 from harness.start import HERE, source_at_start
 from harness.store import digest
 from harness.syntax import (

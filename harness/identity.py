@@ -11,7 +11,6 @@ import collections
 import enum
 import functools
 import hashlib
-import os
 import random
 import sys
 import types
@@ -165,7 +164,7 @@ class Description:
 
     def tensor(self, thing: Tensor) -> Any:
         """Of a tensor: type, shape and content."""
-        said = [self.place_of(type(thing)), str(thing.dtype), list(thing.shape), thing.requires_grad]
+        said = [self.place_of(type(thing)), str(thing.dtype), [*thing.shape], thing.requires_grad]
         if thing.is_sparse or thing.is_mkldnn or thing.is_meta or thing.is_quantized:
             return said
         return [*said, checksum(thing) if self.quick else sha256_tensor(thing)]
@@ -190,7 +189,7 @@ class Description:
 
 
 def is_users(thing: Any) -> bool:
-    """Whether a class or function is defined in code of the user's or of the harness, or nowhere."""
+    """Whether a class is defined in code of the user's or of the harness, or nowhere."""
     module = sys.modules.get(getattr(thing, "__module__", None) or "")
     if module is None:
         return True
@@ -262,7 +261,7 @@ def process_state() -> dict[str, Any]:
 
 
 class Definition(NamedTuple):
-    """A function or class of a library, or a method: where it stands, and what stood there first."""
+    """A function, class or method of a library: where it stands, and what stood there first."""
 
     place: str
     holder: Any  # a module or a class

@@ -80,7 +80,7 @@ class Observer:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """What is being computed: of a thread that computes nothing itself, what the main one is."""
+        """What is being computed, in a thread that computes nothing itself what the main one is."""
         return getattr(self.of_thread, "kinds", self.base)
 
     @contextlib.contextmanager

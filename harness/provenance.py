@@ -33,11 +33,11 @@ def write_config(run: RunLike) -> None:
 
     Where the project's own code is not that of a commit, code.zip holds it.
     """
-    write_atomic(run.out_dir / "experiment.py", run.source)
     record = config_record(run)
+    write_json(run.out_dir / "config.json", record)  # first: by it the folder is known as a run's
+    write_atomic(run.out_dir / "experiment.py", run.source)
     if record["git"]["dirty"]:
         write_code(code_texts(run), run.out_dir / "code.zip")
-    write_json(run.out_dir / "config.json", record)
 
 
 def code_texts(run: RunLike) -> dict[str, str]:

@@ -30,11 +30,8 @@ from harness.interfaces import SAELike, SettingsLike
 from harness.isolation import isolated
 from harness.language_model import LanguageModel, load_language_model
 from harness.machine import choose_device, choose_train_dtype, make_reproducible
-<<<<<<< HEAD
 from harness.observation import OBSERVED
-=======
 from harness.partials import scratch_dir
->>>>>>> 4e2344e (Every end has last words and the right status, and leaves nothing that stops the next start)
 from harness.preflight import fit_core_batches, preflight
 from harness.provenance import config_record, write_config
 from harness.records import check_complete, constants, read_final_info
@@ -170,19 +167,12 @@ def launch(
         run = set_up(checked_settings(out_dir.name, settings, chosen), profile, out_dir, log,
                      source, out_dir.name in plan)  # fmt: skip
         run = dataclasses.replace(run, core_metrics=core_metrics, probe=probe)
-<<<<<<< HEAD
         check_references(run, config_record(run))
         run = rehearse(main, run)
-        if moved := prepare_out_dir(out_dir):
-            print(moved)
-        perform(main, run)
-=======
-        rehearse(main, run)
         with prepared_out_dir(out_dir) as moved:
             if moved:
                 print(moved)
             perform(main, run)
->>>>>>> 4e2344e (Every end has last words and the right status, and leaves nothing that stops the next start)
 
     return command.main(attempt, argv, DESCRIPTION, memory_settings)
 
@@ -263,19 +253,14 @@ def rehearse(main: Callable[[Run], None], run: Run) -> Run:
 
     def in_miniature() -> dict[str, Any]:
         began = time.monotonic()
-<<<<<<< HEAD
         with (
-            tempfile.TemporaryDirectory() as folder,
+            scratch_dir() as folder,
             rehearsal(run.log),
             LEDGER.rehearsal(),
             isolated(main.__globals__),
             OBSERVED.watching(type(run.settings)),
         ):
-            perform(main, run.in_miniature(Path(folder) / "run_rehearsal"))
-=======
-        with scratch_dir() as folder, rehearsal(run.log), LEDGER.rehearsal():
             perform(main, run.in_miniature(folder / "run_rehearsal"))
->>>>>>> 4e2344e (Every end has last words and the right status, and leaves nothing that stops the next start)
         seconds = time.monotonic() - began
         print_line(f"rehearsal: the whole run in miniature passed in {seconds:.0f} s")
         return OBSERVED.record()

@@ -23,11 +23,8 @@ from torch import Tensor
 
 from harness.console import print_line
 from harness.errors import ExperimentError, first_line
-<<<<<<< HEAD
 from harness.observation import OBSERVED
-=======
 from harness.partials import mark, partial_in, temporary_dir
->>>>>>> 4e2344e (Every end has last words and the right status, and leaves nothing that stops the next start)
 
 STORE_GB = 20.0  # of paid-for work kept in the cache; the least recently used goes first
 ACTIVATIONS_GB = 4.0  # of a training, or of an evaluation; larger ones are made anew in each run

@@ -33,7 +33,6 @@ from harness.observation import OBSERVED
 from harness.start import ENVIRON_AT_START, SOURCES_AT_START
 from harness.startup import Run, perform
 from harness.text import TokenStream
-from harness.startup import Run
 from tests.conftest import ROOT, replace, run_command
 
 SOURCE = (ROOT / "experiment.py").read_text()

@@ -15,14 +15,12 @@ from tests.conftest import ROOT
 
 # From the ground up: a room imports only from rooms below its own line.
 FLOORS = (
-<<<<<<< HEAD
-    ("start", "errors", "verdict", "interfaces", "settings", "reference"),
-=======
-    ("errors", "start", "signals", "witness", "partials", "verdict", "interfaces", "settings"),
->>>>>>> 4e2344e (Every end has last words and the right status, and leaves nothing that stops the next start)
+    ("errors", "start", "observation", "signals", "witness", "partials", "verdict", "interfaces", "settings",
+     "reference"),
     ("console", "machine"),
     ("store",),
-    ("checkpoints", "command", "text_files", "text", "syntax", "call_graph"),
+    ("checkpoints", "command", "text_files", "text", "syntax", "identity", "isolation",
+     "call_graph"),
     ("language_model",),
     ("fused_gemma", "fingerprint", "preflight"),
     ("evaluation.shared_forward", "evaluation.probe_texts"),

@@ -158,7 +158,7 @@ def shared_core_evals(
         common = result_key("core evaluation", run, given, saes.values(), **text)
         keys = {name: common | {"SAE": describe(sae)} for name, sae in saes.items()}
 
-    def evaluated(names: list[str]) -> list[tuple[str, tuple[dict, dict, dict[str, float], list[int]]]]:
+    def evaluated(names: list[str]) -> list[tuple[str, tuple]]:
         config, ignored = core_config(settings), special_token_ids(model.tokenizer)
         layers = sorted({saes[name].cfg.hook_layer for name in names})
         store = core_store(settings, model, saes[names[0]])

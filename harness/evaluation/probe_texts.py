@@ -162,13 +162,13 @@ def probing_texts(
     if not dataset.startswith("tinylm/"):
         return TensorCache("probing texts", None)
     code = reachable_code(None, [probe_tokens, tinylm_tasks])
+    fields = [field.name for field in dataclasses.fields(settings)]
     key = {
         "data set": dataset,
         # All that its code names, so that none is forgotten.
-        "setting": {field.name: getattr(settings, field.name)
-                    for field in dataclasses.fields(settings) if f".{field.name}" in code.all_names},
+        "setting": {f: getattr(settings, f) for f in fields if f".{f}" in code.all_names},
         "tokenizer": describe(tokenizer),
         **environment_fingerprint(settings, code, device),
         **text_identity("tinylm"),
-    }  # fmt: skip
+    }
     return TensorCache("probing texts", key)
