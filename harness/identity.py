@@ -237,6 +237,8 @@ def remember(model: Any, weights: nn.Module) -> Any:
 
 def changed(model: Any) -> str:
     """Empty where a language model is as it was loaded: weights, hooks, methods; else digits."""
+    if model not in AS_LOADED:
+        return describe(model)
     now = digest(Description(quick=True, whole=True)(model))
     return "" if AS_LOADED[model].whole == now else digest(Description(whole=True)(model))
 

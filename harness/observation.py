@@ -26,6 +26,7 @@ from harness.start import HERE, SOURCES_AT_START
 
 PACKAGE = __name__.split(".")[0]
 ANY = ""  # the kind of what is read outside of all kinds: it counts for each of them
+READERS = tuple(str(HERE / PACKAGE / file) for file in ("text.py", "text_files.py"))
 LARGE = 2**30  # bytes; of a larger file size and time stand for what it holds
 
 
@@ -193,25 +194,31 @@ def content(file: str) -> str | None:
     """What stands for a file's content; None where there is none."""
     try:
         status = os.stat(file)
-        if status.st_size > LARGE:
-            return f"{status.st_size} {status.st_mtime_ns}"
-        with open(file, "rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
+        return content_of(file, status.st_size, status.st_mtime_ns)
     except OSError:
         return None
 
 
-def own_caller(beneath: Callable[[str], bool]) -> str | None:
+@functools.cache
+def content_of(file: str, size: int, mtime_ns: int) -> str:
+    """See `content`; a file of that size and time is read once."""
+    if size > LARGE:
+        return f"{size} {mtime_ns}"
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def own_caller(beneath: Callable[[str], bool], others: tuple[str, ...] = ()) -> str | None:
     """The file of the innermost frame that is not beneath, where it is the user's.
 
     Args:
-        beneath: whether to look on, from the name of a frame's file.
+        beneath: whether to look on, from the name of a frame's file. others: files that count too.
     """
     frame: types.FrameType | None = sys._getframe(2)
     while frame is not None and beneath(frame.f_code.co_filename):
         frame = frame.f_back
     file = "<none>" if frame is None else frame.f_code.co_filename
-    return file if is_own(file) else None
+    return file if file in others or is_own(file) else None
 
 
 def imports(file: str) -> bool:
@@ -220,11 +227,13 @@ def imports(file: str) -> bool:
 
 
 def is_data(path: Any) -> bool:
-    """Whether a path is that of data: not of code, a library or the system."""
+    """Whether a path is that of data: not of code, a library, the system or a cache."""
     if not isinstance(path, (str, bytes, os.PathLike)):
         return False
     path = Path(os.path.abspath(os.fsdecode(path)))
-    system = ("/proc/", "/sys/", "/dev/", "/etc/", "/usr/", sys.base_prefix)
+    caches = [os.environ.get(name) for name in ("XDG_CACHE_HOME", "HF_HOME", "HF_DATASETS_CACHE")]
+    caches += [str(Path.home() / ".cache")]
+    system = ("/proc/", "/sys/", "/dev/", "/etc/", "/usr/", sys.base_prefix, *filter(None, caches))
     return not (str(path).startswith(system) or path.suffix in (".py", ".pyc", ".so")
                 or is_of_a_library(path))  # fmt: skip
 
@@ -236,7 +245,7 @@ def on_event(event: str, arguments: tuple) -> None:
     elif event == "open" and not sys.is_finalizing():
         path, _, flags = arguments
         writes = flags & (os.O_WRONLY | os.O_RDWR) if isinstance(flags, int) else 0
-        if not writes and is_data(path) and own_caller(lambda file: not is_known(file)):
+        if not writes and is_data(path) and own_caller(lambda file: not is_known(file), READERS):
             OBSERVED.note(OBSERVED.files, os.path.abspath(os.fsdecode(path)))
 
 
@@ -245,7 +254,7 @@ def note_variables() -> None:
     encode = os.environ.encodekey
 
     def looks_up(file: str) -> bool:
-        return file.startswith("<frozen ") or file in (__file__, os.__file__, _collections_abc.__file__)
+        return file.startswith("<frozen ") or file in (os.__file__, _collections_abc.__file__)
 
     def encoded(name: Any) -> Any:
         if own_caller(looks_up):
@@ -262,7 +271,7 @@ class AsAtStart(importlib.machinery.SourceFileLoader):
     """
 
     def get_code(self, fullname: str) -> types.CodeType | None:
-        """The module's code; from the file, and so from the compiler's cache, where it is as read."""
+        """The module's code: from its file, or the compiler's cache of it, where it is as read."""
         text = SOURCES_AT_START.get(Path(self.path).resolve())
         if text is None or text == Path(self.path).read_text(encoding="utf-8"):
             return super().get_code(fullname)

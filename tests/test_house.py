@@ -15,8 +15,8 @@ from tests.conftest import ROOT
 
 # From the ground up: a room imports only from rooms below its own line.
 FLOORS = (
-    ("errors", "start", "observation", "signals", "witness", "partials", "verdict", "interfaces", "settings",
-     "reference"),
+    ("errors", "start", "observation", "signals", "witness", "partials", "verdict", "interfaces",
+     "settings", "reference"),
     ("console", "machine"),
     ("store",),
     ("checkpoints", "command", "text_files", "text", "syntax", "identity", "isolation",

@@ -17,7 +17,7 @@ from harness.console import STAGE
 from harness.errors import ExperimentError, error_context
 from harness.evaluation.shared_forward import CountingSAE, ModelView, SharedForward, StoreView
 from harness.fingerprint import result_key, text_identity
-from harness.identity import describe
+from harness.identity import changed, describe
 from harness.interfaces import RunLike, SAELike, SettingsLike
 from harness.machine import retain_freed_memory, run_cooperatively
 from harness.store import (
@@ -130,6 +130,19 @@ def core_cache(run: RunLike, settings: SettingsLike, layers: list[int]) -> Tenso
 RunEvals = Callable[[Any, Any, Any, Any, set[int]], tuple[dict[str, dict], dict[str, list]]]
 
 
+def core_keys(
+    run: RunLike | None, saes: dict[str, SAELike], run_evals: RunEvals
+) -> dict[str, dict[str, Any] | None]:
+    """By SAE, all that its core evaluation depends on; None: it is not kept."""
+    if run is None or not run.keeps:
+        return dict.fromkeys(saes)
+    given = {"evaluation": shared_core_evals, "run_evals": run_evals}
+    given |= {"language model": run.sae_bench_model}
+    text = text_identity(run.settings.core_text)
+    common = result_key("core evaluation", run, given, saes.values(), **text)
+    return {name: common | {"SAE": describe(sae)} for name, sae in saes.items()}
+
+
 def shared_core_evals(
     saes: dict[str, SAELike],
     model: Any,
@@ -151,12 +164,7 @@ def shared_core_evals(
     Raises:
         ExperimentError: the text is too short, or a score of the loss has nothing to divide by.
     """
-    keys: dict[str, dict | None] = dict.fromkeys(saes)
-    if run is not None and run.keeps:
-        given = {"evaluation": shared_core_evals, "run_evals": run_evals, "language model": model}
-        text = text_identity(settings.core_text)
-        common = result_key("core evaluation", run, given, saes.values(), **text)
-        keys = {name: common | {"SAE": describe(sae)} for name, sae in saes.items()}
+    keys = core_keys(run, saes, run_evals)
 
     def evaluated(names: list[str]) -> list[tuple[str, tuple]]:
         config, ignored = core_config(settings), special_token_ids(model.tokenizer)
@@ -165,6 +173,7 @@ def shared_core_evals(
         cache = core_cache(run, settings, layers) if run is not None else None
         shared = SharedForward(model, store, layers, advance, cache)
         counting = {name: CountingSAE(saes[name], shared) for name in names}
+        as_before = changed(model)
 
         def one(name: str) -> tuple[dict, dict]:
             sae = counting[name]
@@ -183,6 +192,12 @@ def shared_core_evals(
         # Around all of them: each run_evals restores, when it ends, the mode that it began in.
         with torch.no_grad(), retain_freed_memory():
             found = run_cooperatively({name: functools.partial(one, name) for name in names})
+        if changed(model) != as_before or shared.is_hooked():
+            raise ExperimentError(
+                "core_metrics changes the language model, its weights, hooks or methods, and doesn't "
+                "put them back, so that an SAE's figures would depend on the SAEs before it: undo "
+                "it before core_metrics returns"
+            )
         drawn = [shared.n_contexts, len(shared.contexts)]
         return [(name, (*result, counting[name].figures(), drawn))
                 for name, result in found.items()]  # fmt: skip

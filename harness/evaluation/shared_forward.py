@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harness.errors import ExperimentError
 from harness.interfaces import SAELike
 from harness.machine import yield_turn
 from harness.store import TensorCache
@@ -58,6 +59,7 @@ class SharedForward:
         self.cache = cache or TensorCache("core passes", None)
         self.layers = {f"blocks.{layer}.hook_resid_post": layer for layer in sorted(set(layers))}
         self.special = torch.tensor(sorted(special_token_ids(model.tokenizer)))
+        self.hooks_at_start = self.n_hooks()
         self.n_batches = self.n_resets = 0
         self.contexts: set[bytes] = set()  # digests of those drawn so far
         self.n_contexts = 0
@@ -67,6 +69,15 @@ class SharedForward:
         self.n_tokens = 0
         self.sum_D: dict[str, Any] = dict.fromkeys(self.layers, 0.0)
         self.squares: dict[str, float] = dict.fromkeys(self.layers, 0.0)
+
+    def n_hooks(self) -> int:
+        """How many hooks are on the language model."""
+        kinds = ("_forward_hooks", "_forward_pre_hooks")  # TransformerLens' are among them
+        return sum(len(getattr(module, kind)) for module in self.model.modules() for kind in kinds)
+
+    def is_hooked(self) -> bool:
+        """Whether hooks have come on the language model, which passes that are shared don't have."""
+        return self.n_hooks() != self.hooks_at_start
 
     def batch(self, number: int, n_prompts: int) -> Tensor:
         """The batch of this number, from 1 on, (B, L): the one that is held, or the next."""
@@ -164,6 +175,12 @@ class StoreView:
 
     def get_batch_tokens(self, n_prompts: int) -> Tensor:
         """The next batch, (B, L), after the other SAEs' turns."""
+        if self.shared.is_hooked():
+            raise ExperimentError(
+                "core_metrics leaves hooks on the language model while it goes on to the next "
+                "batch, where other SAEs are evaluated beside this one: take them off before, or "
+                "give them to run_with_hooks"
+            )
         yield_turn()
         self.n_batches += 1
         return self.shared.batch(self.n_batches, n_prompts)
@@ -232,7 +249,8 @@ class ModelView:
         return getattr(self.shared.model, name)
 
     def __call__(self, tokens_BL: Any, **options: Any) -> Any:
-        if tokens_BL is not self.shared.tokens_BL or options != self.STOCK:
+        ours = tokens_BL is self.shared.tokens_BL and options == self.STOCK
+        if not ours or self.shared.is_hooked():
             return self.shared.model(tokens_BL, **options)
         original = self.shared.original()
         return original["logits"], original["losses"]
@@ -242,7 +260,7 @@ class ModelView:
         hooks = [hook for hook, _ in fwd_hooks]
         shared = self.shared
         ours = tokens_BL is shared.tokens_BL and options == self.STOCK
-        if not ours or hooks != [self.sae.cfg.hook_name]:
+        if not ours or hooks != [self.sae.cfg.hook_name] or shared.is_hooked():
             return shared.model.run_with_hooks(tokens_BL, fwd_hooks=fwd_hooks, **options)
         ((hook, change),) = fwd_hooks
         changed_BLD = change(shared.original()[hook], hook=None)
@@ -252,11 +270,13 @@ class ModelView:
 
     def run_with_cache(self, tokens_BL: Any, **options: Any) -> tuple[Any, Any]:
         """None, and the residual streams by hook; the SAE's next reconstruction is of its own."""
-        if tokens_BL is not self.shared.tokens_BL or options != {
+        stock = {
             "prepend_bos": False,
             "names_filter": [self.sae.cfg.hook_name],
             "stop_at_layer": self.sae.cfg.hook_layer + 1,
-        }:
+        }
+        ours = tokens_BL is self.shared.tokens_BL and options == stock
+        if not ours or self.shared.is_hooked():
             return self.shared.model.run_with_cache(tokens_BL, **options)
         acts = self.shared.residuals()
         self.sae.target_BLD = acts[self.sae.cfg.hook_name]
