@@ -28,6 +28,7 @@ from harness.observation import OBSERVED, content
 from harness.start import ENVIRON_AT_START, HERE
 from harness.store import sha256_file
 from harness.syntax import ALL
+from harness.text_files import stamps
 
 NUMERIC = (
     "ATEN", "CUBLAS", "CUDA", "KMP", "MKL", "NVIDIA_TF32", "OMP", "OPENBLAS", "PYTORCH", "TORCH",
@@ -141,9 +142,7 @@ def text_identity(name: str) -> dict[str, Any]:
     if name == "tinylm":
         files = ("manifest.tsv", "corpus.py", "tokenizer.json")
         return {"text": [sha256_file(HERE / "tinylm" / file) for file in files]}
-    folder = Path(name)
-    files = sorted(path for path in (folder, *folder.rglob("*")) if path.is_file())
-    return {"text": [name, [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files]]}
+    return {"text": [name, stamps(name)]}
 
 
 @functools.cache

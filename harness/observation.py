@@ -26,7 +26,6 @@ from harness.start import HERE, SOURCES_AT_START
 
 PACKAGE = __name__.split(".")[0]
 ANY = ""  # the kind of what is read outside of all kinds: it counts for each of them
-READERS = tuple(str(HERE / PACKAGE / file) for file in ("text.py", "text_files.py"))
 LARGE = 2**30  # bytes; of a larger file size and time stand for what it holds
 
 
@@ -171,7 +170,8 @@ class Observer:
     ) -> dict[str, dict[str, dict[str, Any]]]:
         """What files and variables hold now, by kind."""
         return {
-            "file": {kind: {f: content(f) for f in names} for kind, names in files.items()},
+            "file": {kind: {f: content(str(HERE / f)) for f in names}
+                     for kind, names in files.items()},
             "variable": {kind: {v: os.environ.get(v) for v in names}
                          for kind, names in variables.items()},
         }  # fmt: skip
@@ -208,17 +208,17 @@ def content_of(file: str, size: int, mtime_ns: int) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def own_caller(beneath: Callable[[str], bool], others: tuple[str, ...] = ()) -> str | None:
+def own_caller(beneath: Callable[[str], bool]) -> str | None:
     """The file of the innermost frame that is not beneath, where it is the user's.
 
     Args:
-        beneath: whether to look on, from the name of a frame's file. others: files that count too.
+        beneath: whether to look on, from the name of a frame's file.
     """
     frame: types.FrameType | None = sys._getframe(2)
     while frame is not None and beneath(frame.f_code.co_filename):
         frame = frame.f_back
     file = "<none>" if frame is None else frame.f_code.co_filename
-    return file if file in others or is_own(file) else None
+    return file if is_own(file) else None
 
 
 def imports(file: str) -> bool:
@@ -245,8 +245,8 @@ def on_event(event: str, arguments: tuple) -> None:
     elif event == "open" and not sys.is_finalizing():
         path, _, flags = arguments
         writes = flags & (os.O_WRONLY | os.O_RDWR) if isinstance(flags, int) else 0
-        if not writes and is_data(path) and own_caller(lambda file: not is_known(file), READERS):
-            OBSERVED.note(OBSERVED.files, os.path.abspath(os.fsdecode(path)))
+        if not writes and is_data(path) and own_caller(lambda file: not is_known(file)):
+            OBSERVED.note(OBSERVED.files, name_of(Path(os.path.abspath(os.fsdecode(path)))))
 
 
 def note_variables() -> None:

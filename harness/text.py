@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import itertools
 import queue
@@ -14,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from harness.console import print_line
 from harness.errors import ExperimentError, first_line, is_connection_error
 from harness.interfaces import SettingsLike
 from harness.store import LEDGER, cache_dir, pinned, sha256_file
-from harness.text_files import files_line, local_rows, local_text, no_column
+from harness.text_files import files_line, local_rows, local_text, no_column, stamps
 
 STREAM_RETRIES = 6  # of a broken connection in a row: a minute in all
 POOL_FILES = 512  # files of tinylm's corpus from which passages are drawn at a time
@@ -75,7 +74,20 @@ def documents(name: str, split: str) -> Callable[[], Iterator[str]]:
             pool.pop()
         return passage
 
-    return corpus if name == "tinylm" else functools.partial(streamed_texts, name)
+    return corpus if name == "tinylm" else StreamedTexts(name)
+
+
+class StreamedTexts(NamedTuple):
+    """Starts `streamed_texts` of a data set."""
+
+    name: str
+
+    def __call__(self) -> Iterator[str]:
+        return streamed_texts(self.name)
+
+    def key_parts(self) -> tuple[Any, ...]:
+        """What texts of this name are: see `harness.identity`."""
+        return self.name, stamps(self.name)
 
 
 def load_dataset(name: str, *arguments: Any, **options: Any) -> Any:

@@ -109,6 +109,13 @@ def files_line(name: str, text: LocalText) -> str:
     return line
 
 
+def stamps(name: str) -> list[list[Any]]:
+    """Of the files of what lies here under a name: path, size and time of change."""
+    place = Path(name)
+    files = sorted(path for path in (place, *place.rglob("*")) if path.is_file())
+    return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+
+
 def local_texts(settings: SettingsLike) -> dict[str, LocalText]:
     """The local texts of a run, by name. See `local_text`."""
     found = {name: local_text(name) for name in (settings.training_text, settings.core_text)}

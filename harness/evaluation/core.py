@@ -138,8 +138,8 @@ def core_keys(
         return dict.fromkeys(saes)
     given = {"evaluation": shared_core_evals, "run_evals": run_evals}
     given |= {"language model": run.sae_bench_model}
-    text = text_identity(run.settings.core_text)
-    common = result_key("core evaluation", run, given, saes.values(), **text)
+    more = text_identity(run.settings.core_text)
+    common = result_key("core evaluation", run, given, saes.values(), **more)
     return {name: common | {"SAE": describe(sae)} for name, sae in saes.items()}
 
 
@@ -194,9 +194,8 @@ def shared_core_evals(
             found = run_cooperatively({name: functools.partial(one, name) for name in names})
         if changed(model) != as_before or shared.is_hooked():
             raise ExperimentError(
-                "core_metrics changes the language model, its weights, hooks or methods, and doesn't "
-                "put them back, so that an SAE's figures would depend on the SAEs before it: undo "
-                "it before core_metrics returns"
+                "core_metrics leaves the language model changed (weights, hooks or methods), so "
+                "that other SAEs' figures would depend on this one: undo it before it returns"
             )
         drawn = [shared.n_contexts, len(shared.contexts)]
         return [(name, (*result, counting[name].figures(), drawn))

@@ -76,7 +76,7 @@ class SharedForward:
         return sum(len(getattr(module, kind)) for module in self.model.modules() for kind in kinds)
 
     def is_hooked(self) -> bool:
-        """Whether hooks have come on the language model, which passes that are shared don't have."""
+        """Whether hooks have come on the language model: passes that are shared don't have them."""
         return self.n_hooks() != self.hooks_at_start
 
     def batch(self, number: int, n_prompts: int) -> Tensor:
