@@ -388,11 +388,11 @@ def code_of(
     values: dict[str, str] = {}
     strings: set[str] = set()
     all_names = set().union(*(s.mentions for statements in found.values() for s in statements))
-    home = home_of(roots, source)
+    home, own_names = home_of(roots, source)
     spaces = {vars(m).get("__file__"): vars(m) for m in [*sys.modules.values()] if m is not None}
     for file, statements in found.items():
         if file == EXPERIMENT or not file.is_relative_to(HERE / PACKAGE):
-            held = spaces.get(str(home if file == EXPERIMENT else file), {})
+            held = own_names if file == EXPERIMENT else spaces.get(str(file), {})
             label = "" if file == EXPERIMENT else f"{name_of(file)} "
             for name in set().union(*(s.binds | s.declares for s in statements)):
                 if name in held and name not in LISTS_OF_SETTINGS:
@@ -414,15 +414,15 @@ def code_of(
     return Code(parts, files, names, all_names, values, strings, home)
 
 
-def home_of(roots: list[object], source: str | None) -> Path | None:
-    """The file that experiment.py is in; None: none of its functions is among the roots."""
+def home_of(roots: list[object], source: str | None) -> tuple[Path | None, dict[str, Any]]:
+    """The file that experiment.py is in, and its globals, from its functions among the roots."""
     for root in roots:
         function = getattr(root, "__func__", root)
         if isinstance(function, types.FunctionType):
             file = Path(function.__code__.co_filename).resolve()
             if file.is_file() and of_experiment(file, source) == EXPERIMENT:
-                return file
-    return None
+                return file, function.__globals__
+    return None, {}
 
 
 def own_files(source: str) -> dict[str, str]:

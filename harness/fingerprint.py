@@ -122,7 +122,7 @@ def environment_fingerprint(
         "variable": {
             name: value
             for name, value in sorted(ENVIRON_AT_START.items())
-            if name.startswith(NUMERIC) or name in reads
+            if name.startswith(NUMERIC) or name in reads and name != "_"
         },
     }
 

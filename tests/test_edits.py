@@ -34,7 +34,6 @@ import functools
 import importlib
 import json
 import os
-import sys
 from typing import ClassVar
 
 import numpy
@@ -144,7 +143,7 @@ FACTORS = [
     lambda sae: TABLE["lambda"](sae),
     lambda sae: REGISTRY["by_" + "registry"](sae),
     lambda sae: getattr(sae, "way_" + "set")(),
-    lambda sae: getattr(sys.modules["plain" + "_helper"], "by_computed" + "_name")(sae),
+    lambda sae: getattr(plain_helper, "by_computed" + "_name")(sae),
     lambda sae: VAR.get() * TOTAL[0] * STATE["main"],
     lambda sae: plain_helper.Base.known["Known"](),
     lambda sae: sae._hidden * float(sae.not_saved) * sae.cfg.mine,
