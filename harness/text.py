@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import os
 import queue
 import random
 import sys
@@ -178,18 +179,19 @@ def look_at_texts(settings: SettingsLike) -> None:
         ExperimentError: a text that lies here can't be read.
     """
     training, core = settings.training_text, settings.core_text
-    if core == training != "tinylm":
-        LEDGER.warns(
-            f"training_text and core_text are both {core!r}: core evaluation's figures are of text "
-            "that the SAEs may have been trained on"
-        )
+    files: dict[str, set[str]] = {}
     for name in dict.fromkeys((training, core)):
         with text_errors(name):
             text = local_text(name)
-        if text is not None and text.left_out:
-            LEDGER.warns(files_line(name, text))
-        elif text is not None:
-            print_line(files_line(name, text))
+        if text is not None:
+            say = LEDGER.warns if text.left_out else print_line
+            say(files_line(name, text))
+            files[name] = {*map(os.path.realpath, text.read)}
+    if core == training != "tinylm" or files.get(core, set()) & files.get(training, set()):
+        LEDGER.warns(
+            f"core_text, {core!r}, is text that the SAEs are trained on, {training!r}: core "
+            "evaluation's figures are of what they may have seen"
+        )
 
 
 def text_stream(name: str) -> Any:
@@ -417,7 +419,7 @@ class TokenStream:
             skip = 0
             while batch := list(itertools.islice(texts, n_texts)):
                 ids = self.tokenizer(batch, add_special_tokens=False)["input_ids"]
-                yield [token for text in ids for token in (bos, *text)], len(batch)
+                yield [token for text in ids if text for token in (bos, *text)], len(batch)
                 some += sum(map(bool, ids))
             if not some:
                 raise ExperimentError("the training text holds no text: check training_text")

@@ -66,17 +66,16 @@ def local_text(name: str) -> LocalText | None:
         files = sorted(str(file) for file in saved.glob("*.arrow"))
         return LocalText("saved", files, [])
     # By its whole path: "csv" alone is a reader of `datasets`, and would read what lies around.
-    config = datasets.load_dataset_builder(str(path.resolve()), trust_remote_code=False).config
+    whole = path.resolve()
+    config = datasets.load_dataset_builder(str(whole), trust_remote_code=False).config
     read = [str(file) for file in (config.data_files or {}).get("train", ())]
+    left_out = [
+        str(file) for file in sorted(whole.rglob("*"))
+        if form_of(file) and file.name not in NOT_DATA and str(file) not in read
+    ]  # fmt: skip
     forms = {form_of(file) for file in read}
-    return LocalText(
-        forms.pop() if len(forms) == 1 else None,
-        [os.path.relpath(file) for file in read],
-        [
-            str(file) for file in sorted(path.rglob("*"))
-            if form_of(file) and file.name not in NOT_DATA and str(file.resolve()) not in read
-        ],
-    )  # fmt: skip
+    form = forms.pop() if len(forms) == 1 else None
+    return LocalText(form, [*map(os.path.relpath, read)], [*map(os.path.relpath, left_out)])
 
 
 def saved_dataset(folder: Path) -> Path | None:
@@ -100,7 +99,8 @@ def files_line(name: str, text: LocalText) -> str:
 
     if Path(name).is_file():
         return f"the text {name!r} is read from that file"
-    line = f"the text {name!r} is read from {len(text.read)} files: {some(text.read)}"
+    n_files = len(text.read) + len(text.left_out)
+    line = f"the text {name!r} is read from {len(text.read)} of {n_files} files: {some(text.read)}"
     if text.left_out:
         line += (
             f"; not from {some(text.left_out)}: where a file is named as the split 'train', or is "
@@ -180,7 +180,10 @@ def json_rows(stream: Any, name: str) -> Iterator[dict[str, Any]]:
             columns |= row.keys()
             if number == FIRST_ROWS and "text" not in columns:
                 break
-        yield {"text": row.get("text")}
+        text = row.get("text")
+        if isinstance(text, str):
+            text.encode()  # half a surrogate pair is no text: an error here
+        yield {"text": text}
     if "text" not in columns:
         raise no_column(name, columns)
 

@@ -204,7 +204,7 @@ def test_an_sae_that_saelens_would_read_as_another_is_not_written_as_one(
 def test_what_warns_comes_into_warnings_json(toy, toy_run: Path) -> None:
     """Here: training and core evaluation on the same text; FVU above 1."""
     said = json.loads((toy_run / "warnings.json").read_text())
-    assert any("training_text and core_text are both 'toy'" in sentence for sentence in said)
+    assert any("core_text, 'toy', is text that the SAEs are trained on" in s for s in said)
     layer = {"l0": [4.0], "frac_alive": [1.0], "fvu": [1.2], "sae_top_5_test_accuracy": [0.9],
              "untrained_top_5_test_accuracy": [0.8]}  # fmt: skip
     assert odd_results({"layer_0": layer}, 64) == [

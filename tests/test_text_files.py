@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import io
 import json
 import zipfile
 from pathlib import Path
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 
@@ -22,7 +25,7 @@ from harness.text import look_at_texts, streamed_texts
 from harness.text_files import FIRST_ROWS
 from tests.conftest import ROOT, settings_of
 
-DATES = ["2020-01-01", "2020-01-02T10:00:00Z", "1999"]
+DATES = ["2020-01-01", "2020-01-02T10:00:00Z", "2021-05-05"]
 WORDS = ["NA", "null", "007", "1e5", "True", "nan", 'a "b"\r\nc, d', " x "]
 
 
@@ -35,6 +38,12 @@ def here(tmp_path: Path, monkeypatch) -> Path:
 
 def lines(rows: list) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def parquet(rows: list[dict]) -> bytes:
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
+    return buffer.getvalue()
 
 
 def rows_of(texts: list[str]) -> list[dict]:
@@ -62,7 +71,7 @@ def table(texts: list[str], separator: str = ",") -> bytes:
         ("train.txt", b"2020-01-01\n007\nNA\n", ["2020-01-01", "007", "NA"]),
         ("train.jsonl", lines([*({"id": n} for n in range(99)), *rows_of(DATES)]), DATES),
         ("train.jsonl", lines([{"text": None}, {"text": " \n"}, *rows_of(DATES)]), DATES),
-        ("train.jsonl", lines([{"text": "a", "tokens": [1]}]), ["a"]),
+        ("train.parquet", parquet([{"text": "a", "tokens": [1, 2]}]), ["a"]),
     ],
 )
 @pytest.mark.parametrize("as_file", [False, True])
@@ -76,12 +85,15 @@ def test_a_text_is_the_text(file: str, content: bytes, texts: list[str], as_file
     assert list(core_text(settings)) == rows_of(texts)
 
 
-@pytest.mark.parametrize("name", ["csv", "json", "text"])
-def test_a_folder_may_be_called_like_a_reader_of_datasets(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "form", "head"),
+    [("csv", "csv", "text\n"), ("json", "csv", "text\n"), ("text", "txt", "")],
+)
+def test_a_folder_may_be_called_like_a_reader_of_datasets(name: str, form: str, head: str) -> None:
     """Whose name alone would read all that lies around."""
-    Path("other.csv").write_text("text\nwrong\n")
     Path(name).mkdir()
-    Path(name, "train.csv").write_text("text\nright\n")
+    for folder, word in ((".", "wrong"), (name, "right")):
+        Path(folder, f"train.{form}").write_text(f"{head}{word}\n")
     assert list(streamed_texts(name)) == ["right"]
 
 
@@ -104,6 +116,7 @@ def test_what_save_to_disk_left_is_read() -> None:
         ("train.jsonl", lines([{"body": 1}] * (FIRST_ROWS + 9)), r"'text', but has \['body'\]"),
         ("train.csv", b"body\nx\n", r"must have a column 'text', but has \['body'\]"),
         ("train.csv", b'text\n"open\n', "can't be read"),
+        ("train.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}\n', "can't be read"),
         ("train.jsonl", b'{"text": "a"}\n{"text": "b', "can't be read"),
     ],
 )
@@ -135,21 +148,22 @@ def test_which_files_are_read_is_said_and_recorded(capsys, tmp_path: Path) -> No
     for name in ("a", "b", "c", "d", "train"):
         Path("own", f"{name}.jsonl").write_bytes(lines(rows_of([name])))
     Path("whole.csv").write_text("text\nx\n")
+    Path("own", "train2.jsonl").symlink_to("train.jsonl")
     settings = dataclasses.replace(
         settings_of(experiment, "run_1"), training_text="own", core_text="whole.csv"
     )
     look_at_texts(settings)
     said = capsys.readouterr().out
     assert (
-        "warning: the text 'own' is read from 1 files: train.jsonl; not from a.jsonl, b.jsonl, "
-        "c.jsonl and 1 more: where a file is named as the split 'train'"
+        "warning: the text 'own' is read from 2 of 6 files: train.jsonl, train2.jsonl; not from "
+        "a.jsonl, b.jsonl, c.jsonl and 1 more: where a file is named as the split 'train'"
     ) in said
     assert "the text 'whole.csv' is read from that file\n" in said
     assert len(LEDGER.warnings) == 1
     run = experiment.Run(settings, None, out_dir=tmp_path / "run_1", device=torch.device("cpu"))
     write_config(run)
     texts = json.loads((tmp_path / "run_1" / "config.json").read_text())["texts"]
-    assert texts["own"]["read"] == ["own/train.jsonl"]
+    assert texts["own"]["read"] == ["own/train.jsonl", "own/train2.jsonl"]
     assert texts["own"]["left_out"] == [f"own/{name}.jsonl" for name in "abcd"]
     assert texts["whole.csv"]["read"] == ["whole.csv"]
 
@@ -162,5 +176,7 @@ def test_one_text_for_training_and_core_is_warned_of(here: Path, monkeypatch, ca
     look_at_texts(settings)
     assert not LEDGER.warnings and not capsys.readouterr().out  # its text is split
     monkeypatch.chdir(here)
-    look_at_texts(dataclasses.replace(settings, training_text="own", core_text="own"))
-    assert "training_text and core_text are both 'own'" in LEDGER.warnings[0]
+    for core in ("own", "./own", "own/train.jsonl"):
+        monkeypatch.setattr(LEDGER, "warnings", [])
+        look_at_texts(dataclasses.replace(settings, training_text="own", core_text=core))
+        assert f"core_text, '{core}', is text that the SAEs are trained on" in LEDGER.warnings[0]
