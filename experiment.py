@@ -23,7 +23,8 @@ from sae_bench.custom_saes.base_sae import BaseSAE
 from torch import Tensor, nn
 
 from harness.checkpoints import restore, state_of
-from harness.evaluation.core import core_evaluation, export_to_saelens, mean_l0
+from harness.evaluation.core import core_evaluation, mean_l0
+from harness.evaluation.export import export_to_saelens
 from harness.evaluation.probing import sparse_probing
 from harness.machine import in_order, trim_memory
 from harness.records import check_results, write_records

@@ -18,7 +18,7 @@ from sae_bench.custom_saes.base_sae import BaseSAE
 from torch import Tensor
 
 from experiment import CustomSAE, Settings
-from harness.evaluation.core import write_as_saelens
+from harness.evaluation.export import write_as_saelens
 
 
 class PeerTrainer:

@@ -6,7 +6,8 @@
     provenance       what ran and where: config.json
     records          what a run writes, and the checks that it can be right
     evaluation/      core, probing: SAE-Bench's figures, each pass of the language model made once;
-                     shared_forward, probe_texts, estimate: what they are made of
+                     shared_forward, probe_texts, estimate: what they are made of;
+                     export: an SAE as SAELens stores it
     fingerprint      all that a result depends on
     observation      what a run's own code does, seen while it does it
     identity         what objects are
@@ -37,7 +38,8 @@
 
 PUBLIC = {
     "checkpoints": ("restore", "state_of"),
-    "evaluation.core": ("core_evaluation", "export_to_saelens", "mean_l0"),
+    "evaluation.core": ("core_evaluation", "mean_l0"),
+    "evaluation.export": ("export_to_saelens",),
     "evaluation.probing": ("sparse_probing",),
     "machine": ("in_order", "trim_memory"),
     "records": ("check_results", "write_records"),

@@ -19,10 +19,10 @@ from harness.evaluation.core import (
     core_config,
     core_evaluation,
     core_store,
-    export_to_saelens,
     prepare_for_sae_bench,
     shared_core_evals,
 )
+from harness.evaluation.export import export_to_saelens
 from harness.evaluation.shared_forward import CountingSAE, ModelView, SharedForward, StoreView
 from harness.language_model import load_language_model
 from harness.records import odd_results

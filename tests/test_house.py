@@ -24,7 +24,7 @@ FLOORS = (
     ("language_model",),
     ("fused_gemma", "fingerprint", "preflight"),
     ("evaluation.shared_forward", "evaluation.probe_texts"),
-    ("evaluation.core", "evaluation.probing", "evaluation.estimate"),
+    ("evaluation.core", "evaluation.export", "evaluation.probing", "evaluation.estimate"),
     ("training", "provenance", "records"),
     ("startup",),
 )

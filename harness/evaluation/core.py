@@ -1,19 +1,16 @@
-"""SAE-Bench's core evaluation of several SAEs side by side, and SAEs in SAELens' form."""
+"""SAE-Bench's core evaluation of several SAEs side by side."""
 
 from __future__ import annotations
 
 import copy
 import functools
 import math
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
-from harness.console import STAGE
 from harness.errors import ExperimentError, error_context
 from harness.evaluation.shared_forward import CountingSAE, ModelView, SharedForward, StoreView
 from harness.fingerprint import result_key, text_identity
@@ -25,8 +22,6 @@ from harness.store import (
     LEDGER,
     TensorCache,
     cached_each,
-    write_atomic,
-    write_json,
 )
 from harness.text import documents, special_token_ids, text_errors, text_rows, text_stream
 
@@ -341,111 +336,3 @@ def check_core(name: str, metrics: dict[str, float]) -> None:
             f"core evaluation of {name}: L0 is 0, no feature is active on any token of the "
             "evaluation text; look at the SAE's weights, at the penalty and at encode"
         )
-
-
-def export_to_saelens(
-    run: RunLike,
-    sae: SAELike,
-    folder: Path,
-    kind: Literal["topk", "jumprelu", "standard"],
-    k: int | None = None,
-    theta: dict[str, Any] | None = None,
-) -> None:
-    """Writes an SAE as SAELens stores it: `sae_lens.SAE.load_from_disk(folder)` reads it.
-
-    Where SAELens' form computes something else, as with an edited `encode`, no such SAE is written,
-    but the weights in a file of another name, and a note that says so.
-
-    Args:
-        theta: what else belongs to it, for theta.json beside it.
-        See `write_as_saelens` for the others.
-    """
-    STAGE.begin("export")
-    stored = write_as_saelens(sae, run.settings, folder, kind, k)
-    if not gives_same(sae, stored, some_activations(run, sae.cfg.hook_layer)):
-        why = (f"SAELens' {kind} SAE with these weights gives other features or reconstructions "
-               "than encode and decode")  # fmt: skip
-        LEDGER.warns(f"sae/ holds weights.safetensors, which SAELens does not read: {why}")
-        shutil.rmtree(folder)
-        folder.mkdir()
-        weights = {name: t.detach().clone().contiguous() for name, t in sae.state_dict().items()}
-        save_file(weights, folder / "weights.safetensors")
-        note = "These weights belong to CustomSAE of the run's experiment.py. They are not written"
-        write_atomic(folder / "README.txt", f"{note} as an SAE of SAELens, since {why} there.\n")
-    if theta is not None:
-        write_json(folder / "theta.json", theta)
-
-
-def write_as_saelens(
-    sae: SAELike, settings: SettingsLike, folder: Path, kind: str, k: int | None = None
-) -> Any:
-    """Writes an SAE's weights in SAELens' form; the SAE that SAELens reads back.
-
-    Args:
-        sae: for raw activations. Its state_dict has what the kind needs: W_enc (D, F), W_dec
-            (F, D), b_enc (F,), b_dec (D,), and for "jumprelu" threshold, (F,) or a number.
-        k: features that a "topk" SAE keeps of each token.
-    Raises:
-        ExperimentError: SAELens reads back other weights.
-    """
-    from sae_lens import SAE
-    from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
-    from sae_lens.saes.sae import SAEMetadata
-    from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
-    from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
-
-    metadata = SAEMetadata(
-        model_name=settings.model,
-        hook_name=sae.cfg.hook_name,
-        hook_layer=sae.cfg.hook_layer,
-        context_size=settings.context,
-        prepend_bos=True,
-        dataset_path=settings.training_text,
-    )
-    shape: dict[str, Any] = dict(d_in=sae.cfg.d_in, d_sae=sae.cfg.d_sae, metadata=metadata)
-    if kind == "jumprelu":
-        stored: Any = JumpReLUSAE(JumpReLUSAEConfig(**shape))
-    elif kind == "topk":
-        # SAEDashboard asks for it, and with decoder rows of unit norm it changes nothing.
-        unit = bool(((sae.W_dec.norm(dim=1) - 1).abs() < 1e-4).all())
-        stored = TopKSAE(TopKSAEConfig(k=k, rescale_acts_by_decoder_norm=unit, **shape))
-    else:
-        stored = StandardSAE(StandardSAEConfig(**shape))
-    weights = sae.state_dict()
-    check_finite(f"the SAE for {folder}", weights)
-    for name, tensor in stored.state_dict().items():
-        tensor.copy_(weights[name])
-    stored.save_model(folder)
-    read = SAE.load_from_disk(folder)
-    back = read.state_dict()
-    if any(not torch.equal(back[name].cpu(), t.cpu()) for name, t in stored.state_dict().items()):
-        raise ExperimentError(
-            f"the SAE in {folder} is not read back by SAELens as it was written: look at the disk, "
-            "and at the versions in constraints.txt"
-        )
-    return read
-
-
-def some_activations(run: RunLike, layer: int, n_texts: int = 8) -> torch.Tensor:
-    """Of the first probing texts, without BOS, EOS and padding, (N, D)."""
-    train, _ = next(iter(run.probe_texts.values()))
-    tokens_BL = next(iter(train.values()))["input_ids"][:n_texts]
-    special = torch.tensor(sorted(run.language_model.special_token_ids), device=tokens_BL.device)
-    acts_BLD = run.language_model.activations(tokens_BL, (layer,))[0]
-    return acts_BLD[~torch.isin(tokens_BL, special)]
-
-
-@torch.no_grad()
-def gives_same(sae: SAELike, stored: Any, x_ND: torch.Tensor) -> bool:
-    """Whether two SAEs give the same features and reconstructions of 98 in 100 tokens.
-
-    A near tie in topk may be broken otherwise.
-    """
-    found = []
-    for one in (sae, stored):
-        acts_NF = one.encode(x_ND.to(one.b_dec.device, one.b_dec.dtype))
-        found.append((acts_NF.float().cpu(), one.decode(acts_NF).float().cpu()))
-    same_N = torch.ones(len(x_ND), dtype=torch.bool)
-    for ours, theirs in zip(*found):
-        same_N &= (ours - theirs).norm(dim=1) <= 1e-3 * ours.norm(dim=1) + 1e-6
-    return float(same_N.float().mean()) >= 0.98
