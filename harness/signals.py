@@ -26,10 +26,11 @@ def signal_of(error: BaseException) -> signal.Signals:
 
 
 class Signals:
-    """Inside, signals that ask for an end raise `Ended` in the main thread.
+    """Inside, signals that ask for an end raise `Ended` in the main thread, Ctrl-C as ever.
 
-    Where that has not ended the command within `GRACE` (the main thread is in C code, or an edit
-    swallows the exception), `give_up` is called from another thread, with the signal.
+    Once it is `over` they don't: last words are not cut short. Where an `Ended` has not ended the
+    command within `GRACE` (the main thread is in C code, or an edit swallows it), `give_up` is
+    called from another thread, with the signal.
     """
 
     def __init__(self, give_up: Callable[[Ended], NoReturn]) -> None:
@@ -39,9 +40,10 @@ class Signals:
         self.stock: dict[int, Any] = {}
         self.installed = threading.current_thread() is threading.main_thread()
         if self.installed:
-            for number in ENDS:
-                # Not where it is ignored (nohup), or an edit's own.
-                if signal.getsignal(number) in (signal.SIG_DFL, WATCH.told_to_end):
+            # Not where it is ignored (nohup), or an edit's own.
+            stock = signal.SIG_DFL, signal.default_int_handler, WATCH.told_to_end
+            for number in (*ENDS, signal.SIGINT):
+                if signal.getsignal(number) in stock:
                     self.stock[number] = signal.signal(number, self._raise)
             self.hook, sys.unraisablehook = sys.unraisablehook, self._send_again
             self.reading, self.writing = os.pipe()
@@ -68,8 +70,9 @@ class Signals:
                 signal.signal(number, signal.SIG_DFL)
 
     def _raise(self, number: int, frame: FrameType | None) -> None:
-        if not self.over.is_set():  # else it is about to end
-            raise Ended(signal.Signals(number).name)
+        if not self.over.is_set():
+            told = signal.Signals(number)
+            raise KeyboardInterrupt if told is signal.SIGINT else Ended(told.name)
 
     def _send_again(self, swallowed: Any) -> None:
         """`sys.unraisablehook`: what a finalizer raises is lost, so the signal is sent again."""
@@ -83,9 +86,10 @@ class Signals:
         """Reads the signals as they come; they do so before Python's handlers are called."""
         with open(self.reading, "rb", buffering=0) as pipe:
             while number := pipe.read(1):
-                ours = signal.getsignal(number[0]) == self._raise
+                told = signal.Signals(number[0])  # at a Ctrl-C a debugger goes on
+                ours = told in ENDS and signal.getsignal(told) == self._raise
                 if ours and not self.over.wait(GRACE):
-                    self.give_up(Ended(signal.Signals(number[0]).name))
+                    self.give_up(Ended(told.name))
 
 
 def leave_within(seconds: float, status: int) -> None:

@@ -71,10 +71,10 @@ def main(log: str, record: str) -> None:
     if fatal := re.search("Fatal Python error: (.*)", text):
         cause = f"a crash in C code ({fatal[1]})"
     else:
-        cause = "it ended without a word, as where it is killed (SIGKILL) or memory runs out"
+        cause = "it was killed (SIGKILL, as where memory runs out), or left by os._exit"
         with contextlib.suppress(KeyError):
             cause += (
-                f": it used {known['memory_gb']:.1f} GB, "
+                f"; it used {known['memory_gb']:.1f} GB, "
                 f"the machine {known['machine_gb']:.1f} of {known['total_gb']:.1f}"
             )
     words = last_words(

@@ -113,6 +113,27 @@ def test_what_never_returns_holds_up_no_end(
     assert f'"ended": "status {process.returncode}"' in attempts[0].read_text()
 
 
+SLOW_WORDS = """
+said = command.last_words
+command.last_words = lambda *a, **b: (print("speaks", flush=True), time.sleep(1), said(*a, **b))[2]
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_who_asks_twice_does_not_cut_the_last_words_short(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    process = started(tmp_path / "slow.py", SLOW_WORDS)
+    for line in ("begun\n", "speaks\n"):
+        assert process.stdout.readline() == line
+        time.sleep(0.2)
+        process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert words(error)["cause"] == f"it was told to end ({number.name})"
+
+
 FORKS = """
 import ctypes, multiprocessing
 for job in (lambda: time.sleep(60), lambda: ctypes.string_at(0)):
@@ -138,8 +159,8 @@ def test_the_end_of_a_process_that_an_edit_forks_is_not_the_run_s(tmp_path: Path
     ("body", "status", "cause"),
     [
         ("import ctypes\nctypes.string_at(0)", -signal.SIGSEGV, "a crash in C code (Segmentation"),
-        ("os.kill(os.getpid(), 9)", -signal.SIGKILL, "it ended without a word, as where it is k"),
-        ("with redirect_output(log): os._exit(0)", 0, "it ended without a word"),
+        ("os.kill(os.getpid(), 9)", -signal.SIGKILL, "it was killed (SIGKILL, as where memory"),
+        ("with redirect_output(log): os._exit(0)", 0, "it was killed (SIGKILL, "),
     ],
 )
 def test_a_crash_in_c_and_a_kill_are_told_on_standard_error(
