@@ -6,8 +6,7 @@ Four forms of the method at toy sizes, two layers and two seeds each. The comman
 (SIGKILL) at a moment drawn from start to end and given again until it is complete; then the next
 one begins with an empty store, until so many kills are spent. Weights, figures, log and SAE-Bench's
 files must be those of an undisturbed run, but for times. Prints a Markdown table; status 1 where
-one differs.
-Needs Linux: the commands are forked from a process that has imported the libraries.
+one differs. Needs Linux: the commands are forked from a process that has imported the libraries.
 """
 
 from __future__ import annotations
@@ -46,7 +45,8 @@ class Commands:
         gemma_fixture.write_pile(folder / SIZES["training_text"])
         gemma_fixture.write_ag_news(folder / SIZES["probe_sets"][0])
         copy_project(folder)
-        (folder / "saving_often.py").write_text(SAVING_OFTEN)
+        cores = f"import os\nos.sched_setaffinity(0, {os.sched_getaffinity(0)})\n"
+        (folder / "saving_often.py").write_text(cores + SAVING_OFTEN)
         sizes = SIZES | {"seeds": (0, 1)}
         forms = {name.replace("run", "form"): PLAN[name] | sizes for name in RUNS}
         add_runs(folder / "experiment.py", forms)

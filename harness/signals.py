@@ -86,10 +86,10 @@ class Signals:
         """Reads the signals as they come; they do so before Python's handlers are called."""
         with open(self.reading, "rb", buffering=0) as pipe:
             while number := pipe.read(1):
-                told = signal.Signals(number[0])  # at a Ctrl-C a debugger goes on
-                ours = told in ENDS and signal.getsignal(told) == self._raise
+                # Not at a Ctrl-C: a debugger goes on.
+                ours = number[0] in ENDS and signal.getsignal(number[0]) == self._raise
                 if ours and not self.over.wait(GRACE):
-                    self.give_up(Ended(told.name))
+                    self.give_up(Ended(signal.Signals(number[0]).name))
 
 
 def leave_within(seconds: float, status: int) -> None:

@@ -67,7 +67,8 @@ def main(log: str, record: str) -> None:
     known = {}
     with contextlib.suppress(OSError, ValueError):
         known = json.loads(Path(record).read_text())
-    place = re.search(r'File "[^"]*experiment\.py", line (\d+) in (\S+)', text)
+    crashed = text.split("Current thread", 1)[-1]  # other threads stand above or below it
+    place = re.search(r'File "[^"]*experiment\.py", line (\d+) in (\S+)', crashed)
     if fatal := re.search("Fatal Python error: (.*)", text):
         cause = f"a crash in C code ({fatal[1]})"
     else:
