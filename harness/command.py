@@ -305,8 +305,7 @@ def main(
     """Calls `run(out_dir, log)`; on failure the end of standard error says why, in words.
 
     Args:
-        argv: of the command; by default sys.argv's, and the process ends soon after a failure.
-        description: what `--help` says of it.
+        argv: of the command; by default sys.argv's. description: what `--help` says of it.
         memory_settings: the settings that take less memory in a stage, in words.
     Returns:
         the exit status: 0; 1 after a failure; 128 + its number after a signal.
@@ -338,7 +337,7 @@ def main(
             signals.over.set()
             attempt.release(status)
     WATCH.status = status
-    if status and argv is None:
+    if status and WATCH.program:
         leave_within(GRACE, status)
     return status
 

@@ -42,14 +42,16 @@ class _Watch:
     """Last words for a program that fails, or is told to end, while nothing else can speak.
 
     Attributes:
-        launched: whether `launch` has taken over. status: what it has ended with.
+        program: whether experiment.py is the program. launched: whether `launch` has taken over.
+        status: what it has ended with.
     """
 
     def __init__(self) -> None:
-        self.launched, self.status = False, None
+        self.program, self.launched, self.status = False, False, None
 
     def begin(self) -> None:
         """Before the libraries are imported."""
+        self.program = True
         sys.excepthook = self.failed
         atexit.register(self.ended)
         for number in ENDS:

@@ -32,7 +32,9 @@ import os, sys, threading, time
 import torch
 from harness import command, machine, signals
 from harness.console import STAGE, print_line, redirect_output
+from harness.start import WATCH
 
+WATCH.program = True  # as experiment.py is
 command.GRACE = signals.GRACE = 0.5
 machine.LONGEST_CALL = 0.2
 
