@@ -20,7 +20,7 @@ from harness.evaluation.probing import probing_config
 from harness.interfaces import RunLike, SAELike, SettingsLike
 from harness.machine import peak_memory_gb
 from harness.provenance import write_outcome
-from harness.reference import verdict_of
+from harness.reference import complete_folder, verdict_of
 from harness.start import HERE, STARTED
 from harness.store import LEDGER, write_json
 from harness.training import TrainingLog
@@ -52,7 +52,8 @@ def constants(
     s = run.settings
     keys = list(itertools.product(s.layers, s.seeds))
     if s.constants_from_run is not None:
-        return final_values(run.runs / s.constants_from_run, keys, names)
+        folder = complete_folder(s.constants_from_run, run.out_dir, run.runs)
+        return final_values(folder or run.runs / s.constants_from_run, keys, names)
     given = {name: getattr(s, name) for name in names if getattr(s, name) is not None}
     return dict.fromkeys(keys, given)
 

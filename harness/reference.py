@@ -22,14 +22,17 @@ from harness.verdict import (
 Records = tuple[dict[str, Any], dict[str, Any]]  # config.json and final_info.json
 
 
-def reference_folder(run: RunLike) -> Path | None:
-    """The folder of the complete run that this one is compared to; None where there is none.
+def complete_folder(name: str, out_dir: Path, runs: Path) -> Path | None:
+    """The folder of a complete run that another names; None where there is none.
 
-    A run that is compared to itself is compared to the one that was set aside for it last.
+    A run that names itself means the one that was set aside for it last.
+
+    Args:
+        out_dir: of the run that names it. runs: the folder where both stand.
     """
-    folder = run.runs / run.settings.compare_to
+    folder = runs / name
     folders = [folder]
-    if folder.resolve() == run.out_dir.resolve():
+    if folder.resolve() == out_dir.resolve():
         numbers = (re.fullmatch(rf"{re.escape(folder.name)}\.(\d+)", path.name)
                    for path in folder.parent.glob("*"))  # fmt: skip
         aside = sorted((int(match[1]) for match in numbers if match), reverse=True)
@@ -85,10 +88,13 @@ def check_references(run: RunLike, config: dict[str, Any]) -> None:
         ExperimentError: the records of one are damaged, or its constants are of another model,
             layer or text.
     """
-    settings, reference = run.settings, reference_folder(run)
-    constants = settings.constants_from_run and run.runs / settings.constants_from_run
-    for field, folder in (("constants_from_run", constants), ("compare_to", reference)):
+    settings = run.settings
+    for field in ("constants_from_run", "compare_to"):
+        name = getattr(settings, field)
+        folder = name and complete_folder(name, run.out_dir, run.runs)
         if not folder:
+            if field == "compare_to":
+                print(f"no verdict to come: there is no complete {name} in {run.runs}")
             continue
         try:
             theirs, _ = read_records(folder)
@@ -102,8 +108,6 @@ def check_references(run: RunLike, config: dict[str, Any]) -> None:
             print(f"no verdict to come: not comparable with {folder.name} ({compared.reasons()})")
         if field == "constants_from_run":
             check_constants(compared, folder.name)
-    if not reference:
-        print(f"no verdict to come: there is no complete {settings.compare_to} in {run.runs}")
 
 
 def check_constants(compared: Comparison, name: str) -> None:
@@ -115,8 +119,8 @@ def check_constants(compared: Comparison, name: str) -> None:
             "run it again like this one, or name another"
         )
     if unknown := [fact for fact in compared.unknown if not fact.startswith(aside)]:
-        print(f"constants_from_run: {name} doesn't record its {', '.join(unknown)}, so it may not "
-              "be a run like this one")  # fmt: skip
+        print(f"constants_from_run: {name} may not be a run like this one: not both record "
+              f"{', '.join(unknown)}")  # fmt: skip
 
 
 def verdict_of(
@@ -128,7 +132,7 @@ def verdict_of(
         config: its config.json. per_seed: its seeds, primary metric and L0.
     """
     name = run.settings.compare_to
-    folder = reference_folder(run)
+    folder = complete_folder(name, run.out_dir, run.runs)
     if folder is None:
         return verdict(per_seed, None, f"no complete {name}")
     try:

@@ -35,7 +35,7 @@ from harness.partials import scratch_dir
 from harness.preflight import fit_core_batches, preflight
 from harness.provenance import config_record, write_config
 from harness.records import check_complete, constants, read_final_info
-from harness.reference import check_references
+from harness.reference import check_references, complete_folder
 from harness.settings import checked_settings
 from harness.start import source_at_start
 from harness.store import LEDGER, cached
@@ -199,7 +199,8 @@ def set_up(
     if not planned:
         print(f"{out_dir.name}: not in PLAN, defaults")
     if settings.constants_from_run is not None:
-        read_final_info(out_dir.parent / settings.constants_from_run)
+        name, runs = settings.constants_from_run, out_dir.parent
+        read_final_info(complete_folder(name, out_dir, runs) or runs / name)
     with redirect_output(log):
         needs = preflight(settings, device)
     print("\n".join(needs), end="\n" if needs else "")

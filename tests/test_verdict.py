@@ -181,6 +181,12 @@ def test_the_committed_runs_have_the_verdicts_they_had() -> None:
             assert name == "seed" or numbers[name] == pytest.approx(value, abs=1e-12)
     same, unlike = "no difference", "not comparable"
     assert words_of == [same, same, same, unlike, unlike, unlike, same, same, "better"]
+    import plot
+
+    report = plot.load_reports(ROOT)["tinylm"]
+    drawn = {run.name: plot.compare(report.records, run, report.reference)[0]
+             for run in report.runs}  # fmt: skip
+    assert [drawn[f"run_{i}"] for i in range(2, 11)] == words_of
 
 
 # ---- the run that is compared to --------------------------------------------------------------
@@ -238,12 +244,14 @@ def test_a_run_is_compared_to_itself_set_aside(second) -> None:
     (run.runs / "run_1" / "final_info.json").unlink()
     sentence, _ = verdict_of(again, config, SEEDS)
     assert "1 seeds shared with run_1.10" in sentence
+    itself = dataclasses.replace(again.settings, constants_from_run="run_1")
+    assert dataclasses.replace(again, settings=itself).constants(("gamma",))
     for path in run.runs.glob("run_1.*"):
         shutil.rmtree(path)
     assert verdict_of(again, config, SEEDS)[0] == "not comparable (no complete run_1)"
 
 
-def test_constants_are_taken_from_a_run_like_this_one(second) -> None:
+def test_constants_are_taken_from_a_run_like_this_one(second, capsys) -> None:
     run, config = second
     run = dataclasses.replace(
         run, settings=dataclasses.replace(run.settings, constants_from_run="run_1")
@@ -251,6 +259,8 @@ def test_constants_are_taken_from_a_run_like_this_one(second) -> None:
     check_references(run, config)
     check_references(run, changed(config, probe_train=20, layers=[2], k_min=2))  # their own matter
     assert final_values(run.runs / "run_1", [(2, 0)], ["gamma"])
+    check_references(run, config | {"content": {}})
+    assert "run_1 may not be a run like this one: not both record lang" in capsys.readouterr().out
     for change, words_said in (
         (dict(context=16), "differs in context 16 against 32"),
         (dict(model="other"), "differs in language model other"),

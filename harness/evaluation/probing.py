@@ -203,7 +203,8 @@ def all_dimensions(acts: tuple[Classes, ...], seed: int) -> dict[str, float]:
         for label in acts[0]:
             train, (x_ND, y_N) = (prepare_probe_data(part, label) for part in acts)
             w_D, b = logistic_regression(*train)
-            accuracies[label] = float(((x_ND.float() @ w_D + b > 0) == (y_N > 0)).float().mean())
+            right_N = (x_ND.float() @ w_D + b > 0) == (y_N > 0)
+            accuracies[label] = float(right_N.double().mean())
     return accuracies
 
 
@@ -236,13 +237,11 @@ def drawn_from(
 ) -> tuple[dict[str, dict[str, float]], str]:  # fmt: skip
     """`probe(acts, who, ks)` with torch's generator in a state, and the state that it leaves.
 
-    Of the ks those that there are dimensions for; beside `probe`'s accuracies `all_dimensions`'.
+    Beside `probe`'s accuracies stand those of `all_dimensions`.
 
     Args:
         state: a seed, or what this has returned.
     """
-    n_dimensions = next(iter(acts[0].values())).shape[1]
-    ks = tuple(k for k in ks if k <= n_dimensions)
     if isinstance(state, int):
         torch.manual_seed(state)
     else:
@@ -344,12 +343,14 @@ def sparse_probing(
 def save_probing(
     name: str, sae: SAELike, per_class: dict, settings: SettingsLike, out_dir: Path
 ) -> dict[str, float]:
-    """Writes an SAE's sparse-probing results as SAE-Bench's run_eval does; returns all means.
+    """Writes an SAE's sparse-probing results as SAE-Bench's run_eval does; returns the means.
 
     Over 60 lines, as one piece: half of them fill the fields of SAE-Bench's record.
 
     Args:
         per_class: {data set's name and "_results": {metric: {class: accuracy}}}.
+    Returns:
+        the means, our own among them, and none of more features or dimensions than there are.
     Raises:
         ExperimentError: an accuracy is not between 0 and 1.
     """
@@ -411,4 +412,8 @@ def save_probing(
     )
     path = general_utils.get_results_filepath(str(folder), name, "custom_sae")
     result.to_json_file(path, indent=2)
-    return means
+    # SAE-Bench calls a probe of 32 dimensions top_50, where there are no more.
+    widths = {"sae": sae.cfg.d_sae, "llm": sae.cfg.d_in}
+    top = {f"{who}_top_{k}_test_accuracy": k <= n for who, n in widths.items()
+           for k in settings.probe_ks}  # fmt: skip
+    return {metric: value for metric, value in means.items() if top.get(metric, True)}
