@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -22,10 +22,10 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from sae_bench.custom_saes.base_sae import BaseSAE
 from torch import Tensor, nn
 
-from harness.checkpoints import restore, state_of
 from harness.evaluation.core import core_evaluation, mean_l0
 from harness.evaluation.export import export_to_saelens
 from harness.evaluation.probing import sparse_probing
+from harness.generators import seed_generators
 from harness.machine import in_order, trim_memory
 from harness.records import check_results, write_records
 from harness.settings import checked, must_hold
@@ -587,6 +587,7 @@ def new_sae(
     mean_D, factor = stats
     shape = (len(mean_D), settings.d_sae, settings.model, layer, mean_D.device)
     options = dict(fixed=fixed, norm_scaling_factor=factor, by_threshold=by_threshold)
+    seed_generators(layer, seed)  # for what an edit may draw without a generator of its own
     sae = CustomSAE(*shape, k=None if by_threshold else k, **options)
     sae.initialize(seed, mean_D * factor)
     sae.cfg.context_size = settings.context
@@ -626,20 +627,17 @@ def train(
         start: makes the trainers; bench/quality.py has other projects' trained on the same tokens.
     """
     s, device, fixed = run.settings, buffer.lm.hf.device, run.constants(tuple(LEARNED_SCALARS))
-    torch.manual_seed(0)  # for what an edit may draw without a generator of its own
     shuffles = {seed: torch.Generator().manual_seed(seed) for seed in s.seeds}
     stats: dict[int, ActivationStats] = {}
     trainers: dict[Key, Trainer] = {}
     checkpoints = run.checkpoints(train=train, start=start, buffer=buffer, constants=fixed)
     saved = checkpoints.load() or {}
-    with checkpoints, TrainingLog(s, run.out_dir / "train_log.jsonl", saved.get("log")) as log:
+    path = run.out_dir / "train_log.jsonl"
+    with checkpoints, TrainingLog(s, path, saved.get("log"), given=run) as log:
         if saved:
             stats = {at: ActivationStats(m.to(device), f) for at, (m, f) in saved["stats"].items()}
             trainers = start(run, stats, fixed)
-            for key, trainer in trainers.items():
-                restore(trainer, saved["trainers"][key])
-            for seed, generator in shuffles.items():
-                generator.set_state(saved["shuffles"][seed])
+            checkpoints.restore(trainers=trainers, shuffles=shuffles)
             buffer.load_state_dict(saved["buffer"])
         while steps := log.next_steps():
             with log.timing("seconds_harvest"):
@@ -658,11 +656,9 @@ def train(
                 state = {
                     "log": log.state(),
                     "stats": {layer: tuple(values) for layer, values in stats.items()},
-                    "trainers": {key: state_of(trainer) for key, trainer in trainers.items()},
-                    "shuffles": {seed: shuffle.get_state() for seed, shuffle in shuffles.items()},
                     "buffer": buffer.state_dict(),
                 }
-                checkpoints.save(state, log.part)
+                checkpoints.save(state, log.part, trainers=trainers, shuffles=shuffles)
     return Training({key: trainer.sae for key, trainer in trainers.items()}, stats, log)
 
 
@@ -679,13 +675,10 @@ def take_steps(
         rows = orders[seed][(step - steps.start) * size :][:size]
         return acts_LND[settings.layers.index(layer)][rows.to(acts_LND.device)]
 
-    def training(key: Key) -> Iterator[tuple[Tensor, dict[str, Any] | None]]:
-        for step in steps:
-            x_BD = batch(key, step)
-            yield trainers[key].step(x_BD, step / log.n_steps, log.is_due(step))
+    def take_step(key: Key, step: int) -> tuple[Tensor, dict[str, Any] | None]:
+        return trainers[key].step(batch(key, step), step / log.n_steps, log.is_due(step))
 
-    trainings = {key: training(key) for key in trainers}
-    log.add(steps, run_side_by_side(trainings, batch, steps, log, acts_LND))
+    log.add(steps, run_side_by_side(trainers, take_step, batch, steps, log, acts_LND))
 
 
 # ---- EVALUATION, by SAE-Bench -------------------------------------------------------------------

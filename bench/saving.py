@@ -35,10 +35,10 @@ def trained(run: Run, key: dict | None) -> tuple[float, float, int]:
     checkpoints = Checkpoints(key, every=0.0, share=1e9)
     save, saving, size = checkpoints.save, 0.0, 0
 
-    def timed(*arguments: object) -> None:
+    def timed(*arguments: object, **things: object) -> None:
         nonlocal saving, size
         began = time.monotonic()
-        save(*arguments)
+        save(*arguments, **things)
         saving += time.monotonic() - began
         if key is not None:
             size = max(file.stat().st_size for file in checkpoints.shelf.folder.iterdir())

@@ -21,9 +21,12 @@
     command          one attempt: folder, lock, heartbeat, last words; knows nothing of SAEs
     checkpoints      a training as far as it has come: what is saved, and how it goes on
     store            what outlives a run: one shelf, its codecs, the ledger of what was reused
+    object_state     what objects hold, found by walking: as plain data, and back
+    object_parts     what one object is made of
     console          what a user reads; what stage the command is at
     machine          processor and memory
     reference        the run that another is compared to, or takes constants from
+    generators       the random generators that code draws from unless it is given one
     verdict          better or worse, and what can be compared
     errors           failures whose message is the whole story
     signals          what asks the process to end, and ends that nothing holds up
@@ -37,10 +40,10 @@
 """
 
 PUBLIC = {
-    "checkpoints": ("restore", "state_of"),
     "evaluation.core": ("core_evaluation", "mean_l0"),
     "evaluation.export": ("export_to_saelens",),
     "evaluation.probing": ("sparse_probing",),
+    "generators": ("seed_generators",),
     "machine": ("in_order", "trim_memory"),
     "records": ("check_results", "write_records"),
     "settings": ("checked", "must_hold"),

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import random
+import math
 import time
 from collections.abc import Callable
 from typing import Any
 
-import numpy
 import torch
 
+from harness import object_state
 from harness.console import print_line
-from harness.interfaces import TrainerLike
+from harness.generators import generator_states, seed_generators, set_generator_states
 from harness.observation import OBSERVED
 from harness.store import LEDGER, TENSORS, Shelf, plain
 
@@ -25,14 +25,21 @@ class Checkpoints:
         key: all that the training depends on; None: nothing is kept.
         every: seconds between two saves, at least.
         share: of the time that saving may take, at most.
+        given: the run: what hangs on it is not saved with what is trained.
+        rehearsal: what finds and puts states instead of the store (see `harness.rehearsal`).
     """
 
     def __init__(
-        self, key: dict[str, Any] | None, every: float = 60.0, share: float = 0.025
-    ) -> None:
+        self, key: dict[str, Any] | None, every: float = 60.0, share: float = 0.025,
+        given: object = None, rehearsal: Any = None,
+    ) -> None:  # fmt: skip
         self.key = None if LEDGER.rehearsing else key
-        self.every, self.share = every, share
+        self.every, self.share, self.given = every, share, given
         self.lock, self.cost, self.saved = None, 0.0, time.monotonic()
+        self.found: dict[str, Any] | None = None  # what `load` has read
+        self.shelf = rehearsal
+        if rehearsal is not None:  # after every filling of the buffer
+            self.every, self.share = 0.0, math.inf
         if self.key is None:
             return
         self.shelf = Shelf("training", TENSORS, key)
@@ -58,10 +65,21 @@ class Checkpoints:
     def load(self) -> Any:
         """The state saved last, on the CPU; None where there is none that is whole.
 
-        Sets torch's, numpy's and Python's own generators to where they stood.
+        Sets torch's, numpy's and Python's own generators to where they stood, or to the beginning.
         """
-        if self.key is None:
+        self.found = self._from_the_store() if self.key else self.shelf and self.shelf.find("state")
+        if self.found is None:
+            seed_generators("training")
             return None
+        set_generator_states(self.found["generators"])
+        return self.found["state"]
+
+    def restore(self, **things: Any) -> None:
+        """Puts newly made objects where those stood that `save` was given under these names."""
+        object_state.restore(self.found["things"], self.given, **things)
+        set_generator_states(self.found["generators"])  # once more: making them may draw
+
+    def _from_the_store(self) -> dict[str, Any] | None:
         changed = LEDGER.changed(self.key)
         same = "code, settings, model, versions and machine"
         found = self.shelf.find("state")
@@ -75,14 +93,13 @@ class Checkpoints:
             print_line(f"training: goes on at {100 * found['part']:.0f}%, as {same} are unchanged")
         LEDGER.reuses("training", quietly=True)
         self.note(found["part"])
-        set_generator_states(found["generators"])
-        return found["state"]
+        return found
 
     def due(self) -> bool:
         """Whether to save: `every` has passed, and saving stays within its `share`."""
         return time.monotonic() - self.saved >= max(self.every, self.cost / self.share)
 
-    def save(self, state: dict[str, Any], part: float) -> None:
+    def save(self, state: dict[str, Any], part: float, **things: Any) -> None:
         """Puts a state in the place of the one before, once it is on the disk.
 
         Where it can't be saved, that is said and training goes on.
@@ -90,13 +107,15 @@ class Checkpoints:
         Args:
             state: tensors, numbers, strings, None; in dicts, lists and tuples.
             part: of the training that is done; 1: all of it.
+            things: objects, with all that hangs on them (see `harness.object_state`).
         """
-        if self.lock is None:
+        if self.shelf is None or self.key and self.lock is None:
             return
         began = time.monotonic()
         try:
-            whole = {"part": part, "state": state, "generators": generator_states()}
-            if self.shelf.put("state", whole):
+            objects = object_state.state_of(self.given, **things)
+            whole = {"part": part, "state": state, "things": objects}
+            if self.shelf.put("state", whole | {"generators": generator_states()}) and self.key:
                 self.note(part)
         except Exception as error:  # of what an edit has made of the state
             self.shelf.complain(error)
@@ -112,25 +131,6 @@ class Checkpoints:
         if self.lock is not None:
             self.lock.release()
             self.lock = None
-
-
-def state_of(trainer: TrainerLike) -> dict[str, Any]:
-    """All that a trainer's next steps depend on, with whatever an edit gave to it or to its SAE."""
-    return {
-        "sae": trainer.sae.state_dict(),
-        "optimizer": trainer.optimizer.state_dict(),
-        "generator": trainer.generator.get_state(),
-        "attributes": {type(thing).__name__: attributes(thing) for thing in (trainer, trainer.sae)},
-    }
-
-
-def restore(trainer: TrainerLike, state: dict[str, Any]) -> None:
-    """Puts a trainer where another one of the same SAE stood at its `state_of`."""
-    trainer.sae.load_state_dict(state["sae"])
-    trainer.optimizer.load_state_dict(state["optimizer"])
-    trainer.generator.set_state(state["generator"])
-    for thing, attributes in zip((trainer, trainer.sae), state["attributes"].values()):
-        set_attributes(thing, attributes)
 
 
 def attributes(thing: object) -> dict[str, Any]:
@@ -157,32 +157,3 @@ def plain_attributes(thing: object) -> dict[str, Any]:
         with contextlib.suppress(TypeError):
             found[name] = plain(value)
     return found
-
-
-def set_attributes(thing: object, attributes: dict[str, Any]) -> None:
-    """Sets what `attributes` returned, tensors on the device they had."""
-    for name, value in attributes.items():
-        old = getattr(thing, name, None)
-        on = old.device if isinstance(old, torch.Tensor) else None
-        setattr(thing, name, value.to(on) if isinstance(value, torch.Tensor) and on else value)
-
-
-def generator_states() -> dict[str, Any]:
-    """The states of the generators that code draws from unless it is given one."""
-    kind, keys, *rest = numpy.random.get_state()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": (kind, torch.from_numpy(keys.astype("int64")), *rest),
-        "python": random.getstate(),
-    }
-
-
-def set_generator_states(states: dict[str, Any]) -> None:
-    """Sets what `generator_states` returned."""
-    torch.set_rng_state(states["torch"])
-    if states["cuda"]:
-        torch.cuda.set_rng_state_all(states["cuda"])
-    kind, keys, *rest = states["numpy"]
-    numpy.random.set_state((kind, keys.numpy().astype("uint32"), *rest))
-    random.setstate(states["python"])

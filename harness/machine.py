@@ -18,9 +18,11 @@ import torch
 from greenlet import getcurrent, greenlet
 
 from harness.errors import ExperimentError
+from harness.generators import generator_states, same_states, set_generator_states
 from harness.interfaces import SettingsLike
 
 LONGEST_CALL = 2.0  # seconds that calls side by side are waited for once one of them has failed
+DRAWING: set[Any] = set()  # code that drew from the process's own generators: see `in_order`
 
 
 def choose_device(settings: SettingsLike, profile: str) -> torch.device:
@@ -74,19 +76,29 @@ def free_gb(device: torch.device) -> float:
     return torch.cuda.mem_get_info(device)[0] / 1e9 if device.type == "cuda" else memory_gb()
 
 
+def n_at_once(n_keys: int, device: torch.device) -> int:
+    """How many keys `in_threads` is at, at a time."""
+    return min(n_keys, torch.get_num_threads()) if device.type == "cpu" else 1
+
+
 def in_threads(
-    function: Callable[[Any, Any], Any], keys: list, parts: list, device: torch.device
+    function: Callable[[Any, Any], Any],
+    keys: list,
+    parts: list,
+    device: torch.device,
+    in_turn: bool = False,
 ) -> Iterator[tuple[Any, Any, Any]]:
     """Calls function(key, part) for every key and part, several keys at once on a CPU.
 
     A key's parts come one after the other, in order; each call has its own share of the cores,
     the same one every time, so that its results are reproducible bit for bit.
 
+    Args:
+        in_turn: one call at a time, on its share of the cores.
     Yields:
         key, part and result, as calls end.
     """
-    cores = torch.get_num_threads()
-    n_workers = min(len(keys), cores) if device.type == "cpu" else 1
+    cores, n_workers = torch.get_num_threads(), n_at_once(len(keys), device)
     if n_workers == 1:
         for part in parts:
             for key in keys:
@@ -98,7 +110,7 @@ def in_threads(
     pool = ThreadPoolExecutor(n_workers, "steps", torch.set_num_threads, (share,))
     try:
         while ready or running:
-            while ready and len(running) < n_workers:
+            while ready and len(running) < (1 if in_turn else n_workers):
                 key = ready.pop(0)
                 running[pool.submit(function, key, parts[next_part[key]])] = key
             for done in wait(running, return_when=FIRST_COMPLETED).done:
@@ -118,12 +130,22 @@ def in_order(
     items: Sequence[Any],
     device: torch.device,
 ) -> list[Any]:
-    """function(item) of each item, in their order, several at once on a CPU (see `in_threads`)."""
-    found = {}
-    keys = list(range(len(items)))
-    for index, _, result in in_threads(lambda at, _: function(items[at]), keys, [None], device):
-        found[index] = result
-    return [found[index] for index in keys]
+    """function(item) of each item, in their order, several at once on a CPU (see `in_threads`).
+
+    Where calls draw from the process's own generators they are made one after the other: two at a
+    time would draw in an order that nobody knows.
+    """
+    found, keys = {}, list(range(len(items)))
+    before, code = generator_states(), getattr(function, "__code__", function)
+    while True:
+        in_turn = code in DRAWING or n_at_once(len(keys), device) == 1
+        for at, _, result in in_threads(lambda at, _: function(items[at]), keys, [None], device,
+                                        in_turn):  # fmt: skip
+            found[at] = result
+        if in_turn or same_states(before, generator_states()):
+            return [found[at] for at in keys]
+        DRAWING.add(code)
+        set_generator_states(before)
 
 
 def processor_name() -> str:

@@ -18,12 +18,23 @@ from torch import Tensor
 from harness.console import Progress, print_line
 from harness.errors import ExperimentError, error_context, first_line
 from harness.fingerprint import result_key, text_identity
-from harness.interfaces import RunLike, SettingsLike
-from harness.machine import in_threads, retain_memory_for_steps
+from harness.generators import (
+    States,
+    TorchDraws,
+    generator_states,
+    generators_of,
+    same_states,
+    set_generator_states,
+)
+from harness.interfaces import RunLike, SettingsLike, TrainerLike
+from harness.machine import in_threads, n_at_once, retain_memory_for_steps
+from harness.object_state import Unsavable, restore, state_of
 from harness.observation import OBSERVED
 from harness.store import ACTIVATIONS_GB, TensorCache, place_for
 from harness.text import TokenStream
 
+Key = tuple[int, int]  # layer and seed
+TakeStep = Callable[[Key, int], tuple[Tensor, dict[str, Any] | None]]
 PASSES = 8  # of the language model whose activations are stored in one file
 
 
@@ -36,14 +47,19 @@ class TrainingLog:
         settings: the run's.
         path: train_log.jsonl.
         saved: what `state` of an earlier attempt has returned: this one goes on from there.
+        given: the run: what hangs on it is no part of a trainer.
     """
 
-    SAVED = ("done", "n_steps", "timed", "shortened", "records", "seconds")
+    SAVED = ("done", "n_steps", "timed", "shortened", "records", "seconds", "generators")
 
     def __init__(
-        self, settings: SettingsLike, path: Path, saved: dict[str, Any] | None = None
-    ) -> None:
-        self.settings, self.path = settings, path
+        self, settings: SettingsLike, path: Path, saved: dict[str, Any] | None = None,
+        given: object = None,
+    ) -> None:  # fmt: skip
+        self.settings, self.path, self.given = settings, path, given
+        self.in_turn = False  # a step was seen to draw from the process's own generators
+        self.looked = False  # the first one was looked at for that
+        self.generators: dict[tuple, States] = {}  # theirs, by what draws: see `generators_of`
         self.done, self.n_steps = 0, settings.training_tokens // settings.batch
         self.timed = settings.budget_minutes is None
         self.shortened: str | None = None  # why it takes fewer steps than the settings say
@@ -122,33 +138,85 @@ class TrainingLog:
 
 
 def run_side_by_side(
-    trainings: dict[tuple[int, int], Iterator[tuple[Tensor, dict[str, Any] | None]]],
-    batch_of: Callable[[tuple[int, int], int], Tensor],
+    trainers: dict[Key, TrainerLike],
+    take_step: TakeStep,
+    batch_of: Callable[[Key, int], Tensor],
     steps: range,
     log: TrainingLog,
     acts_LND: Tensor,
 ) -> list[dict[str, Any]]:
-    """Takes the steps of several trainings; their records, in order of steps.
+    """Takes the steps of several trainers; their records, in order of steps.
 
     On a CPU they advance side by side, each on its own cores: a step's operations are too small
-    to be worth sharing. What a training computes does not depend on when the others run.
+    to be worth sharing. What a trainer computes does not depend on when the others run. Where a
+    step draws from the process's own generators that takes turns, in which each trainer has
+    states of its own: then all go back to where this filling of the buffer began.
 
     Args:
-        trainings: by layer and seed, what yields the loss of each step, and its record or None.
+        trainers: by layer and seed.
+        take_step: of a layer and seed and the number of a step: its loss, its record or None.
         batch_of: the activations (B, D) of a layer and seed at a step, for what goes wrong.
-        steps: the numbers of the steps that they yield. log: of what came before.
+        steps: the numbers of the steps to take. log: of what came before.
         acts_LND: the activations that the batches are drawn from.
     Raises:
         ExperimentError: a loss is not finite.
     """
-    batch = log.settings.batch
-    last: dict[tuple[int, int], dict[str, Any]] = {key: {} for key in trainings}
+    given = trainers, take_step, batch_of, steps, log, acts_LND
+    if log.in_turn or n_at_once(len(trainers), acts_LND.device) == 1:
+        return advance(*given, in_turn=True)
+    try:
+        before = state_of(log.given, copied=True, trainers=trainers)
+    except Unsavable:  # no way back
+        return advance(*given, in_turn=True)
+    stood, done = generator_states(), log.progress.done
+    try:
+        return advance(*given, in_turn=False)
+    except Drawn:
+        log.in_turn = True
+    restore(before, log.given, trainers=trainers)
+    set_generator_states(stood)
+    log.progress.done = done
+    return advance(*given, in_turn=True)
 
-    def some_steps(key: tuple[int, int], part: range) -> list[dict[str, Any]]:
+
+class Drawn(Exception):
+    """While several trainers were at their steps, one drew from the process's own generators."""
+
+
+def check_nothing_drawn(stood: States, looked: list[TorchDraws]) -> None:
+    """Raises `Drawn` where the generators don't stand where they `stood`, or a look saw one."""
+    if any(draws.seen for draws in looked) or not same_states(stood, generator_states()):
+        raise Drawn
+
+
+def advance(
+    trainers: dict[Key, TrainerLike],
+    take_step: TakeStep,
+    batch_of: Callable[[Key, int], Tensor],
+    steps: range,
+    log: TrainingLog,
+    acts_LND: Tensor,
+    in_turn: bool,
+) -> list[dict[str, Any]]:
+    """See `run_side_by_side`. `in_turn`: one at a time, and each draws from states of its own.
+
+    Raises:
+        Drawn: it was not to be in turn, and has to be.
+    """
+    batch, stood = log.settings.batch, generator_states()
+    last: dict[Key, dict[str, Any]] = {key: {} for key in trainers}
+    draws: dict[Key, TorchDraws] = {}
+
+    def some_steps(key: Key, part: range) -> list[dict[str, Any]]:
         layer, seed = key
-        records, losses = [], []
-        with error_context(f"layer {layer}, seed {seed}"):
-            for step, (loss, record) in zip(part, trainings[key]):
+        records, losses, looking = [], [], contextlib.nullcontext()
+        if in_turn:
+            looking = generators_of("steps", layer, seed, kept=log.generators)
+        elif not log.looked and part is parts[0]:
+            looking = draws[key] = TorchDraws()
+        with error_context(f"layer {layer}, seed {seed}"), looking:
+            for step in part:
+                loss, record = take_step(key, step)
                 losses.append(loss)
                 if record:
                     tokens = step * batch
@@ -156,8 +224,7 @@ def run_side_by_side(
                     speed = {"tokens_per_second": tokens / log.progress.seconds()}
                     records.append(where | record | speed)
             # Looked at once in a while: a GPU would have to wait for each step otherwise.
-            wrong = (~torch.stack(losses).isfinite()).nonzero()
-            if len(wrong):
+            if len(wrong := (~torch.stack(losses).isfinite()).nonzero()):
                 step, so_far = part[int(wrong[0])], losses[: int(wrong[0]) + 1]
                 records = [last[key], *(r for r in records if r["step"] < step)]
                 x_BD, values = batch_of(key, step), [float(loss) for loss in so_far]
@@ -166,13 +233,18 @@ def run_side_by_side(
         return records
 
     records: list[dict[str, Any]] = []
-    parts = [range(i, min(i + 32, steps.stop)) for i in range(steps.start, steps.stop, 32)]
-    with retain_memory_for_steps(log.settings, acts_LND.shape[-1]):
-        for _, part, found in in_threads(some_steps, list(trainings), parts, acts_LND.device):
+    # The first step alone: it shows most of what draws.
+    parts = [steps[:1], *(steps[i : i + 32] for i in range(1, len(steps), 32))]
+    calls = in_threads(some_steps, list(trainers), parts, acts_LND.device, in_turn)
+    with retain_memory_for_steps(log.settings, acts_LND.shape[-1]), contextlib.closing(calls):
+        for _, part, found in calls:
+            if not in_turn:
+                check_nothing_drawn(stood, list(draws.values()))
             records += found
             note = "fvu " + "/".join(f"{r['fvu']:.2f}" for r in last.values() if r)
             log.progress.advance(len(part) * batch, note)
-    place = {key: index for index, key in enumerate(trainings)}
+    place = {key: index for index, key in enumerate(trainers)}
+    log.looked = True
     return sorted(records, key=lambda r: (r["step"], place[r["layer"], r["seed"]]))
 
 
@@ -210,6 +282,7 @@ class ActivationCache:
     ) -> None:
         self.run, self.stream, self.harvest = run, stream, harvest
         self.number = 0  # of the next file
+        self.n_made = 0  # harvests that are in no file
         self.after: dict[str, Any] | None = None  # where the text stands, if the stream doesn't
         self.reading = True
 
@@ -230,13 +303,15 @@ class ActivationCache:
         return TensorCache("activations", key)
 
     def made(self, n: int) -> list[Tensor]:
-        """The activations of n forward passes."""
-        with OBSERVED.computing("activations"):
+        """The next n passes; what they draw doesn't depend on which others were in the store."""
+        draws = generators_of("harvest", self.number, self.n_made, kept={})
+        with OBSERVED.computing("activations"), draws:
             return self.harvest(n)
 
     def passes(self, n: int) -> list[Tensor]:
         """The activations of the next forward passes: n, or `PASSES` at most."""
         if not self.files.on:
+            self.n_made += 1
             return self.made(min(n, PASSES))
         name = f"{self.number:06d}"
         stored = self.files.find(name) if self.reading else None
@@ -256,11 +331,12 @@ class ActivationCache:
     def state_dict(self) -> dict[str, Any]:
         """Where the store and the text stand, once what it counts is on the disk."""
         self.files.flush()
-        return {"number": self.number, "stream": self.after or self.stream.state_dict()}
+        stands = self.after or self.stream.state_dict()
+        return {"number": self.number, "n_made": self.n_made, "stream": stands}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where another one stood."""
-        self.number = state["number"]
+        self.number, self.n_made = state["number"], state["n_made"]
         if not self.files.on:
             self.stream.load_state_dict(state["stream"])
         else:

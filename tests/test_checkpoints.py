@@ -7,13 +7,12 @@ import dataclasses
 import json
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import BinaryIO
 
 import pytest
 import torch
 
-from harness.checkpoints import Checkpoints, plain_attributes, restore, state_of
+from harness.checkpoints import Checkpoints
 from harness.console import STAGE
 from harness.startup import Run
 from harness.text import TokenStream, documents
@@ -80,31 +79,6 @@ def test_saving_keeps_to_its_share_of_the_time(own_cache: Path, monkeypatch) -> 
     now[0] += 1
     assert checkpoints.due()
     checkpoints.close()
-
-
-def test_a_trainer_stands_where_another_one_stood_with_what_an_edit_added() -> None:
-    def trainer() -> SimpleNamespace:
-        sae = torch.nn.Linear(2, 3)
-        sae.scale = torch.tensor(2.0)
-        return SimpleNamespace(
-            sae=sae, optimizer=torch.optim.Adam(sae.parameters()), generator=torch.Generator(),
-            count_F=torch.zeros(3), queue=collections.deque(), by=print, _hidden=3,
-        )  # fmt: skip
-
-    first, second = trainer(), trainer()
-    first.sae(torch.ones(2)).sum().backward()
-    first.optimizer.step()
-    first.generator.manual_seed(7)
-    first.count_F += 2
-    first.sae.scale += 1
-    state = state_of(first)
-    assert list(state["attributes"]["SimpleNamespace"]) == ["count_F", "queue"]
-    assert list(plain_attributes(first)) == ["count_F"]
-    restore(second, state)
-    assert torch.equal(second.sae.weight, first.sae.weight) and second.sae.scale == 3
-    assert torch.equal(second.count_F, torch.full((3,), 2.0))
-    assert second.optimizer.state_dict()["state"][0]["step"] == 1
-    assert second.generator.get_state().equal(first.generator.get_state())
 
 
 def test_trained_halfway_by_threads_the_rest_comes_out_the_same(
@@ -175,17 +149,16 @@ def test_a_reduced_count_of_tokens_is_reused_on_resume(
     assert "shortened to 50%" in (tmp_path / "run_1" / "warnings.json").read_text()
 
 
-def test_a_state_that_can_not_be_saved_costs_the_saving_alone(
-    toy, tmp_path, own_cache, monkeypatch, capsys
-) -> None:
-    """What an edit adds to a trainer as a number is saved with it; another thing is named."""
-    begin = toy.Trainer.__init__
-
-    def more(trainer, *arguments):
-        begin(trainer, *arguments)
-        trainer.queue = collections.deque()
-
-    monkeypatch.setattr(toy.Trainer, "__init__", more)
-    assert run_command(toy, tmp_path / "run_1") == 0
+def test_a_state_that_can_not_be_saved_costs_the_saving_alone(own_cache: Path, capsys) -> None:
+    """As where an edit comes to it late in a training: what was saved before is there."""
+    checkpoints = Checkpoints({"a": 1})
+    checkpoints.save(STATE, 0.5, trainers={(2, 0): {"queue": collections.deque([1])}})
+    with open(__file__) as file:
+        checkpoints.save(STATE | {"number": 9}, 0.75, trainers={(2, 0): {"queue": file}})
     assert "training can't be kept in" in (out := capsys.readouterr().out)
-    assert "Trainer.queue is a deque" in out
+    assert "trainers[2, 0]['queue'] is a TextIOWrapper" in out
+    assert checkpoints.load()["number"] == 0.1
+    new = {(2, 0): {"queue": collections.deque()}}
+    checkpoints.restore(trainers=new)
+    assert new[2, 0]["queue"] == collections.deque([1])
+    checkpoints.close()

@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 # From the ground up: a room imports only from rooms below its own line.
 FLOORS = (
     ("errors", "start", "observation", "signals", "witness", "partials", "verdict", "interfaces",
-     "settings", "reference"),
+     "settings", "reference", "generators", "object_parts", "object_state"),
     ("console", "machine"),
     ("store",),
     ("checkpoints", "command", "text_files", "text", "syntax", "identity", "isolation",
