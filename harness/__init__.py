@@ -20,6 +20,7 @@
     text_files       local files of texts
     command          one attempt: folder, lock, heartbeat, last words; knows nothing of SAEs
     checkpoints      a training as far as it has come: what is saved, and how it goes on
+    rehearsal        whether a training can go on from what it saves: tried in miniature
     store            what outlives a run: one shelf, its codecs, the ledger of what was reused
     object_state     what objects hold, found by walking: as plain data, and back
     object_parts     what one object is made of

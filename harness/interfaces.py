@@ -58,6 +58,8 @@ class RunLike(Protocol):
     keeps: bool
     core_metrics: Any
     probe: Any
+    warnings: tuple[str, ...]
+    training_pass: Any
 
 
 class SAELike(Protocol):

@@ -3,46 +3,38 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
-import random
 import sys
+import types
 from collections.abc import Iterator
 from typing import Any
 
 import numpy
 import torch
 
-from harness.identity import describe, process_state, replaced
+from harness.generators import generator_states, set_generator_states
+from harness.identity import process_state, replaced
+from harness.object_state import Unsavable, restore, state_of
 from harness.observation import is_own
-
-CONTAINERS = (list, dict, set)
-VALUES = (bool, int, float, complex, str, bytes, type(None), tuple, torch.Tensor, numpy.ndarray)
 
 
 @contextlib.contextmanager
-def isolated(names: dict[str, Any]) -> Iterator[None]:
+def isolated() -> Iterator[None]:
     """Puts back, afterwards, what code inside has changed beyond its own objects.
 
-    The values of global names and class attributes of experiment.py and of the user's modules;
-    functions and methods of libraries; generators of random numbers; environment variables; torch's
-    switches. What a C library holds itself, and a language model, is not put back.
-
-    Args:
-        names: the globals of experiment.py.
+    What experiment.py and the user's modules hold; functions and methods of libraries; generators
+    of random numbers; environment variables; torch's switches. What a C library holds itself is not
+    put back, nor is a language model: see `harness.identity.changed`.
     """
-    before = Globals(names), process_state(), dict(os.environ)
-    generators = torch.get_rng_state(), numpy.random.get_state(), random.getstate()
+    own, switches, environ = OwnState(), process_state(), dict(os.environ)
+    generators = generator_states()
     try:
         yield
     finally:
-        held, switches, environ = before
-        held.restore()
+        own.put_back()
         for definition in replaced():
             setattr(definition.holder, definition.name, definition.was)
-        torch.set_rng_state(generators[0])
-        numpy.random.set_state(generators[1])
-        random.setstate(generators[2])
+        set_generator_states(generators)
         if dict(os.environ) != environ:
             os.environ.clear()
             os.environ.update(environ)
@@ -53,53 +45,43 @@ def isolated(names: dict[str, Any]) -> Iterator[None]:
         numpy.seterr(**switches["numpy"])
 
 
-class Globals:
-    """The values of global names and of class attributes in the user's code, to be put back.
+class OwnState:
+    """What the experiment's modules, their classes and functions hold, to be put back.
 
-    Args:
-        names: the globals of experiment.py.
+    So that a pass finds nothing that the one before has left in them, and the run neither.
     """
 
-    def __init__(self, names: dict[str, Any]) -> None:
-        self.spaces = [names]
-        for module in [*sys.modules.values()]:
-            file = getattr(module, "__file__", None)
-            if file and is_own(file) and vars(module) is not names:
-                self.spaces.append(vars(module))
-        classes = {
-            id(value): value
-            for space in self.spaces
-            for value in space.values()
-            if type(value) is type and value.__module__ == space.get("__name__")
-        }
-        self.spaces += classes.values()
-        self.before = [self.values(space) for space in self.spaces]
+    def __init__(self) -> None:
+        self.places = [place for module in own_modules() for place in (module, *_classes(module))]
+        self.held = [dict(vars(place)) for place in self.places]
+        self.states: list[tuple[Any, dict[str, Any]]] = []
+        for held in self.held:
+            for name, value in held.items():
+                if not name.startswith("__") and not isinstance(value, (type, types.ModuleType)):
+                    with contextlib.suppress(Unsavable):
+                        self.states.append((value, state_of(copied=True, value=value)))
 
-    @staticmethod
-    def values(space: Any) -> dict[str, tuple[Any, Any, str]]:
-        """By name: the object, a copy of it, and digits for what it is."""
-        found = {}
-        for name, value in [*(vars(space) if isinstance(space, type) else space).items()]:
-            if not name.startswith("__") and isinstance(value, (*CONTAINERS, *VALUES)):
-                with contextlib.suppress(Exception):  # what can't be copied stays as it is
-                    found[name] = value, copy.deepcopy(value), describe(value)
-        return found
+    def put_back(self) -> None:
+        """Everything stands as it stood when this was made."""
+        for place, held in zip(self.places, self.held):
+            for name, value in list(vars(place).items()):
+                if name not in held and not name.startswith("__"):
+                    delattr(place, name)
+                elif held.get(name) is not value and not name.startswith("__"):
+                    setattr(place, name, held[name])
+                if hasattr(value, "cache_clear"):  # as functools.cache has it
+                    value.cache_clear()
+        for value, state in self.states:
+            with contextlib.suppress(Unsavable):
+                restore(state, value=value)
 
-    def restore(self) -> None:
-        """Binds names anew to what they were bound to, with the content that it had."""
-        for space, before in zip(self.spaces, self.before):
-            for name, (value, copied, digits) in before.items():
-                if describe(value) != digits:
-                    if isinstance(value, (list, set, dict)):
-                        value.clear()
-                        (value.extend if isinstance(value, list) else value.update)(copied)
-                    elif isinstance(value, torch.Tensor):
-                        value.data.copy_(copied)
-                    elif isinstance(value, numpy.ndarray):
-                        value[...] = copied
-                held = vars(space) if isinstance(space, type) else space
-                if held.get(name) is not value:
-                    if isinstance(space, type):
-                        setattr(space, name, value)
-                    else:
-                        space[name] = value
+
+def own_modules() -> list[types.ModuleType]:
+    """experiment.py, and the user's modules."""
+    files = {module: vars(module).get("__file__") for module in [*sys.modules.values()] if module}
+    return [module for module, file in files.items() if file and is_own(file)]
+
+
+def _classes(module: types.ModuleType) -> list[type]:
+    return [v for v in vars(module).values()
+            if isinstance(v, type) and v.__module__ == module.__name__]  # fmt: skip

@@ -113,8 +113,6 @@ class Observer:
             return read(self, name)
 
         before = sys.gettrace(), threading.gettrace(), self.base
-        self.ran.clear()
-        self.settings.clear()
         self.base = ()
         settings_class.__getattribute__ = recording
         sys.settrace(self.trace)
@@ -127,6 +125,11 @@ class Observer:
             self.base = before[2]
             del settings_class.__getattribute__
             self.seen.clear()
+
+    def forget(self) -> None:
+        """Before a rehearsal."""
+        self.ran.clear()
+        self.settings.clear()
 
     def trace(self, frame: types.FrameType, event: str, argument: Any) -> None:
         """Called at the beginning of each function (sys.settrace); a library's cost a look-up."""

@@ -309,7 +309,7 @@ def write_records(
     baseline, differing = against_given_baseline(settings, layers)
     shortened = [log.shortened] if log.shortened else []
     odd = odd_results(layers, settings.d_sae)
-    warnings = [*shortened, *LEDGER.warnings, *odd, *differing]
+    warnings = [*run.warnings, *shortened, *LEDGER.warnings, *odd, *differing]
     notes = [baseline] if baseline else []
     check_info(info)
     write_json(run.out_dir / "warnings.json", warnings)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import inspect
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from harness.evaluation.probe_texts import read_probe_texts
 from harness.evaluation.probing import Probe
 from harness.fingerprint import environment_fingerprint, result_key, text_identity
 from harness.fused_gemma import FusedLanguageModel, for_harvest
+from harness.generators import generators_of, seed_generators
 from harness.identity import changed, remember, remember_libraries
 from harness.interfaces import SAELike, SettingsLike
 from harness.isolation import isolated
@@ -36,6 +38,7 @@ from harness.preflight import fit_core_batches, preflight
 from harness.provenance import config_record, write_config
 from harness.records import check_complete, constants, read_final_info
 from harness.reference import check_references, complete_folder
+from harness.rehearsal import TrainingPass, resume_problems
 from harness.settings import checked_settings
 from harness.start import source_at_start
 from harness.store import LEDGER, cached
@@ -58,6 +61,8 @@ class Run:
         log: what libraries print. source: of experiment.py, as it runs.
         core_metrics, probe: what evaluates an SAE, for an estimate of how long that takes.
         keeps: whether results are kept for the next run; in a rehearsal they are not.
+        resumes: whether a training may be saved. warnings: for the records, of the rehearsal.
+        training_pass: of a rehearsal; see `harness.rehearsal`.
     """
 
     settings: SettingsLike
@@ -74,10 +79,14 @@ class Run:
     core_metrics: RunEvals | None = None
     probe: Probe | None = None
     keeps: bool = False
+    resumes: bool = True
+    warnings: tuple[str, ...] = ()
+    training_pass: TrainingPass | None = None
 
     @contextlib.contextmanager
     def stage(self, name: str, total: int, unit: str) -> Iterator[Progress]:
         """A stage with its progress, in which what libraries print goes to the log."""
+        seed_generators(name)  # as it doesn't depend on what was drawn before
         with Progress(name, total, unit) as progress, redirect_output(self.log):
             yield progress
 
@@ -85,7 +94,7 @@ class Run:
         """How long the evaluation of folded SAEs, and of as many untrained ones, will take."""
         if self.core_metrics is None or self.probe is None:
             return 0.0
-        with redirect_output(self.log):
+        with redirect_output(self.log), generators_of("estimate", kept={}):
             return evaluation_seconds(self, saes, self.core_metrics, self.probe)
 
     def constants(self, names: tuple[str, ...]) -> dict[tuple[int, int], dict[str, float]]:
@@ -103,21 +112,22 @@ class Run:
             constants: by layer and seed, of the loss. objects: by name, what trains: functions,
                 and the buffer that they are given.
         """
-        if not self.keeps:
-            return Checkpoints(None)
+        if not self.keeps or not self.resumes:
+            return Checkpoints(None, given=self, rehearsal=self.training_pass)
         objects |= {"language model": self.language_model}
         more = {
             "constants": [[list(key), values] for key, values in constants.items()],
             "dtype": self.train_dtype,
             **text_identity(self.settings.training_text),
         }
-        return Checkpoints(result_key("training", self, objects, with_callers=True, **more))
+        key = result_key("training", self, objects, with_callers=True, **more)
+        return Checkpoints(key, given=self)
 
     def in_miniature(self, folder: Path) -> Run:
         """The same run at a size that takes seconds, into another folder; nothing of it is kept.
 
-        Two steps of training, two contexts of each core batch, one probing set of 8 texts per
-        class, all layers, at most two seeds.
+        Three steps of training in two fillings of the buffer, two contexts of each core batch, one
+        probing set of 8 texts per class, all layers, at most two seeds.
         """
         settings = self.settings
         dataset, split = next(iter(self.probe_texts.items()))
@@ -125,7 +135,7 @@ class Run:
             settings,
             probe_sets=(dataset,),
             seeds=settings.seeds[:2],
-            training_tokens=2 * settings.batch,
+            training_tokens=3 * settings.batch,
             buffer_tokens=2 * settings.batch,
             budget_minutes=None,
             dead_feature_window=settings.batch,
@@ -180,6 +190,7 @@ def launch(
 def perform(main: Callable[[Run], None], run: Run) -> None:
     """The experiment, and what surrounds it in every run."""
     write_config(run)
+    seed_generators("main")
     STAGE.begin("train")
     main(run)
     check_complete(run.out_dir)
@@ -239,11 +250,19 @@ def load_models(
     }
 
 
+def with_models_as_loaded(run: Run) -> Run:
+    """The run; where something has changed its language model, with one that is loaded again."""
+    if changed(run.language_model) or changed(run.sae_bench_model):
+        return dataclasses.replace(run, **load_models(run.settings, run.train_dtype, run.device))
+    return run
+
+
 def rehearse(main: Callable[[Run], None], run: Run) -> Run:
     """The whole run in miniature, before anything is paid for: what an edit breaks shows here.
 
-    Nothing of it is shown or kept, but for that it passed, and what was seen of its code
-    (`harness.observation`). Returns the run, with a language model that nothing has changed.
+    Nothing of it is shown or kept, but for that it passed, what was seen of its code
+    (`harness.observation`), and whether its training can be resumed and is reproducible. Returns
+    the run that knows the latter.
     """
     code = hash_definitions(run.source, run.settings)
     key = {
@@ -254,27 +273,32 @@ def rehearse(main: Callable[[Run], None], run: Run) -> Run:
 
     def in_miniature() -> dict[str, Any]:
         began = time.monotonic()
-        with (
-            scratch_dir() as folder,
-            rehearsal(run.log),
-            LEDGER.rehearsal(),
-            isolated(main.__globals__),
-            OBSERVED.watching(type(run.settings)),
-        ):
-            perform(main, run.in_miniature(folder / "run_rehearsal"))
+        OBSERVED.forget()
+        with scratch_dir() as folder, rehearsal(run.log), LEDGER.rehearsal():
+            small = run.in_miniature(folder / "run_rehearsal")
+
+            def play(training_pass: TrainingPass) -> None:
+                nonlocal small
+                shutil.rmtree(small.out_dir, ignore_errors=True)
+                small = with_models_as_loaded(small)
+                with isolated(), OBSERVED.watching(type(run.settings)):
+                    perform(main, dataclasses.replace(small, training_pass=training_pass))
+
+            problems = resume_problems(play, folder)
         seconds = time.monotonic() - began
         print_line(f"rehearsal: the whole run in miniature passed in {seconds:.0f} s")
-        return OBSERVED.record()
+        return {"problems": problems, **OBSERVED.record()}
 
     remember_libraries()
-    observed = cached("rehearsal", key, in_miniature)
-    if not OBSERVED.unchanged(observed["read"]):  # files and variables that its code reads
-        now = OBSERVED.values(*(observed["read"][name] for name in ("file", "variable")))
-        observed = cached("rehearsal", key | {"read": now}, in_miniature)
-    OBSERVED.restore(observed)
-    if changed(run.language_model) or changed(run.sae_bench_model):
-        return dataclasses.replace(run, **load_models(run.settings, run.train_dtype, run.device))
-    return run
+    found = cached("rehearsal", key, in_miniature)
+    if not OBSERVED.unchanged(found["read"]):  # files and variables that its code reads
+        now = OBSERVED.values(*(found["read"][name] for name in ("file", "variable")))
+        found = cached("rehearsal", key | {"read": now}, in_miniature)
+    OBSERVED.restore(found)
+    for problem in found["problems"].values():
+        print_line(problem)
+    resumes, warnings = "unresumable" not in found["problems"], tuple(found["problems"].values())
+    return dataclasses.replace(with_models_as_loaded(run), resumes=resumes, warnings=warnings)
 
 
 def memory_settings(stage: str) -> str:

@@ -19,7 +19,7 @@ FLOORS = (
      "settings", "reference", "generators", "object_parts", "object_state"),
     ("console", "machine"),
     ("store",),
-    ("checkpoints", "command", "text_files", "text", "syntax", "identity", "isolation",
+    ("checkpoints", "rehearsal", "command", "text_files", "text", "syntax", "identity", "isolation",
      "call_graph"),
     ("language_model",),
     ("fused_gemma", "fingerprint", "preflight"),

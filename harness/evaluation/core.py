@@ -221,6 +221,8 @@ def core_evaluation(
         ExperimentError: a scalar is not finite, or is the -1 that stands for NaN, or L0 is 0.
     """
     s = run.settings
+    if run.training_pass is not None:
+        run.training_pass.score(saes, run)
     for name, sae in saes.items():
         if (untrained := saes.get(f"{name}_untrained")) is not None:
             check_trained(name, sae, untrained)
