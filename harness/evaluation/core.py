@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import math
@@ -159,8 +160,6 @@ def shared_core_evals(
     Raises:
         ExperimentError: the text is too short, or a score of the loss has nothing to divide by.
     """
-    keys = core_keys(run, saes, run_evals)
-
     def evaluated(names: list[str]) -> list[tuple[str, tuple]]:
         config, ignored = core_config(settings), special_token_ids(model.tokenizer)
         layers = sorted({saes[name].cfg.hook_layer for name in names})
@@ -168,41 +167,52 @@ def shared_core_evals(
         cache = core_cache(run, settings, layers) if run is not None else None
         shared = SharedForward(model, store, layers, advance, cache)
         counting = {name: CountingSAE(saes[name], shared) for name in names}
-        as_before = changed(model)
 
         def one(name: str) -> tuple[dict, dict]:
             sae = counting[name]
-            with error_context(name):
-                try:
-                    views = StoreView(shared), ModelView(shared, sae)
-                    return run_evals(sae, *views, config, ignored)
-                except ZeroDivisionError as error:  # SAE-Bench's scores have no guard against it
-                    raise ExperimentError(
-                        f"core evaluation of {name}: a score divides by how much worse the "
-                        "language model gets with zeros in place of the layer, which must differ "
-                        f"from 0, but is 0 on {settings.core_text!r} in {settings.lm_dtype}: look "
-                        "at the model's weights, at core_text and at lm_dtype"
-                    ) from error
+            with error_context(name), zero_division(name, settings):
+                return run_evals(sae, StoreView(shared), ModelView(shared, sae), config, ignored)
 
         # Around all of them: each run_evals restores, when it ends, the mode that it began in.
-        with torch.no_grad(), retain_freed_memory():
+        with torch.no_grad(), retain_freed_memory(), unchanged(shared):
             found = run_cooperatively({name: functools.partial(one, name) for name in names})
-        if changed(model) != as_before or shared.is_hooked():
-            raise ExperimentError(
-                "core_metrics leaves the language model changed (weights, hooks or methods), so "
-                "that other SAEs' figures would depend on this one: undo it before it returns"
-            )
         drawn = [shared.n_contexts, len(shared.contexts)]
         return [(name, (*result, counting[name].figures(), drawn))
                 for name, result in found.items()]  # fmt: skip
 
     try:
-        return cached_each("core evaluation", keys, evaluated)
+        return cached_each("core evaluation", core_keys(run, saes, run_evals), evaluated)
     except StopIteration as error:
         raise ExperimentError(
             f"the text {settings.core_text!r} must hold one context of {settings.context} tokens, "
             "but is shorter: choose another core_text, or lower context"
         ) from error
+
+
+@contextlib.contextmanager
+def zero_division(name: str, settings: SettingsLike) -> Iterator[None]:
+    """Says what SAE-Bench's scores of the loss divide by, where it is 0: they have no guard."""
+    try:
+        yield
+    except ZeroDivisionError as error:
+        raise ExperimentError(
+            f"core evaluation of {name}: a score divides by how much worse the language model gets "
+            "with zeros in place of the layer, which must differ from 0, but is 0 on "
+            f"{settings.core_text!r} in {settings.lm_dtype}: look at the model's weights, at "
+            "core_text and at lm_dtype"
+        ) from error
+
+
+@contextlib.contextmanager
+def unchanged(shared: SharedForward) -> Iterator[None]:
+    """ExperimentError where the language model is left with other weights, hooks or methods."""
+    before = changed(shared.model)
+    yield
+    if shared.is_hooked() or changed(shared.model) != before:
+        raise ExperimentError(
+            "core_metrics leaves the language model changed (weights, hooks or methods), so that "
+            "other SAEs' figures would depend on this one: undo it before it returns"
+        )
 
 
 def core_evaluation(
