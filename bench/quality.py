@@ -231,13 +231,10 @@ class Bench:
             return experiment.train(run, buffer, start)
 
     def score(self, saes: dict[str, Any], settings: Settings, probing: bool) -> dict[str, dict]:
-        """SAE-Bench's figures of exported SAEs, by name."""
-        run = dataclasses.replace(self.run, settings=settings)
+        """SAE-Bench's figures of exported SAEs, by name; the language model's passes are kept."""
+        run = dataclasses.replace(self.run, settings=settings, keeps=True)
         with redirect_output(self.log):
-            # Keys of None: the language model's passes are kept from cell to cell, figures are not.
-            found = core_evaluation(
-                run, saes, experiment.core_metrics, keys=dict.fromkeys(saes)
-            )
+            found = core_evaluation(run, saes, experiment.core_metrics)
             if probing:
                 with Progress("sparse probing", len(run.probe_texts) * len(saes), "") as progress:
                     probes = sparse_probing(run, saes, experiment.probe, progress)

@@ -27,7 +27,7 @@ from harness.evaluation.shared_forward import CountingSAE, ModelView, SharedForw
 from harness.language_model import load_language_model
 from harness.records import odd_results
 from harness.store import LEDGER, store_dir
-from tests.conftest import SOURCES, replace
+from tests.conftest import SOURCES, Calls, replace
 
 STATS = torch.zeros(32), 1.0  # of activations: their mean, and the factor to unit norm
 
@@ -219,11 +219,13 @@ def test_a_core_text_that_is_used_again_is_said(
     text = datasets.Dataset.from_dict({"text": [SOURCES[0][:200]]})
     replace(monkeypatch, "core_text", lambda settings: text)
     settings = dataclasses.replace(settings_of("run_1", "tinylm"), layers=(2,))
-    run = run_on(toy_lm, settings, sae_bench_model=toy_lm.hooked(), out_dir=tmp_path)
+    run = run_on(
+        toy_lm, settings, sae_bench_model=toy_lm.hooked(), out_dir=tmp_path, keeps=True
+    )
     sae = toy.new_sae(settings, 2, 0, (torch.ones(32), 1.0), {}, 4)
     for _ in range(2):
         monkeypatch.setattr(LEDGER, "warnings", [])
-        core_evaluation(run, {"sae": sae}, toy.core_metrics, keys={"sae": {"a": 1}})
+        core_evaluation(run, {"sae": sae}, toy.core_metrics)
         assert len(LEDGER.warnings) == 1
         assert "'toy', is short: of 24 contexts that were drawn 5 differ" in LEDGER.warnings[0]
 
@@ -372,7 +374,7 @@ def test_the_language_model_s_passes_are_made_once(toy, toy_lm, tmp_path, monkey
     settings = dataclasses.replace(settings_of("run_1", "tinylm"), layers=(2,))
     model, numbers = toy_lm.hooked(), iter(range(100))
     sae = toy.new_sae(settings, 2, 0, STATS, {}, 4)
-    calls, run_with_cache = [], model.run_with_cache
+    calls, run_with_cache = Calls(), model.run_with_cache
     monkeypatch.setattr(
         model, "run_with_cache", lambda *a, **k: (calls.append(1), run_with_cache(*a, **k))[1]
     )
@@ -381,8 +383,10 @@ def test_the_language_model_s_passes_are_made_once(toy, toy_lm, tmp_path, monkey
 
     def score(keep: bool = True) -> dict:
         calls.clear()
-        keys = {"sae": {"SAE": next(numbers)}} if keep else None
-        return core_evaluation(run, {"sae": sae}, toy.core_metrics, keys=keys)
+        sae.another = next(numbers)
+        return core_evaluation(
+            dataclasses.replace(run, keeps=keep), {"sae": sae}, toy.core_metrics
+        )
 
     anew = score(keep=False)
     n_passes = len(calls)
@@ -403,6 +407,7 @@ def test_passes_are_kept_by_the_tokens_they_are_over(toy, toy_lm, tmp_path, monk
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     settings = dataclasses.replace(settings_of("run_1", "tinylm"), layers=(2,))
     model = toy_lm.hooked()
+    run = run_on(toy_lm, settings, sae_bench_model=model, keeps=True)
     saes = {"sae": two_saes(toy, settings)["layer_2"]}
 
     def mse(core_prompts: int, keep: bool) -> float:
@@ -410,8 +415,7 @@ def test_passes_are_kept_by_the_tokens_they_are_over(toy, toy_lm, tmp_path, monk
             edited = dataclasses.replace(config, batch_size_prompts=core_prompts)
             return toy.core_metrics(sae, store, model, edited, ignored)
 
-        keys = {"sae": {"edit": core_prompts}} if keep else None
-        results = shared_core_evals(saes, model, settings, metrics, keys=keys)
+        results = shared_core_evals(saes, model, settings, metrics, run=run if keep else None)
         return results["sae"][0]["reconstruction_quality"]["mse"]
 
     first = mse(4, keep=True)

@@ -22,10 +22,11 @@ from harness.evaluation.probing import (
     regrouped,
     sparse_probing,
 )
-from harness.fingerprint import llm_probes_key
+from harness.fingerprint import result_key
 from harness.language_model import load_language_model
+from harness.observation import OBSERVED
 from harness.store import store_dir
-from tests.conftest import ROOT, replace
+from tests.conftest import ROOT, Calls, replace
 
 CPU = torch.device("cpu")
 SOURCE = (ROOT / "experiment.py").read_text()
@@ -167,7 +168,8 @@ def test_regrouped_batches_hold_the_same_rows_in_order(sizes: list[int], size: i
 def scored(toy, toy_lm, tmp_path: Path, monkeypatch):
     """A run at toy sizes with a store of its own, and what probes an SAE in it.
 
-    The latter takes a run and keys, and returns the SAE's accuracies.
+    The latter takes a run and whether it keeps what it may, and returns the accuracies of an SAE
+    that is another one each time, but for its figures.
     """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     settings = settings_of("run_1", "tinylm")
@@ -178,10 +180,12 @@ def scored(toy, toy_lm, tmp_path: Path, monkeypatch):
     )  # fmt: skip
     sae = toy.new_sae(settings, 2, 0, (torch.zeros(32), 1.0), {}, 4)
 
-    def score(run=run, keys=None) -> dict:
-        return sparse_probing(
-            run, {"sae": sae}, toy.probe, Progress("probing", 2, "SAEs"), keys
-        )["sae"]
+    numbers = iter(range(100))
+
+    def score(run=run, keeps=True) -> dict:
+        sae.another = next(numbers)
+        run = dataclasses.replace(run, keeps=keeps)
+        return sparse_probing(run, {"sae": sae}, toy.probe, Progress("probing", 2, "SAEs"))["sae"]
 
     return run, score
 
@@ -189,7 +193,7 @@ def scored(toy, toy_lm, tmp_path: Path, monkeypatch):
 def test_the_language_model_s_probes_are_computed_once(toy, scored, monkeypatch) -> None:
     """The second run reads them; the figures are the same, and an SAE's own are not touched."""
     run, score = scored
-    calls = []
+    calls = Calls()
     stock = toy.probe
 
     def probe(acts, who, ks):
@@ -219,30 +223,35 @@ def test_a_kill_costs_the_probes_of_the_sae_that_it_came_in(toy, scored) -> None
     stats = torch.zeros(32), 1.0
     saes = {name: toy.new_sae(run.settings, 2, seed, stats, {}, 4)
             for seed, name in enumerate("abc")}  # fmt: skip
-    probed = []
+    probed = Calls()
 
-    def score(keys: dict | None, killed_at: int | None = None) -> dict:
+    def score(keeps: bool, killed_at: int | None = None) -> dict:
+        at = Calls([killed_at])
+
         def probe(acts, who, ks):
             if who == "sae":
                 probed.append(who)
-                if len(probed) == killed_at:
+                if [len(probed)] == at:
                     raise KeyboardInterrupt
             return toy.probe(acts, who, ks)
 
         probed.clear()
-        return sparse_probing(run, saes, probe, Progress("probing", 6, "SAEs"), keys)
+        of_run = dataclasses.replace(run, keeps=keeps)
+        return sparse_probing(of_run, saes, probe, Progress("probing", 6, "SAEs"))
 
-    undisturbed = score(None)
-    keys = {name: {"SAE": name} for name in saes}
+    undisturbed = score(False)
     for killed_at in (3, 3):  # at c on the first set; then, with c left, at b on the second
         with pytest.raises(KeyboardInterrupt):
-            score(keys, killed_at)
-    assert score(keys) == undisturbed and len(probed) == 2
+            score(True, killed_at)
+    assert score(True) == undisturbed and len(probed) == 2
 
 
-def test_an_edit_of_probe_leaves_no_language_model_s_probes_in_use(scored, tmp_path) -> None:
+def test_an_edit_of_probe_leaves_no_language_model_s_probes_in_use(
+    scored, tmp_path, monkeypatch
+) -> None:
     run, _ = scored
-    (name, split), *_ = run.probe_texts.items()
+    monkeypatch.setitem(OBSERVED.ran, "language model probes", {})
+    monkeypatch.setitem(OBSERVED.settings, "language model probes", set())
 
     def key(old: str, new: str) -> dict:
         """Of experiment.py with a passage changed, as a module of its own."""
@@ -253,8 +262,8 @@ def test_an_edit_of_probe_leaves_no_language_model_s_probes_in_use(scored, tmp_p
         spec = importlib.util.spec_from_file_location(module, path)
         sys.modules[module] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[module])
-        roots = [sys.modules[module].probe]
-        return llm_probes_key(name, 2, split, run.settings, source, roots)
+        edited = dataclasses.replace(run, source=source)
+        return result_key("language model probes", edited, {"probe": sys.modules[module].probe})
 
     same = key("", "")
     for old, new, matters in (
@@ -269,15 +278,14 @@ def test_the_language_model_s_passes_are_made_once(scored, monkeypatch) -> None:
     """Another SAE's evaluation reads them; a damaged one is made again; a rehearsal keeps none."""
     run, score = scored
     model = run.sae_bench_model
-    calls, run_with_cache, numbers = [], model.run_with_cache, iter(range(100))
+    calls, run_with_cache = Calls(), model.run_with_cache
     monkeypatch.setattr(
         model, "run_with_cache", lambda *a, **k: (calls.append(1), run_with_cache(*a, **k))[1]
     )
 
     def passes_of(keep: bool = True) -> tuple[dict, int]:
         calls.clear()
-        found = score(keys={"sae": {"SAE": next(numbers)}} if keep else None)
-        return found, len(calls)
+        return score(keeps=keep), len(calls)
 
     anew, n_passes = passes_of(keep=False)
     assert n_passes > 10 and not store_dir().joinpath("probing_passes").exists()

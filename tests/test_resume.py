@@ -338,7 +338,7 @@ class Trained:
         def play(training_pass: TrainingPass) -> None:
             rehearsed = dataclasses.replace(run, training_pass=training_pass)
             saes = self.once(rehearsed).saes
-            rehearsed.evaluation_keys({str(key): sae for key, sae in saes.items()})
+            training_pass.score({str(key): sae for key, sae in saes.items()}, rehearsed)
 
         return resume_problems(play, self.folder)
 

@@ -168,10 +168,11 @@ def test_activations_are_harvested_once(toy, toy_lm, tmp_path, own_cache, monkey
 
     def taken(amounts: list[int], key: dict | None, state: dict | None = None):
         n_passes[0] = 0
-        monkeypatch.setattr(Run, "activations_key", lambda *_: key)
+        monkeypatch.setattr("harness.training.result_key", lambda *_, **__: key)
         texts = documents("toy", "train")
         with TokenStream(texts, toy_lm.tokenizer, settings.context) as stream:
-            buffer = toy.ActivationBuffer(Run(settings, toy_lm), stream)
+            run = Run(settings, toy_lm, keeps=key is not None)
+            buffer = toy.ActivationBuffer(run, stream)
             if state:
                 buffer.load_state_dict(state)
             acts = torch.cat([buffer.next_tokens(n) for n in amounts], dim=1)
