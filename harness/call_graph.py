@@ -394,7 +394,8 @@ def code_of(
         if file == EXPERIMENT or not file.is_relative_to(HERE / PACKAGE):
             held = own_names if file == EXPERIMENT else spaces.get(str(file), {})
             label = "" if file == EXPERIMENT else f"{name_of(file)} "
-            for name in set().union(*(s.binds | s.declares for s in statements)):
+            here = [s for s in statements if not isinstance(s.node, (ast.Import, ast.ImportFrom))]
+            for name in set().union(*(s.binds | s.declares for s in here)):
                 if name in held and name not in LISTS_OF_SETTINGS:
                     values[label + name] = describe(held[name], settings, home)
             strings |= {string for s in statements for string in s.strings}

@@ -206,7 +206,8 @@ def test_what_warns_comes_into_warnings_json(toy, toy_run: Path) -> None:
     said = json.loads((toy_run / "warnings.json").read_text())
     assert any("core_text, 'toy', is text that the SAEs are trained on" in s for s in said)
     layer = {"l0": [4.0], "frac_alive": [1.0], "fvu": [1.2], "sae_top_5_test_accuracy": [0.9],
-             "untrained_top_5_test_accuracy": [0.8]}  # fmt: skip
+             "untrained_top_5_test_accuracy": [0.8], "ce_loss_with_ablation": [8.0],
+             "ce_loss_without_sae": [3.0]}  # fmt: skip
     assert odd_results({"layer_0": layer}, 64) == [
         "layer_0: FVU is 1.20: the mean reconstructs better"
     ]

@@ -24,11 +24,12 @@ import torch
 from torch import nn
 
 from harness.checkpoints import Checkpoints
+from harness.isolation import isolated
 from harness.object_parts import Unsavable
 from harness.object_state import fingerprint, restore, state_of
 from harness.rehearsal import TrainingPass, resume_problems
 from harness.startup import Run
-from harness.store import TENSORS, Shelf
+from harness.store import TENSORS, Shelf, store_dir
 from harness.text import TokenStream, documents, passages
 from harness.training import ActivationCache
 from tests.conftest import run_command, settings_of
@@ -337,8 +338,9 @@ class Trained:
 
         def play(training_pass: TrainingPass) -> None:
             rehearsed = dataclasses.replace(run, training_pass=training_pass)
-            saes = self.once(rehearsed).saes
-            training_pass.score({str(key): sae for key, sae in saes.items()}, rehearsed)
+            with isolated():
+                saes = self.once(rehearsed).saes
+                training_pass.score({str(key): sae for key, sae in saes.items()}, rehearsed)
 
         return resume_problems(play, self.folder)
 
@@ -679,19 +681,25 @@ def test_a_harvest_that_draws_is_the_same_in_threads_and_after_a_resume(
     assert trained.problems() == {}
 
 
-def test_what_a_harvest_draws_does_not_depend_on_what_is_in_the_store(own_cache: Path) -> None:
+def test_what_a_harvest_draws_does_not_depend_on_what_is_in_the_store(
+    toy, toy_lm, own_cache: Path, monkeypatch
+) -> None:
     text = types.SimpleNamespace(state_dict=dict, load_state_dict=lambda state: None)
 
-    def harvests(of: ActivationCache) -> list[torch.Tensor]:
-        torch.rand(random.randrange(99))
-        return [of.passes(1, lambda n: [torch.rand(2, 3)])[0] for _ in range(2)]
+    monkeypatch.setattr("harness.training.result_key", lambda *_, **__: {"a": 1})
+    run = Run(settings_of(toy, "run_1"), toy_lm, keeps=True)
 
-    first = ActivationCache(text, {"a": 1})
-    made = harvests(first)
-    first.files.flush()
-    (second_file,) = first.files.shelf.folder.glob("000001.*")
+    def harvests() -> list[torch.Tensor]:
+        torch.rand(random.randrange(99))
+        cache = ActivationCache(run, text, lambda n: [torch.rand(2, 3)])
+        made = [cache.passes(1)[0] for _ in range(2)]
+        cache.files.flush()
+        return made
+
+    made = harvests()
+    (second_file,) = store_dir().glob("activations/*/000001.*")
     second_file.unlink()
-    assert all(map(torch.equal, made, harvests(ActivationCache(text, {"a": 1}))))
+    assert all(map(torch.equal, made, harvests()))
 
 
 def test_a_state_holds_no_part_of_the_run_and_a_file_runs_no_code(
