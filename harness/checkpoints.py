@@ -13,7 +13,9 @@ import torch
 
 from harness import object_state
 from harness.console import print_line
+from harness.errors import ExperimentError
 from harness.generators import generator_states, seed_generators, set_generator_states
+from harness.object_parts import Unsavable
 from harness.observation import OBSERVED
 from harness.store import LEDGER, TENSORS, Shelf, plain
 
@@ -75,8 +77,22 @@ class Checkpoints:
         return self.found["state"]
 
     def restore(self, **things: Any) -> None:
-        """Puts newly made objects where those stood that `save` was given under these names."""
-        object_state.restore(self.found["things"], self.given, **things)
+        """Puts newly made objects where those stood that `save` was given under these names.
+
+        Raises:
+            ExperimentError: they have no place for something. What was saved is set aside.
+        """
+        try:
+            object_state.restore(self.found["things"], self.given, **things)
+        except Unsavable as error:
+            if self.key is None:
+                raise
+            for path in self.shelf.folder.glob("state.*.pt"):
+                path.replace(path.with_name(f"{path.name}.damaged"))
+            raise ExperimentError(
+                f"what was saved of the training must fit into new objects, but {error}: it is "
+                "set aside; give the same command again, and the training begins anew"
+            ) from error
         set_generator_states(self.found["generators"])  # once more: making them may draw
 
     def _from_the_store(self) -> dict[str, Any] | None:

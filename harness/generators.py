@@ -24,7 +24,7 @@ def generator_states() -> States:
     kind, keys, *rest = numpy.random.get_state()
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [],
         "numpy": (kind, torch.from_numpy(keys.astype("int64")), *rest),
         "python": random.getstate(),
     }
@@ -33,8 +33,8 @@ def generator_states() -> States:
 def set_generator_states(states: States) -> None:
     """Sets what `generator_states` returned."""
     torch.set_rng_state(states["torch"])
-    if states["cuda"]:
-        torch.cuda.set_rng_state_all(states["cuda"])
+    for state in states["cuda"]:
+        torch.cuda.set_rng_state(state)
     kind, keys, *rest = states["numpy"]
     numpy.random.set_state((kind, keys.numpy().astype("uint32"), *rest))
     random.setstate(states["python"])

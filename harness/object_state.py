@@ -174,20 +174,22 @@ class _Walk:
 
 
 def _hanging_on(given: object) -> Iterable[tuple[str, Any]]:
-    """What can be reached from an object, under a name for each; no classes, no functions."""
-    waiting, seen = [("", given)], set()
+    """What can be reached from an object, by its shortest name; no classes, no functions."""
+    waiting, seen = collections.deque([("", given)]), set()
     while waiting:
-        name, value = waiting.pop()
-        if type(value) in ATOMS or id(value) in seen or isinstance(value, NAMED):
+        name, value = waiting.popleft()
+        if id(value) in seen or isinstance(value, NAMED):
             continue
         seen.add(id(value))
         yield name, value
+        items: Iterable[tuple[Any, Any]] = ()
         if isinstance(value, dict):
-            waiting += [(f"{name}[{key!r}]", item) for key, item in value.items()]
+            items = value.items()
         elif isinstance(value, (list, tuple)):
-            waiting += [(f"{name}[{at}]", item) for at, item in enumerate(value)]
+            items = enumerate(value)
         elif not isinstance(value, (types.FunctionType, types.MethodType)):
-            waiting += [(f"{name}.{at}", item) for (_, at), item in attributes_of(value).items()]
+            items = attributes_of(value).items()
+        waiting += [(f"{name}[{at!r}]", item) for at, item in items if type(item) not in ATOMS]
 
 
 class _Return:

@@ -16,7 +16,9 @@ from harness.errors import first_line
 from harness.object_state import Unsavable, differences, fingerprint, state_of
 from harness.store import read_tensors, write_tensors
 
+CAN_NOT = "this edit can't be resumed, so its training is not saved"
 KEEP = "keep all that steps depend on as attributes of the trainer or its SAE"
+KEEP_OFF = "keep it off the trainer and its SAE, if no step depends on it"
 
 
 class PassOver(BaseException):
@@ -99,7 +101,7 @@ def resume_problems(play: Callable[[TrainingPass], None], folder: Path) -> dict[
         why = f"its state must fit into {folder.parent}, but did not ({first_line(first.problem)})"
         return {"untried": f"whether this edit can be resumed was not tried: {why}"}
     if first.problem:
-        return {"unresumable": _unresumable(f"{first_line(first.problem)}, which can't be saved")}
+        return {"unresumable": f"{CAN_NOT}: {first_line(first.problem)}; {KEEP_OFF}"}
     if not first.states:  # it saves nothing
         return {}
     found, again = {}, another(None, "saved")
@@ -108,7 +110,7 @@ def resume_problems(play: Callable[[TrainingPass], None], folder: Path) -> dict[
         what = _listed(varying) if varying else f"the second failed ({_kind(again.problem)})"
         found["irreproducible"] = (
             "two trainings from the same start must come out the same, but in the rehearsal "
-            f"{what}: seed what draws at random, and keep clocks out of the loss"
+            f"{what}: seed what draws at random, and keep clocks off what is trained"
         )
     results = [name for name in varying if name.startswith("log.records") or ".sae." in name]
     for file in dict.fromkeys((first.files[0], first.files[-1])):
@@ -121,12 +123,8 @@ def resume_problems(play: Callable[[TrainingPass], None], folder: Path) -> dict[
             why = f"after a resume in the rehearsal {_listed(left)}"
         else:
             continue
-        return found | {"unresumable": _unresumable(why)}
+        return found | {"unresumable": f"{CAN_NOT}: {why}; {KEEP}"}
     return found
-
-
-def _unresumable(why: str) -> str:
-    return f"this edit can't be resumed, so its training is not saved: {why}; {KEEP}"
 
 
 def _kind(error: BaseException) -> str:

@@ -187,9 +187,10 @@ def launch(
     return command.main(attempt, argv, DESCRIPTION, memory_settings)
 
 
-def perform(main: Callable[[Run], None], run: Run) -> None:
-    """The experiment, and what surrounds it in every run."""
-    write_config(run)
+def perform(main: Callable[[Run], None], run: Run, whole: bool = True) -> None:
+    """The experiment, and what surrounds it in every run. `whole`: with its records."""
+    if whole:
+        write_config(run)
     seed_generators("main")
     STAGE.begin("train")
     main(run)
@@ -280,9 +281,11 @@ def rehearse(main: Callable[[Run], None], run: Run) -> Run:
             def play(training_pass: TrainingPass) -> None:
                 nonlocal small
                 shutil.rmtree(small.out_dir, ignore_errors=True)
+                small.out_dir.mkdir()
                 small = with_models_as_loaded(small)
+                whole = training_pass.until is None
                 with isolated(), OBSERVED.watching(type(run.settings)):
-                    perform(main, dataclasses.replace(small, training_pass=training_pass))
+                    perform(main, dataclasses.replace(small, training_pass=training_pass), whole)
 
             problems = resume_problems(play, folder)
         seconds = time.monotonic() - began

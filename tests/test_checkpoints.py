@@ -14,6 +14,7 @@ import torch
 
 from harness.checkpoints import Checkpoints
 from harness.console import STAGE
+from harness.errors import ExperimentError
 from harness.startup import Run
 from harness.text import TokenStream, documents
 from tests.conftest import replace, run_command, settings_of
@@ -78,6 +79,19 @@ def test_saving_keeps_to_its_share_of_the_time(own_cache: Path, monkeypatch) -> 
     assert not checkpoints.due()
     now[0] += 1
     assert checkpoints.due()
+    checkpoints.close()
+
+
+def test_what_has_no_place_in_new_objects_is_set_aside(own_cache: Path) -> None:
+    class Local:
+        n = 0
+
+    checkpoints = Checkpoints({"a": 1})
+    checkpoints.save(STATE, 0.5, trainers=[Local()])
+    assert checkpoints.load()["number"] == 0.1
+    with pytest.raises(ExperimentError, match="Local that can't be made again"):
+        checkpoints.restore(trainers=[None])
+    assert checkpoints.load() is None
     checkpoints.close()
 
 
