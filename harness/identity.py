@@ -95,8 +95,8 @@ class Description:
 
     def content(self, thing: Any) -> Any:
         """Of an object that is neither plain nor torch's."""
-        if thing is self.settings or (self.settings is not None and thing == self.settings
-                                      and type(thing) is type(self.settings)):  # fmt: skip
+        # The type first: what another library's objects are equal to may be an error.
+        if type(thing) is type(self.settings) and thing == self.settings:
             return "the run's"
         if hasattr(type(thing), "key_parts"):
             return self(thing.key_parts())
