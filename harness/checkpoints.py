@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import math
 import time
-from collections.abc import Callable
 from typing import Any
-
-import torch
 
 from harness import object_state
 from harness.console import print_line
@@ -17,7 +12,7 @@ from harness.errors import ExperimentError
 from harness.generators import generator_states, seed_generators, set_generator_states
 from harness.object_parts import Unsavable
 from harness.observation import OBSERVED
-from harness.store import LEDGER, TENSORS, Shelf, plain
+from harness.store import LEDGER, TENSORS, Shelf
 
 
 class Checkpoints:
@@ -147,29 +142,3 @@ class Checkpoints:
         if self.lock is not None:
             self.lock.release()
             self.lock = None
-
-
-def attributes(thing: object) -> dict[str, Any]:
-    """What an object holds beside parameters, modules, optimizers, generators and functions.
-
-    So that what an edit adds to a trainer or an SAE is saved with it, and not lost.
-    """
-    others = (
-        torch.nn.Module, torch.nn.Parameter, torch.optim.Optimizer, torch.Generator, torch.device,
-        torch.dtype, Callable,
-    )  # fmt: skip
-    found = {name: value for name, value in vars(thing).items() if not name.startswith("_")}
-    return {
-        name: value
-        for name, value in found.items()
-        if not isinstance(value, others) and not dataclasses.is_dataclass(value)
-    }
-
-
-def plain_attributes(thing: object) -> dict[str, Any]:
-    """Those attributes that could be saved."""
-    found = {}
-    for name, value in attributes(thing).items():
-        with contextlib.suppress(TypeError):
-            found[name] = plain(value)
-    return found
