@@ -14,6 +14,7 @@ import hashlib
 import random
 import sys
 import types
+import uuid
 import weakref
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,8 +49,15 @@ WATCHED = ("torch", "transformers", "sae_bench", "sae_lens", "transformer_lens",
 
 
 def describe(thing: object, settings: object = None, home: Path | None = None) -> str:
-    """Digits that stand for what an object is; see `Description`."""
-    return digest(Description(settings, home)(thing))
+    """Digits that stand for what an object is; see `Description`.
+
+    An object that can't be walked through is another one each time: in doubt it is computed again.
+    """
+    try:
+        return digest(Description(settings, home)(thing))
+    except Exception as error:  # of an object's own, or a RecursionError
+        print(f"no key holds a {type(thing).__qualname__} ({type(error).__name__}: {error})")
+        return uuid.uuid4().hex
 
 
 class Description:
@@ -209,7 +217,7 @@ def checksum(tensor: Tensor, columns: int = 1009) -> str:
     sizes = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     bits = flat.view(sizes.get(flat.element_size(), torch.uint8))
     whole = len(bits) // columns * columns
-    sums = bits[:whole].view(-1, columns).sum(0, dtype=torch.int64)
+    sums = bits[:whole].view(whole // columns, columns).sum(0, dtype=torch.int64)
     return sha256_tensor(torch.cat([sums, bits[whole:].to(torch.int64)]))
 
 

@@ -263,6 +263,7 @@ def shared_probing(
     saes: dict[str, SAELike],
     states: dict[str, int | str],
     probe: Probe,
+    digits: dict[str, str],
 ) -> dict[str, dict[str, dict[str, float]]]:
     """`probe` of SAEs on one data set, and of the language model at their layers.
 
@@ -274,6 +275,7 @@ def shared_probing(
         states: of the generator that each SAE's probes draw from; left as the next set needs them.
         probe: called with {class: (N, D or F)} of train and of test, "llm" or "sae", and
             `probe_ks`; returns {metric: {class: accuracy}}.
+        digits: by SAE, what stands for it in keys.
     Returns:
         by SAE, {metric: {class: accuracy}}.
     """
@@ -285,8 +287,7 @@ def shared_probing(
     keys: dict[str, dict | None] = dict.fromkeys(saes)
     if run.keeps:
         common = result_key("sparse probing", run, given, saes.values(), **more)
-        keys = {name: common | {"SAE": describe(sae), "state": states[name]}
-                for name, sae in saes.items()}  # fmt: skip
+        keys = {name: common | {"SAE": digits[name], "state": states[name]} for name in saes}
         of_llm = result_key("language model probes", run, given, **more)
 
     def llm_probes(layer: int, acts: tuple[Classes, ...]) -> dict[str, dict[str, float]]:
@@ -328,10 +329,11 @@ def sparse_probing(
     """
     s = run.settings
     ready = {name: prepare_for_sae_bench(sae, s) for name, sae in saes.items()}
+    digits = {name: describe(sae) if run.keeps else "" for name, sae in ready.items()}
     states: dict[str, int | str] = dict.fromkeys(saes, s.probe_seed)
     per_class: dict[str, dict] = {name: {} for name in saes}
     for dataset in run.probe_texts:
-        found = shared_probing(run, dataset, ready, states, probe)
+        found = shared_probing(run, dataset, ready, states, probe, digits)
         for name, accuracies in found.items():
             per_class[name][f"{dataset}_results"] = accuracies
         progress.advance(len(saes), dataset)
