@@ -233,7 +233,9 @@ BEFORE = replaced((ROOT / "experiment.py").read_text(), (
     ("] = Trainer(sae,", "] = OwnTrainer(sae,"),
     (MAIN, '        STATE["main"] = 1.0  # in a global that main sets\n'
            + MAIN.replace("ActivationBuffer", "OwnBuffer")),
-    (METRICS, f'{METRICS}    scalars["misc_metrics"]["mine"] = 1.0  # in core_metrics\n'),
+    (METRICS, f'{METRICS}    scalars["misc_metrics"]["mine"] = 1.0  # in core_metrics\n'
+              '    drawn = float(torch.rand(())) + numpy.random.rand()  # by whoever is computed\n'
+              '    scalars["misc_metrics"]["drawn"] = drawn\n'),
     (EVALUATE, '        for sae in saes.values():\n'
                '            sae.W_dec.data.mul_(1.0)  # weights in place, in evaluate\n'
                + EVALUATE),

@@ -15,6 +15,7 @@ import torch
 from harness.errors import ExperimentError, error_context
 from harness.evaluation.shared_forward import CountingSAE, ModelView, SharedForward, StoreView
 from harness.fingerprint import result_key, text_identity
+from harness.generators import seed_generators
 from harness.identity import changed, describe
 from harness.interfaces import RunLike, SAELike, SettingsLike
 from harness.machine import retain_freed_memory, run_cooperatively
@@ -170,6 +171,7 @@ def shared_core_evals(
 
         def one(name: str) -> tuple[dict, dict]:
             sae = counting[name]
+            seed_generators("core evaluation", name)
             with error_context(name), zero_division(name, settings):
                 return run_evals(sae, StoreView(shared), ModelView(shared, sae), config, ignored)
 

@@ -17,6 +17,7 @@ from harness.errors import ExperimentError, error_context
 from harness.evaluation.core import prepare_for_sae_bench
 from harness.evaluation.probe_texts import probe_names
 from harness.fingerprint import result_key, tokens_digest
+from harness.generators import seed_generators
 from harness.identity import describe
 from harness.interfaces import RunLike, SAELike, SettingsLike
 from harness.machine import in_order, retain_freed_memory
@@ -242,6 +243,7 @@ def drawn_from(
     Args:
         state: a seed, or what this has returned.
     """
+    seed_generators("probes", state)  # numpy's and Python's, for what an edit draws
     if isinstance(state, int):
         torch.manual_seed(state)
     else:

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from harness.errors import ExperimentError
+from harness.generators import generator_states, set_generator_states
 from harness.interfaces import SAELike
 from harness.machine import yield_turn
 from harness.store import TensorCache
@@ -181,7 +182,9 @@ class StoreView:
                 "batch, where other SAEs are evaluated beside this one: take them off before, or "
                 "give them to run_with_hooks"
             )
+        stood = generator_states()  # each SAE's evaluation draws by itself, whoever is beside it
         yield_turn()
+        set_generator_states(stood)
         self.n_batches += 1
         return self.shared.batch(self.n_batches, n_prompts)
 
