@@ -431,9 +431,12 @@ def own_files(source: str) -> dict[str, str]:
     found: dict[Path, str] = {EXPERIMENT: source}
     waiting = [source]
     while waiting:
-        for module, _ in imports_in(ast.parse(waiting.pop())):
-            for file in files_of(module):
-                if of_experiment(file, source) not in found:
-                    found[file] = source_at_start(file)
-                    waiting.append(found[file])
+        text = waiting.pop()
+        modules = {module for module, _ in imports_in(ast.parse(text))}
+        for file, seen in OBSERVED.imports.items():  # by a name that it makes
+            modules |= seen if file.is_file() and source_at_start(file) == text else set()
+        for file in (file for module in sorted(modules) for file in files_of(module)):
+            if of_experiment(file, source) not in found:
+                found[file] = source_at_start(file)
+                waiting.append(found[file])
     return {name_of(file): text for file, text in found.items() if file != EXPERIMENT}

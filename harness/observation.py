@@ -154,6 +154,7 @@ class Observer:
             "ran": {kind: {f: sorted(names) for f, names in files.items()}
                     for kind, files in self.ran.items()},
             "settings": {kind: sorted(names) for kind, names in self.settings.items()},
+            "imports": {str(file): sorted(names) for file, names in self.imports.items()},
             "read": self.values({kind: sorted(names) for kind, names in self.files.items()},
                                 {kind: sorted(names) for kind, names in self.variables.items()}),
         }  # fmt: skip
@@ -163,6 +164,8 @@ class Observer:
         self.ran = {kind: {f: {*names} for f, names in files.items()}
                     for kind, files in record["ran"].items()}  # fmt: skip
         self.settings = {kind: {*names} for kind, names in record["settings"].items()}
+        for file, names in record["imports"].items():
+            self.imports.setdefault(Path(file), set()).update(names)
         for found, name in ((self.files, "file"), (self.variables, "variable")):
             for kind, values in record["read"][name].items():
                 found.setdefault(kind, set()).update(values)

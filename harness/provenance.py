@@ -146,20 +146,24 @@ def git_state(texts: dict[str, str]) -> dict[str, Any]:
         {"commit": its hash, or None where there is no git, "dirty": bool}
     """
     try:
-        asked = ["git", "-C", str(HERE), "ls-tree", "-r", "HEAD"]
+        asked = ["git", "-C", str(HERE), "ls-tree", "-r", "-z", "HEAD"]
         commit, listed = (
             subprocess.run(call, capture_output=True, text=True, check=True, timeout=30).stdout
             for call in (["git", "-C", str(HERE), "rev-parse", "HEAD"], asked)
         )
     except (OSError, subprocess.SubprocessError):
         return {"commit": None, "dirty": True}
-    committed = {line.split("\t", 1)[1]: line.split()[2] for line in listed.splitlines()}
+    entries = (entry.split("\t", 1) for entry in listed.split("\0") if entry)
+    committed = {file: about.split()[2] for about, file in entries}
 
     def blob(text: str) -> str:
         content = text.encode()
         return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
-    dirty = any(committed.get(file) != blob(text) for file, text in texts.items())
+    def differs(file: str, text: str) -> bool:  # which was read with "\n" for each end of a line
+        return committed.get(file) not in (blob(text), blob(text.replace("\n", "\r\n")))
+
+    dirty = any(differs(file, text) for file, text in texts.items())
     return {"commit": commit.strip(), "dirty": dirty}
 
 
@@ -168,7 +172,8 @@ def write_code(texts: dict[str, str], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for file, text in sorted(texts.items()):
-            archive.writestr(zipfile.ZipInfo(file), text, zipfile.ZIP_DEFLATED)
+            entry = zipfile.ZipInfo(file.lstrip("/"))  # of a module elsewhere its whole path
+            archive.writestr(entry, text, zipfile.ZIP_DEFLATED)
 
 
 def write_outcome(out_dir: Path, training_tokens: int) -> dict[str, Any]:

@@ -7,6 +7,8 @@ import hashlib
 import json
 import math
 import re
+import subprocess
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ import torch
 from harness.console import STAGE
 from harness.errors import ExperimentError
 from harness.evaluation.core import check_core, save_core
+from harness.provenance import git_state, write_code
 from harness.records import against_given_baseline, by_layer
 from harness.verdict import PRIMARY
 from tests.conftest import ROOT, replace, run_command, settings_of
@@ -238,3 +241,20 @@ def test_core_scalars_that_cannot_be(value: float) -> None:
         check_core("layer_2", {"l0": 4.0, "mse": value})
     with pytest.raises(ExperimentError, match="L0 is 0, no feature is active"):
         check_core("layer_2", {"l0": 0.0, "mse": 1.0})
+
+
+def test_a_commit_s_files_are_its_own_whatever_their_names_and_line_ends(
+    tmp_path: Path, monkeypatch
+) -> None:
+    """A file name that isn't ASCII, and a checkout with CRLF, are no change."""
+    replace(monkeypatch, "HERE", tmp_path)
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@y.z"]
+    (tmp_path / "größe.py").write_text("X = 1\n")
+    (tmp_path / "windows.py").write_bytes(b"X = 1\r\nY = 2\r\n")
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
+        subprocess.run([*git, *command], check=True)
+    texts = {file: (tmp_path / file).read_text() for file in ("größe.py", "windows.py")}
+    assert git_state(texts)["dirty"] is False
+    assert git_state(texts | {"größe.py": "X = 2\n"})["dirty"] is True
+    write_code({"a.py": "1", "/elsewhere/b.py": "2"}, tmp_path / "code.zip")
+    assert zipfile.ZipFile(tmp_path / "code.zip").namelist() == ["elsewhere/b.py", "a.py"]
