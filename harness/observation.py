@@ -76,6 +76,7 @@ class Observer:
         self.imports: dict[Path, set[str]] = {}
         self.base: tuple[str, ...] = ()
         self.of_thread = threading.local()
+        self.watches = False
         self.seen: dict[tuple[str, ...], set[types.CodeType]] = {}
 
     @property
@@ -90,7 +91,8 @@ class Observer:
         in_main = threading.current_thread() is threading.main_thread()
         place, name = (self, "base") if in_main else (self.of_thread, "kinds")
         setattr(place, name, (*before, kind))
-        self.ran.setdefault(kind, {})
+        if self.watches:
+            self.ran.setdefault(kind, {})
         try:
             yield
         finally:
@@ -113,7 +115,7 @@ class Observer:
             return read(self, name)
 
         before = sys.gettrace(), threading.gettrace(), self.base
-        self.base = ()
+        self.base, self.watches = (), True
         settings_class.__getattribute__ = recording
         sys.settrace(self.trace)
         threading.settrace(self.trace)
@@ -122,7 +124,7 @@ class Observer:
         finally:
             sys.settrace(before[0])
             threading.settrace(before[1])
-            self.base = before[2]
+            self.base, self.watches = before[2], False
             del settings_class.__getattribute__
             self.seen.clear()
 
