@@ -77,7 +77,6 @@ class Observer:
         self.base: tuple[str, ...] = ()
         self.of_thread = threading.local()
         self.watches = False
-        self.seen: dict[tuple[str, ...], set[types.CodeType]] = {}
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -117,8 +116,9 @@ class Observer:
         before = sys.gettrace(), threading.gettrace(), self.base
         self.base, self.watches = (), True
         settings_class.__getattribute__ = recording
-        sys.settrace(self.trace)
-        threading.settrace(self.trace)
+        trace = self.tracer()
+        sys.settrace(trace)
+        threading.settrace(trace)
         try:
             yield
         finally:
@@ -126,29 +126,38 @@ class Observer:
             threading.settrace(before[1])
             self.base, self.watches = before[2], False
             del settings_class.__getattribute__
-            self.seen.clear()
 
     def forget(self) -> None:
         """Before a rehearsal."""
         self.ran.clear()
         self.settings.clear()
 
-    def trace(self, frame: types.FrameType, event: str, argument: Any) -> None:
-        """Called at the beginning of each function (sys.settrace); a library's cost a look-up."""
-        kinds, code = self.kinds, frame.f_code
-        seen = self.seen.get(kinds)
-        if seen is None:
-            seen = self.seen.setdefault(kinds, set())
-        if code in seen:
-            return
-        seen.add(code)
-        if not is_own(code.co_filename):
-            return
-        file, name = str(Path(code.co_filename).resolve()), code.co_qualname.split(".")[0]
-        if name.startswith("<"):
-            name = f"{name}:{code.co_firstlineno}"
-        for kind in kinds or (ANY,):
-            self.ran.setdefault(kind, {}).setdefault(file, set()).add(name)
+    def tracer(self) -> Callable[[types.FrameType, str, Any], None]:
+        """What sys.settrace calls at the beginning of each function: a library's cost a look-up."""
+        # By id, since a code object's hash is that of all its content, made anew each time; the
+        # object is kept, so that its id stays its own.
+        foreign: dict[int, types.CodeType] = {}
+        seen: dict[tuple[str, ...], dict[int, types.CodeType]] = {}
+
+        def trace(frame: types.FrameType, event: str, argument: Any) -> None:
+            code = frame.f_code
+            if id(code) in foreign:
+                return
+            if not is_own(code.co_filename):
+                foreign[id(code)] = code
+                return
+            kinds = self.kinds
+            of_kinds = seen.setdefault(kinds, {})
+            if id(code) in of_kinds:
+                return
+            of_kinds[id(code)] = code
+            file, name = str(Path(code.co_filename).resolve()), code.co_qualname.split(".")[0]
+            if name.startswith("<"):
+                name = f"{name}:{code.co_firstlineno}"
+            for kind in kinds or (ANY,):
+                self.ran.setdefault(kind, {}).setdefault(file, set()).add(name)
+
+        return trace
 
     def record(self) -> dict[str, Any]:
         """All that was observed, as JSON; files and variables with what they hold now."""

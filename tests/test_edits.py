@@ -1,5 +1,7 @@
 """Edits of many kinds, each with the store of a run before it and with an empty one: the same.
 
+The latter runs without a rehearsal, which is to leave no trace.
+
 The edits were made up without a look at how keys are made. BEFORE computes what experiment.py does,
 by many ways along which a figure can come about; an edit changes one number somewhere along them.
 """
@@ -185,6 +187,14 @@ class OwnTrainer(Trainer):
 
 '''
 HEAD = "# ---- THE METHOD"
+UNREHEARSED = """
+import runpy
+import harness.observation
+import harness.startup
+
+harness.startup.rehearse = lambda main, run: run
+runpy.run_path("experiment.py", run_name="__main__")
+"""
 FILES = {
     "plain_helper.py": '''FACTOR = 1.0
 
@@ -369,7 +379,9 @@ class Edits:
         gemma_fixture.write_pile(place / "data" / PILE)
         gemma_fixture.write_ag_news(place / "data" / NEWS)
 
-    def start(self, name: str, edit: Edit, store: Path | None) -> tuple[Path, forked.Forked]:
+    def start(
+        self, name: str, edit: Edit, store: Path | None, rehearsed: bool = True
+    ) -> tuple[Path, forked.Forked]:
         folder = self.place / name
         folder.mkdir()
         copy_project(folder)
@@ -388,9 +400,9 @@ class Edits:
         environment = forked.environment(
             self.hf_home, SAE_PROFILE="tinylm", XDG_CACHE_HOME=str(folder / "cache"), **variables
         )
-        return folder, forked.Forked(
-            folder, "experiment.py", "--out_dir=run_a", environment=environment
-        )
+        (folder / "unrehearsed.py").write_text(UNREHEARSED)
+        script = "experiment.py" if rehearsed else "unrehearsed.py"
+        return folder, forked.Forked(folder, script, "--out_dir=run_a", environment=environment)
 
     def finish(self, folder: Path, process: forked.Forked) -> tuple[dict, str]:
         """Figures and digests of weights; and what was printed."""
@@ -433,7 +445,7 @@ def test_no_edit_gets_figures_of_before_it(edits: Edits, reused: dict, name: str
     if EDITS[name].before:
         folder, process = edits.start(f"{number}-before", Edit(EDITS[name].before), None)
         store, (figures, _) = folder / "cache", edits.finish(folder, process)
-    both = [edits.start(f"{number}-{kind}", EDITS[name], given)
+    both = [edits.start(f"{number}-{kind}", EDITS[name], given, given is not None)
             for kind, given in (("kept", store), ("empty", None))]  # fmt: skip
     (found, out), (right, _) = (edits.finish(*one) for one in both)
     kept = [line.split(":")[0] for line in out.splitlines() if re.search(": kept, as", line)]
