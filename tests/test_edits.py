@@ -323,7 +323,7 @@ EDITS: dict[str, Edit] = {
     "the language model's loader": Edit(((HEAD, f"FACTOR = 1.5\n{LOADED}\n{HEAD}"),)),
     "the language model's weights, in main": Edit((
         ('        STATE["main"]',
-         "        run.language_model.hf.model.layers[0].mlp.down_proj.weight.data.mul_(1.5)\n"
+         "        run.sae_bench_model.blocks[0].mlp.W_out.data.mul_(1.5)\n"
          '        STATE["main"]'),)),
     "a hook on the language model, in main": Edit((
         ('        STATE["main"]',
@@ -362,8 +362,8 @@ EDITS: dict[str, Edit] = {
     "the probes' learning rate": Edit((("epochs=100, lr=1e-2", "epochs=100, lr=1e-3"),)),
     **{f"the setting {name}": Edit(plan={name: value}) for name, value in {
         "layers": (1,), "context": 16, "k_min": 3, "lr": 3e-3, "seeds": (1,), "probe_seed": 7,
-        "probe_train": 20, "probe_test": 12, "core_sparsity_batches": 2, "harvest_contexts": 2,
-        "buffer_tokens": 256, "probe_sae_batch": 7, "density_penalty": 0.1, "tau_pen": 0.2,
+        "probe_train": 20, "probe_test": 12, "core_sparsity_batches": 2, "core_prompts": 3,
+        "buffer_tokens": 256, "density_penalty": 0.1, "tau_pen": 0.2,
         }.items()},
     "a comment, and an unused import": Edit(
         (("import copy\n", "import copy\nimport csv  # of no use\n"),), no_effect=True),
