@@ -73,6 +73,7 @@ def seen(toy, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         replace(monkeypatch, "perform", stop_after_rehearsal(perform))
         assert run_command(toy, folder / "run_try") == 1
     record = OBSERVED.record()
+    assert {"training", "activations", "core evaluation", "sparse probing"} <= record["ran"].keys()
     for files in record["ran"].values():
         files[str(call_graph.EXPERIMENT)] = files.pop(str(ROOT / "experiment.py"), [])
     return record
@@ -86,10 +87,10 @@ def observed(seen: dict[str, Any]) -> None:
 
 
 def stop_after_rehearsal(perform: Callable[..., None]) -> Callable[..., None]:
-    def performed(main: Any, run: Run) -> None:
+    def performed(main: Any, run: Run, *whole: bool) -> None:
         if run.keeps:
             raise ExperimentError("enough")
-        perform(main, run)
+        perform(main, run, *whole)
 
     return performed
 
