@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import types
@@ -13,7 +14,7 @@ import numpy
 import torch
 
 from harness.generators import generator_states, set_generator_states
-from harness.identity import process_state, replaced
+from harness.identity import describe, process_state, replaced
 from harness.object_state import Unsavable, restore, state_of
 from harness.observation import is_own
 
@@ -69,11 +70,25 @@ class OwnState:
                     delattr(place, name)
                 elif held.get(name) is not value and not name.startswith("__"):
                     setattr(place, name, held[name])
-                if hasattr(value, "cache_clear"):  # as functools.cache has it
+                if isinstance(value, functools._lru_cache_wrapper):
                     value.cache_clear()
         for value, state in self.states:
             with contextlib.suppress(Unsavable):
                 restore(state, value=value)
+
+
+def own_digits() -> dict[str, str]:
+    """By name, digits for what global names and class attributes of the user's code hold now."""
+    found = {}
+    for module in own_modules():
+        for place in (module, *_classes(module)):
+            inside = "" if place is module else f"{place.__qualname__}."
+            for name, value in [*vars(place).items()]:
+                where = getattr(value, "__qualname__", None) or ""
+                imported = isinstance(value, (type, types.ModuleType))
+                if not (name.startswith("__") or imported or inside and where.startswith(inside)):
+                    found[inside + name] = describe(value)
+    return found
 
 
 def own_modules() -> list[types.ModuleType]:

@@ -181,7 +181,8 @@ def _reduced_parts(value: object) -> Parts:
     except Exception as error:
         raise Unsavable(str(error)) from error
     if isinstance(said, str):
-        return Parts("named", {"of": f"{value.__module__}:{said}"}, {})
+        module = getattr(value, "__module__", None) or type(value).__module__
+        return Parts("named", {"of": f"{module}:{said}"}, {})
     maker, arguments, state, items, pairs = (*said, None, None, None)[:5]
     children: dict[Edge, Any] = {("argument", n): item for n, item in enumerate(arguments)}
     for name, some in (("state", state), ("items", items), ("pairs", pairs)):

@@ -66,6 +66,8 @@ class Observer:
         settings: names of the fields that were read.
         files, variables: what the user's code opened and looked up itself.
         imports: by file of the user's, the modules that it imported, under whatever name.
+        held: gives digits for what global names of the user's code hold. moved: those that changed
+            while a result was computed.
     """
 
     def __init__(self) -> None:
@@ -77,6 +79,8 @@ class Observer:
         self.base: tuple[str, ...] = ()
         self.of_thread = threading.local()
         self.watches = False
+        self.held: Callable[[], dict[str, str]] = dict
+        self.moved: set[str] = set()
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -92,10 +96,15 @@ class Observer:
         setattr(place, name, (*before, kind))
         if self.watches:
             self.ran.setdefault(kind, {})
+        looks = self.watches and in_main and not before
+        held = self.held() if looks else {}
         try:
             yield
         finally:
             setattr(place, name, before)
+            if looks:
+                now = self.held()
+                self.moved |= {n for n in {**held, **now} if held.get(n) != now.get(n)}
 
     def note(self, found: dict[str, set[str]], name: str) -> None:
         """Adds a name to those of each kind that is being computed."""
@@ -131,6 +140,7 @@ class Observer:
         """Before a rehearsal."""
         self.ran.clear()
         self.settings.clear()
+        self.moved.clear()
 
     def tracer(self) -> Callable[[types.FrameType, str, Any], None]:
         """What sys.settrace calls at the beginning of each function: a library's cost a look-up."""
@@ -165,6 +175,7 @@ class Observer:
             "ran": {kind: {f: sorted(names) for f, names in files.items()}
                     for kind, files in self.ran.items()},
             "settings": {kind: sorted(names) for kind, names in self.settings.items()},
+            "moved": sorted(self.moved),
             "imports": {str(file): sorted(names) for file, names in self.imports.items()},
             "read": self.values({kind: sorted(names) for kind, names in self.files.items()},
                                 {kind: sorted(names) for kind, names in self.variables.items()}),

@@ -29,7 +29,7 @@ from harness.fused_gemma import FusedLanguageModel, for_harvest
 from harness.generators import generators_of, seed_generators
 from harness.identity import changed, remember, remember_libraries
 from harness.interfaces import SAELike, SettingsLike
-from harness.isolation import isolated
+from harness.isolation import isolated, own_digits
 from harness.language_model import LanguageModel, load_language_model
 from harness.machine import choose_device, choose_train_dtype, make_reproducible
 from harness.observation import OBSERVED
@@ -275,6 +275,7 @@ def rehearse(main: Callable[[Run], None], run: Run) -> Run:
     def in_miniature() -> dict[str, Any]:
         began = time.monotonic()
         OBSERVED.forget()
+        OBSERVED.held = own_digits
         with scratch_dir() as folder, rehearsal(run.log), LEDGER.rehearsal():
             small = run.in_miniature(folder / "run_rehearsal")
 
@@ -298,10 +299,21 @@ def rehearse(main: Callable[[Run], None], run: Run) -> Run:
         now = OBSERVED.values(*(found["read"][name] for name in ("file", "variable")))
         found = cached("rehearsal", key | {"read": now}, in_miniature)
     OBSERVED.restore(found)
-    for problem in found["problems"].values():
+    problems = dict(found["problems"])
+    if moved := found["moved"]:
+        problems["moved"] = (
+            f"nothing of this run is kept or taken from the store, since {', '.join(moved[:3])} "
+            "changes while results are computed, and would not where they are found: keep it on "
+            "the trainer or the SAE, or return it"
+        )
+    for problem in problems.values():
         print_line(problem)
-    resumes, warnings = "unresumable" not in found["problems"], tuple(found["problems"].values())
-    return dataclasses.replace(with_models_as_loaded(run), resumes=resumes, warnings=warnings)
+    return dataclasses.replace(
+        with_models_as_loaded(run),
+        resumes="unresumable" not in problems,
+        keeps=run.keeps and not moved,
+        warnings=tuple(problems.values()),
+    )
 
 
 def memory_settings(stage: str) -> str:

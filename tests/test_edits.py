@@ -456,3 +456,20 @@ def test_no_edit_gets_figures_of_before_it(edits: Edits, reused: dict, name: str
         assert {"training", "core evaluation", "sparse probing"} <= {*kept}
     for folder, _ in both:
         shutil.rmtree(folder)
+
+
+def test_what_a_computation_leaves_in_globals_is_not_lost(edits: Edits) -> None:
+    """Where it is so, nothing is kept: a result that is found would leave them as they were."""
+    by_global = Edit(before=(
+        (HEAD, f"NORM = {{}}\n\n{HEAD}"),
+        ("        return super().step(",
+         '        NORM["w"] = 1.0 + float(self.sae.W_enc.norm())\n        return super().step('),
+        ("    by_docstring,\n", '    by_docstring,\n    lambda sae: NORM.get("w", 1.0),\n'),
+    ))  # fmt: skip
+    folder, process = edits.start("global", by_global, None)
+    first, out = edits.finish(folder, process)
+    assert "since NORM changes while results are computed" in out
+    again, process = edits.start("again", by_global, folder / "cache")
+    found, out = edits.finish(again, process)
+    assert found == first and not re.search("training: kept", out)
+    assert any("NORM" in said for said in json.loads((again / "run_a/warnings.json").read_text()))
