@@ -12,6 +12,7 @@ from typing import BinaryIO
 import pytest
 import torch
 
+from harness import startup
 from harness.checkpoints import Checkpoints
 from harness.console import STAGE
 from harness.errors import ExperimentError
@@ -146,16 +147,15 @@ def test_a_reduced_count_of_tokens_is_reused_on_resume(
     """A slow first attempt shortens training; the next one doesn't decide anew."""
     changes = {**toy.PLAN["run_1"], "budget_minutes": 1e-6}
     monkeypatch.setitem(toy.PLAN, "run_1", changes)
-    evaluate = toy.evaluate
+    written = startup.check_complete
     monkeypatch.setattr(
-        toy, "evaluate",
-        lambda *arguments: evaluate(*arguments) if STAGE.prefix else 1 / 0,
-    )  # fmt: skip
+        startup, "check_complete", lambda folder: written(folder) if STAGE.prefix else 1 / 0
+    )
     assert run_command(toy, tmp_path / "run_1") == 1
     said = words(capsys.readouterr().err)
     assert said["cause"].startswith("ZeroDivisionError")
-    assert "it goes on from what is kept (activations, training)" in said["to do"]
-    monkeypatch.setattr(toy, "evaluate", evaluate)
+    assert "it goes on from what is kept (activations, training, " in said["to do"]
+    monkeypatch.setattr(startup, "check_complete", written)
     replace(monkeypatch, "steps_in_budget", lambda *_: pytest.fail("decided anew"))
     assert run_command(toy, tmp_path / "run_1") == 0
     info = json.loads((tmp_path / "run_1" / "final_info.json").read_text())

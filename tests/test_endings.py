@@ -17,7 +17,7 @@ import pytest
 from harness.command import check_out_dir, main, prepared_out_dir
 from harness.errors import ExperimentError
 from harness.partials import remove_left, scratch_dir
-from harness.records import write_config
+from harness.provenance import write_config
 from harness.start import HERE
 from harness.startup import Run
 from harness.store import write_atomic, write_whole

@@ -94,7 +94,8 @@ def one(tmp_path_factory) -> One:
         sae.W_dec.copy_(torch.cat([directions_DD, -directions_DD]))
         sae.W_enc.copy_(sae.W_dec.T)
     folder = tmp_path_factory.mktemp("metrics")
-    run = run_on(lm, settings, out_dir=folder)
+    texts = [{"": {"input_ids": train_BL}}, {}]
+    run = run_on(lm, settings, out_dir=folder, probe_texts={"": texts})
     experiment.export(run, experiment.Training({(LAYER, 0): sae}, {}, None))
     stored = SAE.load_from_disk(folder / "sae" / f"layer_{LAYER}" / "seed_0")
     x_ND = x_BLD[~torch.isin(tokens_BL, torch.tensor(sorted(lm.special_token_ids)))]
@@ -123,7 +124,7 @@ def of_core(one: One, prompts: int = 8, constant: bool = False) -> dict[str, flo
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(evaluation_core, "core_store", lambda *_: Tokens(one.tokens_BL))
         saes, metrics = {"sae": prepare_for_sae_bench(sae, settings)}, experiment.core_metrics
-        scalars, _, own = shared_core_evals(saes, one.model, settings, metrics)["sae"]
+        scalars, _, own, _ = shared_core_evals(saes, one.model, settings, metrics)["sae"]
     return {name: v for group in scalars.values() for name, v in group.items()} | own
 
 
