@@ -165,6 +165,19 @@ def run_command(experiment, out_dir: Path | str, *arguments: str) -> int:
     return launch(*plan, *functions, [f"--out_dir={out_dir}", *arguments])
 
 
+def cut_off(buffer, fillings: int | None) -> None:
+    """Has a buffer interrupt training, as Ctrl-C does, after so many fillings; None: never."""
+    next_tokens, left = buffer.next_tokens, [fillings]
+
+    def cut(*arguments):
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        left[0] = None if left[0] is None else left[0] - 1
+        return next_tokens(*arguments)
+
+    buffer.next_tokens = cut
+
+
 def settings_of(experiment, name: str, profile: str = "tinylm"):
     """The settings of a run, as the command makes them."""
     from harness.settings import checked_settings

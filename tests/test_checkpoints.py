@@ -18,7 +18,7 @@ from harness.console import STAGE
 from harness.errors import ExperimentError
 from harness.startup import Run
 from harness.text import TokenStream, documents
-from tests.conftest import replace, run_command, settings_of
+from tests.conftest import cut_off, replace, run_command, settings_of
 from tests.test_command import words
 
 STATE = {
@@ -112,15 +112,7 @@ def test_trained_halfway_by_threads_the_rest_comes_out_the_same(
             texts = documents("toy", "train")
             with TokenStream(texts, toy_lm.tokenizer, settings.context) as stream:
                 buffer = toy.ActivationBuffer(run, stream)
-                next_tokens, left = buffer.next_tokens, [fillings]
-
-                def cut_off(*arguments):
-                    if left[0] == 0:
-                        raise KeyboardInterrupt
-                    left[0] = None if left[0] is None else left[0] - 1
-                    return next_tokens(*arguments)
-
-                buffer.next_tokens = cut_off
+                cut_off(buffer, fillings)
                 return toy.train(run, buffer)
 
         whole = train(None)

@@ -32,7 +32,7 @@ from harness.startup import Run
 from harness.store import TENSORS, Shelf, store_dir
 from harness.text import TokenStream, documents, passages
 from harness.training import ActivationCache
-from tests.conftest import run_command, settings_of
+from tests.conftest import cut_off, run_command, settings_of
 
 
 @dataclasses.dataclass
@@ -305,15 +305,7 @@ class Trained:
         texts = functools.partial(iter, passages("".join(documents("toy", "train")())))
         with TokenStream(texts, self.lm.tokenizer, run.settings.context) as stream:
             buffer = self.toy.ActivationBuffer(run, stream)
-            next_tokens, left = buffer.next_tokens, [fillings]
-
-            def cut_off(*arguments):
-                if left[0] == 0:
-                    raise KeyboardInterrupt
-                left[0] = None if left[0] is None else left[0] - 1
-                return next_tokens(*arguments)
-
-            buffer.next_tokens = cut_off
+            cut_off(buffer, fillings)
             return self.toy.train(run, buffer)
 
     def whole(self, **changes) -> dict:
