@@ -16,6 +16,7 @@ from typing import Any
 
 from harness.console import STAGE
 from harness.errors import ExperimentError
+from harness.evaluation.export import check_published
 from harness.evaluation.probing import probing_config
 from harness.interfaces import RunLike, SAELike, SettingsLike
 from harness.machine import peak_memory_gb
@@ -209,7 +210,7 @@ def check_complete(out_dir: Path) -> None:
 def check_results(
     saes: dict[str, SAELike], evaluation: dict[str, dict], settings: SettingsLike, out_dir: Path
 ) -> None:
-    """Holds what SAE-Bench wrote against the SAEs: each one's layer, hook, width and results.
+    """Holds the SAEs against their export, and what SAE-Bench wrote: layer, hook, width, results.
 
     The given baseline was evaluated at one layer and recorded as another.
 
@@ -219,7 +220,10 @@ def check_results(
         ExperimentError: one lacks a result, or has another SAE's.
     """
     for name, sae in saes.items():
-        layer = int(name.split("_")[1])
+        _, layer, _, seed, *untrained = name.split("_")
+        layer = int(layer)
+        if not untrained:
+            check_published(name, sae, out_dir / "sae" / f"layer_{layer}" / f"seed_{seed}")
         expected = {
             "layer": layer,
             "hook": f"blocks.{layer}.hook_resid_post",

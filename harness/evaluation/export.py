@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any, Literal
 
+import safetensors
 import torch
 from safetensors.torch import save_file
 
@@ -97,6 +98,24 @@ def write_as_saelens(
             "and at the versions in constraints.txt"
         )
     return read
+
+
+def check_published(name: str, sae: SAELike, folder: Path) -> None:
+    """Holds an SAE that was scored against the weights that stand in the folder of its export.
+
+    Raises:
+        ExperimentError: they differ: it was changed after the export.
+    """
+    scored = sae.state_dict()
+    for file in folder.glob("*.safetensors"):
+        with safetensors.safe_open(file, "pt") as published:
+            for weights in published.keys():
+                tensor = scored[weights].cpu()
+                if not torch.equal(published.get_tensor(weights).to(tensor.dtype), tensor):
+                    raise ExperimentError(
+                        f"{name} must be scored as it is published, but its {weights} is another "
+                        "than in sae/: change an SAE before export in main, not in evaluate"
+                    )
 
 
 def some_activations(run: RunLike, layer: int, n_texts: int = 8) -> torch.Tensor:
