@@ -124,6 +124,8 @@ class Description:
             return digest(repr(thing.getstate()))
         if isinstance(thing, numpy.random.Generator):
             return self(thing.bit_generator.state)
+        if type(thing).__module__ == "itertools":
+            return self(thing.__reduce__())
         state = dict(getattr(thing, "__dict__", {}))
         state.pop("deprecation_warnings", None)  # of a tokenizer: those that it has given
         for name in (n for c in type(thing).__mro__ for n in getattr(c, "__slots__", ())):

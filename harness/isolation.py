@@ -55,12 +55,13 @@ class OwnState:
     def __init__(self) -> None:
         self.places = [place for module in own_modules() for place in (module, *_classes(module))]
         self.held = [dict(vars(place)) for place in self.places]
-        self.states: list[tuple[Any, dict[str, Any]]] = []
-        for held in self.held:
+        self.states: list[tuple[Any, str, Any, dict[str, Any]]] = []
+        for place, held in zip(self.places, self.held):
             for name, value in held.items():
                 if not name.startswith("__") and not isinstance(value, (type, types.ModuleType)):
                     with contextlib.suppress(Unsavable):
-                        self.states.append((value, state_of(copied=True, value=value)))
+                        state = state_of(copied=True, value=value)
+                        self.states.append((place, name, value, state))
 
     def put_back(self) -> None:
         """Everything stands as it stood when this was made."""
@@ -72,9 +73,11 @@ class OwnState:
                     setattr(place, name, held[name])
                 if isinstance(value, functools._lru_cache_wrapper):
                     value.cache_clear()
-        for value, state in self.states:
+        for place, name, value, state in self.states:
             with contextlib.suppress(Unsavable):
-                restore(state, value=value)
+                made = restore(state, value=value)["value"]
+                if made is not value:
+                    setattr(place, name, made)
 
 
 def own_digits() -> dict[str, str]:

@@ -60,9 +60,11 @@ def state_of(given: object = None, copied: bool = False, **things: Any) -> dict[
     return {"nodes": walk.nodes, "roots": roots}
 
 
-def restore(state: dict[str, Any], given: object = None, **things: Any) -> None:
+def restore(state: dict[str, Any], given: object = None, **things: Any) -> dict[str, Any]:
     """Puts newly made objects where others stood at their `state_of`.
 
+    Returns:
+        them, by name; in the place of one that can't be changed, as of itertools, another one.
     Raises:
         Unsavable: something has no counterpart in the new ones, and can't be made.
     """
@@ -73,8 +75,7 @@ def restore(state: dict[str, Any], given: object = None, **things: Any) -> None:
     for number, old in list(back.pairs.items()):
         if isinstance(old, nn.Parameter):
             back.made_of(number)
-    for reference in state["roots"].values():
-        back.made_of(reference)
+    return {name: back.made_of(reference) for name, reference in state["roots"].items()}
 
 
 def differences(one: Any, other: Any) -> list[str]:
@@ -214,6 +215,8 @@ class _Return:
             return
         self.pairs[reference] = new
         children = found.children
+        if node["data"].get("maker") == "itertools:cycle":  # its state is a list that it fills
+            children = {edge: item for edge, item in children.items() if edge[1] != "state"}
         if found.kind == "dict" and children.keys() != node["children"].keys():
             if len(children) == len(node["children"]):  # keys that differ from run to run
                 children = dict(zip(node["children"], children.values()))
