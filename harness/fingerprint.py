@@ -12,6 +12,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def result_key(
     # Of what has not been seen, all counts.
     ran = OBSERVED.ran[kind] if seen else {str(EXPERIMENT): {ALL}}
     code = reachable_code(run.source, roots, run.settings, with_callers, ran)
-    settings = vars(run.settings)
+    settings, read = vars(run.settings), OBSERVED.read_for(kind)
     fields = {field.name for field in dataclasses.fields(run.settings)}
     if seen:
         named = {field for field in fields if f".{field}" in code.names}
@@ -79,7 +80,8 @@ def result_key(
                     for name, value in settings.items()
                     if name in fields or name not in {*run.settings.__dataclass_fields__}},
         "in the place of": {name: describe(thing) for name, thing in new.items()},
-        "read": OBSERVED.read_for(kind) | {"named": files_named(code.strings)},
+        "file read": read["file"] | files_named(code.strings),
+        "variable read": read["variable"],
         **environment_fingerprint(run.settings, code, run.device),
         **more,
     }  # fmt: skip
@@ -119,6 +121,7 @@ def environment_fingerprint(
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "switch": process_state(),
+        "argument": sys.argv if "argv" in code.names else [],
         "variable": {
             name: value
             for name, value in sorted(ENVIRON_AT_START.items())

@@ -14,6 +14,7 @@ import functools
 import hashlib
 import importlib.machinery
 import os
+import subprocess
 import sys
 import sysconfig
 import threading
@@ -22,11 +23,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import safetensors
+
 from harness.start import HERE, SOURCES_AT_START
 
 PACKAGE = __name__.split(".")[0]
 ANY = ""  # the kind of what is read outside of all kinds: it counts for each of them
 LARGE = 2**30  # bytes; of a larger file size and time stand for what it holds
+# Audit events of other programs that are started.
+PROGRAMS = ("subprocess.Popen", "os.system", "os.posix_spawn", "os.spawn", "os.exec")
 
 
 @functools.cache
@@ -67,7 +72,8 @@ class Observer:
         files, variables: what the user's code opened and looked up itself.
         imports: by file of the user's, the modules that it imported, under whatever name.
         held: gives digits for what global names of the user's code hold. moved: those that changed
-            while a result was computed.
+            while a result was computed. started: programs that the user's code started meanwhile,
+            and what for.
     """
 
     def __init__(self) -> None:
@@ -81,6 +87,7 @@ class Observer:
         self.watches = False
         self.held: Callable[[], dict[str, str]] = dict
         self.moved: set[str] = set()
+        self.started: set[str] = set()
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -141,6 +148,7 @@ class Observer:
         self.ran.clear()
         self.settings.clear()
         self.moved.clear()
+        self.started.clear()
 
     def tracer(self) -> Callable[[types.FrameType, str, Any], None]:
         """What sys.settrace calls at the beginning of each function: a library's cost a look-up."""
@@ -176,6 +184,7 @@ class Observer:
                     for kind, files in self.ran.items()},
             "settings": {kind: sorted(names) for kind, names in self.settings.items()},
             "moved": sorted(self.moved),
+            "started": sorted(self.started),
             "imports": {str(file): sorted(names) for file, names in self.imports.items()},
             "read": self.values({kind: sorted(names) for kind, names in self.files.items()},
                                 {kind: sorted(names) for kind, names in self.variables.items()}),
@@ -274,22 +283,51 @@ def on_event(event: str, arguments: tuple) -> None:
         path, _, flags = arguments
         writes = flags & (os.O_WRONLY | os.O_RDWR) if isinstance(flags, int) else 0
         if not writes and is_data(path) and own_caller(lambda file: not is_known(file)):
-            OBSERVED.note(OBSERVED.files, name_of(Path(os.path.abspath(os.fsdecode(path)))))
+            note_file(path)
+    elif event in PROGRAMS and OBSERVED.kinds and own_caller(starts_programs):
+        OBSERVED.started.add(f"{OBSERVED.kinds[-1]} starts {arguments[0]!r:.60}")
+
+
+def note_file(path: Any) -> None:
+    """Notes that the user's code reads a file."""
+    OBSERVED.note(OBSERVED.files, name_of(Path(os.path.abspath(os.fsdecode(path)))))
+
+
+def starts_programs(file: str) -> bool:
+    """Whether a file is of Python's own that starts other programs."""
+    return file.startswith("<frozen ") or file in (os.__file__, subprocess.__file__)
 
 
 def note_variables() -> None:
     """Has a look-up in os.environ by code of the user's noted, whatever its spelling."""
-    encode = os.environ.encodekey
 
     def looks_up(file: str) -> bool:
         return file.startswith("<frozen ") or file in (os.__file__, _collections_abc.__file__)
 
-    def encoded(name: Any) -> Any:
-        if own_caller(looks_up):
-            OBSERVED.note(OBSERVED.variables, name)
-        return encode(name)
+    def noting(encode: Callable[[Any], bytes]) -> Callable[[Any], bytes]:
+        def encoded(name: Any) -> Any:
+            if own_caller(looks_up):
+                OBSERVED.note(OBSERVED.variables, os.fsdecode(name))
+            return encode(name)
 
-    os.environ.encodekey = encoded
+        return encoded
+
+    for variables in (os.environ, os.environb):
+        variables.encodekey = noting(variables.encodekey)
+
+
+def note_safetensors() -> None:
+    """Has files of safetensors noted, which Rust opens, so that no audit event tells of them."""
+    safe_open = safetensors.safe_open
+
+    def noted(filename: Any, *given: Any, **more: Any) -> Any:
+        if is_data(filename) and own_caller(lambda file: not is_known(file)):
+            note_file(filename)
+        return safe_open(filename, *given, **more)
+
+    for module in [*sys.modules.values()]:  # others may have imported it before
+        if getattr(module, "__dict__", {}).get("safe_open") is safe_open:
+            module.safe_open = noted
 
 
 class AsAtStart(importlib.machinery.SourceFileLoader):
@@ -326,3 +364,4 @@ class OwnModules(importlib.machinery.PathFinder):
 sys.meta_path.insert(0, OwnModules)
 sys.addaudithook(on_event)
 note_variables()
+note_safetensors()

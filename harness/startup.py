@@ -300,18 +300,23 @@ def rehearse(main: Callable[[Run], None], run: Run) -> Run:
         found = cached("rehearsal", key | {"read": now}, in_miniature)
     OBSERVED.restore(found)
     problems = dict(found["problems"])
+    nothing = "nothing of this run is kept or taken from the store, since"
     if moved := found["moved"]:
         problems["moved"] = (
-            f"nothing of this run is kept or taken from the store, since {', '.join(moved[:3])} "
-            "changes while results are computed, and would not where they are found: keep it on "
-            "the trainer or the SAE, or return it"
+            f"{nothing} {', '.join(moved[:3])} changes while results are computed, and would not "
+            "where they are found: keep it on the trainer or the SAE, or return it"
+        )
+    if started := found["started"]:
+        problems["started"] = (
+            f"{nothing} {', '.join(started[:3])}, and what another program reads is not seen: "
+            "start it at the top of the file, or in main before train"
         )
     for problem in problems.values():
         print_line(problem)
     return dataclasses.replace(
         with_models_as_loaded(run),
         resumes="unresumable" not in problems,
-        keeps=run.keeps and not moved,
+        keeps=run.keeps and not moved and not started,
         warnings=tuple(problems.values()),
     )
 
