@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import safetensors.torch
+import torch
 
 from tests import forked, gemma_fixture
 from tests.conftest import ROOT, add_runs, copy_project
@@ -36,9 +38,11 @@ import functools
 import importlib
 import json
 import os
+import sys
 from typing import ClassVar
 
 import numpy
+from safetensors.torch import load_file
 
 import plain_helper
 from package_of_mine import parts
@@ -94,6 +98,18 @@ def by_variable(sae):
     return float(os.environ["SCALE_" + "ONE"]) * float(os.getenv("SCALE" + "_TWO", "1.0"))
 
 
+def by_safetensors(sae):
+    return float(load_file(f"warm/layer_{sae.cfg.hook_layer}.safetensors")["scale"])
+
+
+def by_bytes(sae):
+    return float(os.environb.get(b"SCALE" + b"_THREE", b"1.0"))
+
+
+def by_argument(sae):
+    return 1.5 if "./" in sys.argv[-1] else 1.0
+
+
 def by_module(sae):
     return importlib.import_module("hidden" + "_helper").FACTOR
 
@@ -140,6 +156,9 @@ FACTORS = [
     by_file,
     by_numpy,
     by_variable,
+    by_safetensors,
+    by_bytes,
+    by_argument,
     by_module,
     by_package,
     lambda sae: TABLE["lambda"](sae),
@@ -214,11 +233,15 @@ class Base:
     "package_of_mine/parts.py": "def scale(x):\n    return x * 1.0\n",
     "scale.json": '{"scale": 1.0}',
     "scale.txt": "1.0",
+    "warm/layer_2.safetensors": safetensors.torch.save({"scale": torch.tensor(1.0)}),
 }
+STEPPED = "        sae.normalize_decoder()\n        self.move_threshold(loss, k)\n"
+FIGURES = "    figures = core[name] | probing[name]\n"
 ENCODE = "    def encode(self, x: Tensor) -> Tensor:\n"
 INIT = '        self.cfg.architecture = "parametric_contrastive"\n'
 EVALUATE = "        core = core_evaluation(run, saes, core_metrics, timed.advance)\n"
 MAIN = "        training = train(run, ActivationBuffer(run, stream))\n"
+EXPORT = "    export(run, training)\n"
 METRICS = '    scalars["misc_metrics"] = core.calculate_misc_metrics(features)\n'
 Pairs = tuple[tuple[str, str], ...]
 
@@ -246,9 +269,9 @@ BEFORE = replaced((ROOT / "experiment.py").read_text(), (
     (METRICS, f'{METRICS}    scalars["misc_metrics"]["mine"] = 1.0  # in core_metrics\n'
               '    drawn = float(torch.rand(())) + numpy.random.rand()  # by whoever is computed\n'
               '    scalars["misc_metrics"]["drawn"] = drawn\n'),
-    (EVALUATE, '        for sae in saes.values():\n'
-               '            sae.W_dec.data.mul_(1.0)  # weights in place, in evaluate\n'
-               + EVALUATE),
+    (EXPORT, '    for sae in training.saes.values():\n'
+             '        sae.W_dec.data.mul_(1.0)  # weights in place, in main\n'
+             + EXPORT),
 ))  # fmt: skip
 
 
@@ -260,9 +283,10 @@ class Edit(NamedTuple):
     """
 
     code: Pairs = ()
-    files: dict[str, str] = {}
+    files: dict[str, str | bytes] = {}
     variables: dict[str, str] = {}
     plan: dict[str, object] = {}
+    argument: str = "--out_dir=run_a"
     no_effect: bool = False
     before: Pairs = ()
 
@@ -274,6 +298,8 @@ def number(comment: str) -> Edit:
 
 
 def file(name: str) -> Edit:
+    if name.endswith(".safetensors"):
+        return Edit(files={name: safetensors.torch.save({"scale": torch.tensor(1.5)})})
     return Edit(files={name: FILES[name].replace("1.0", "1.5")})
 
 
@@ -301,7 +327,7 @@ NUMBERS = (
     "by __getattr__", "by a property", "by a lambda in a table", "by a partial", "by a closure",
     "by a slot", "by __init_subclass__", "on the buffer", "in the trainer", "on the SAE",
     "in a buffer that is not saved", "in the SAE's cfg", "in a global that main sets",
-    "in core_metrics", "weights in place, in evaluate",
+    "in core_metrics", "weights in place, in main",
 )  # fmt: skip
 EDITS: dict[str, Edit] = {
     **{comment: number(comment) for comment in NUMBERS},
@@ -316,6 +342,13 @@ EDITS: dict[str, Edit] = {
     **{f"the file {name}": file(name) for name in FILES if "__init__" not in name},
     "an environment variable": Edit(variables={"SCALE_ONE": "1.5"}),
     "an environment variable that was not set": Edit(variables={"SCALE_TWO": "1.5"}),
+    "an environment variable, of bytes": Edit(variables={"SCALE_THREE": "1.5"}),
+    "the command's argument": Edit(argument="--out_dir=./run_a"),
+    "an environment variable, in a loop over all": Edit(
+        variables={"SCALE_FOUR": "1.5"},
+        before=(("    by_docstring,\n",
+                 "    by_docstring,\n    lambda sae: float({name: value for name, value in "
+                 "os.environ.items()}.get('SCALE_FOUR', 1.0)),\n"),)),
     "the order of two statements": Edit((
         ("TOTAL = [1.0]\nTOTAL[0] = 1.0  # by an item set at the top\n",
          "TOTAL = [1.0]\nTOTAL[0] = 1.5\nTOTAL[0] = 1.0  # by an item set at the top\n"
@@ -367,6 +400,26 @@ EDITS: dict[str, Edit] = {
         }.items()},
     "a comment, and an unused import": Edit(
         (("import copy\n", "import copy\nimport csv  # of no use\n"),), no_effect=True),
+    "what training leaves on the SAE, in the records": Edit(
+        (("    train_again = 1\n", "    train_again = 2\n"),), no_effect=True, before=(
+        (STEPPED, f"        sae.seen = getattr(sae, 'seen', 0.0) + float(loss.total)\n{STEPPED}"),
+        (FIGURES, f"{FIGURES}    figures['seen'] = training.saes[key].seen\n"),
+        ("\nSHOWN = (", "\ndef of_no_use():\n    train_again = 1\n\n\nSHOWN = ("))),
+    "a field of Training, in the records": Edit(
+        (("    train_again = 1\n", "    train_again = 2\n"),), no_effect=True, before=(
+        ("    log: TrainingLog\n", "    log: TrainingLog\n    seen: dict | None = None\n"),
+        (STEPPED, f"        self.seen = getattr(self, 'seen', 0.0) + float(loss.total)\n{STEPPED}"),
+        ("for key, trainer in trainers.items()}, stats, log)",
+         "for key, trainer in trainers.items()}, stats, log,\n"
+         "                    {key: trainer.seen for key, trainer in trainers.items()})"),
+        (FIGURES, f"{FIGURES}    figures['seen'] = training.seen[key]\n"),
+        ("\nSHOWN = (", "\ndef of_no_use():\n    train_again = 1\n\n\nSHOWN = ("))),
+    "global names of odd kinds": Edit(
+        (("    train_again = 1\n", "    train_again = 2\n"),), no_effect=True, before=(
+        (HEAD, f"ALL, TANH = (..., slice(None)), numpy.tanh\n\n{HEAD}"),
+        ("    by_docstring,\n", "    by_docstring,\n"
+         "    lambda sae: float(TANH(100.0)) * len(ALL),\n"),
+        ("\nSHOWN = (", "\ndef of_no_use():\n    train_again = 1\n\n\nSHOWN = ("))),
     "the records": Edit((("SHOWN = (", "OF_NO_USE = 3\nSHOWN = ("),), no_effect=True),
 }  # fmt: skip
 
@@ -382,7 +435,9 @@ class Edits:
     def start(
         self, name: str, edit: Edit, store: Path | None, rehearsed: bool = True
     ) -> tuple[Path, forked.Forked]:
+        """In a folder of its own, or in that of a run before, which goes: its rehearsal counts."""
         folder = self.place / name
+        shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         copy_project(folder)
         for top in {PILE, NEWS}:
@@ -390,7 +445,7 @@ class Edits:
             (folder / top).symlink_to(self.place / "data" / top)
         for path, text in (FILES | edit.files).items():
             (folder / path).parent.mkdir(exist_ok=True)
-            (folder / path).write_text(text)
+            (folder / path).write_bytes(text if isinstance(text, bytes) else text.encode())
         code = replaced(replaced(BEFORE, edit.before), edit.code)
         (folder / "experiment.py").write_text(code)
         add_runs(folder / "experiment.py", {"run_a": TINY | {"model": str(self.model)} | edit.plan})
@@ -402,7 +457,7 @@ class Edits:
         )
         (folder / "unrehearsed.py").write_text(UNREHEARSED)
         script = "experiment.py" if rehearsed else "unrehearsed.py"
-        return folder, forked.Forked(folder, script, "--out_dir=run_a", environment=environment)
+        return folder, forked.Forked(folder, script, edit.argument, environment=environment)
 
     def finish(self, folder: Path, process: forked.Forked) -> tuple[dict, str]:
         """Figures and digests of weights; and what was printed."""
@@ -423,7 +478,8 @@ class Edits:
 def edits(toy_model: Path, hf_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Edits:
     """With the run before all edits complete."""
     made = Edits(tmp_path_factory.mktemp("edits"), toy_model, hf_home)
-    made.figures, _ = made.finish(*made.start("before", Edit(), None))
+    made.figures, _ = made.finish(*made.start("project", Edit(), None))
+    (made.place / "project" / "cache").rename(made.place / "store")
     return made
 
 
@@ -440,13 +496,14 @@ def reused() -> Iterator[dict[str, list[str]]]:
 @pytest.mark.parametrize("name", EDITS)
 def test_no_edit_gets_figures_of_before_it(edits: Edits, reused: dict, name: str) -> None:
     number = list(EDITS).index(name)
-    store = edits.place / "before" / "cache"
-    figures = edits.figures
+    store, figures = edits.place / "store", edits.figures
     if EDITS[name].before:
-        folder, process = edits.start(f"{number}-before", Edit(EDITS[name].before), None)
-        store, (figures, _) = folder / "cache", edits.finish(folder, process)
-    both = [edits.start(f"{number}-{kind}", EDITS[name], given, given is not None)
-            for kind, given in (("kept", store), ("empty", None))]  # fmt: skip
+        store = edits.place / f"{number}-store"
+        folder, process = edits.start("project", Edit(EDITS[name].before), None)
+        figures, _ = edits.finish(folder, process)
+        (folder / "cache").rename(store)
+    both = [edits.start(place, EDITS[name], given, given is not None)
+            for place, given in (("project", store), ("empty", None))]  # fmt: skip
     (found, out), (right, _) = (edits.finish(*one) for one in both)
     kept = [line.split(":")[0] for line in out.splitlines() if re.search(": kept, as", line)]
     reused[name] = [kind for kind in kept if kind in KINDS]
@@ -454,22 +511,49 @@ def test_no_edit_gets_figures_of_before_it(edits: Edits, reused: dict, name: str
     assert found == right
     if EDITS[name].no_effect:
         assert {"training", "core evaluation", "sparse probing"} <= {*kept}
-    for folder, _ in both:
-        shutil.rmtree(folder)
+    if EDITS[name].before:
+        shutil.rmtree(store)
 
 
-def test_what_a_computation_leaves_in_globals_is_not_lost(edits: Edits) -> None:
-    """Where it is so, nothing is kept: a result that is found would leave them as they were."""
-    by_global = Edit(before=(
+STEP = "        return super().step("
+LEFT = {
+    "NORM changes while": (
         (HEAD, f"NORM = {{}}\n\n{HEAD}"),
-        ("        return super().step(",
-         '        NORM["w"] = 1.0 + float(self.sae.W_enc.norm())\n        return super().step('),
+        (STEP, f'        NORM["w"] = 1.0 + float(self.sae.W_enc.norm())\n{STEP}'),
         ("    by_docstring,\n", '    by_docstring,\n    lambda sae: NORM.get("w", 1.0),\n'),
-    ))  # fmt: skip
-    folder, process = edits.start("global", by_global, None)
+    ),
+    "EVER, NUMBERS changes while": (
+        ("import json\n", "import itertools\nimport json\n"),
+        (HEAD, f"NUMBERS, EVER = itertools.count(1), itertools.cycle([1.0])\n\n{HEAD}"),
+        (STEP, f"        next(NUMBERS)\n        x_BD = x_BD * next(EVER)\n{STEP}"),
+        (FIGURES, f"{FIGURES}    figures['number'] = next(NUMBERS)\n"),
+    ),
+    "training starts 'cat', and": (
+        ("import json\n", "import json\nimport subprocess\n"),
+        (STEP, "        scale = float(subprocess.check_output(['cat', 'scale.txt']))\n"
+               f"        x_BD = x_BD * scale\n{STEP}"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("why", LEFT)
+def test_what_no_key_can_hold_is_not_kept(edits: Edits, why: str) -> None:
+    """What a computation leaves in globals would be lost, and what a program reads is not seen."""
+    folder, process = edits.start("project", Edit(before=LEFT[why]), None)
     first, out = edits.finish(folder, process)
-    assert "since NORM changes while results are computed" in out
-    again, process = edits.start("again", by_global, folder / "cache")
-    found, out = edits.finish(again, process)
+    assert f"since {why}" in out
+    (folder / "cache").rename(edits.place / "left")
+    folder, process = edits.start("project", Edit(before=LEFT[why]), edits.place / "left")
+    found, out = edits.finish(folder, process)
     assert found == first and not re.search("training: kept", out)
-    assert any("NORM" in said for said in json.loads((again / "run_a/warnings.json").read_text()))
+    assert why in (folder / "run_a" / "warnings.json").read_text()
+    shutil.rmtree(edits.place / "left")
+
+
+def test_what_is_scored_is_what_is_published(edits: Edits) -> None:
+    """An SAE that is changed behind its export ends the run, in the rehearsal."""
+    changed = "        for sae in saes.values():\n            sae.b_enc.data -= 0.3\n"
+    folder, process = edits.start("changed", Edit(((EVALUATE, changed + EVALUATE),)), None)
+    _, error = process.communicate(180)
+    assert process.returncode == 1 and "failed during rehearsal" in error
+    assert "must be scored as it is published, but its b_enc is another" in error, error
