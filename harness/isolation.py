@@ -56,12 +56,9 @@ class OwnState:
         self.places = [place for module in own_modules() for place in (module, *_classes(module))]
         self.held = [dict(vars(place)) for place in self.places]
         self.states: list[tuple[Any, str, Any, dict[str, Any]]] = []
-        for place, held in zip(self.places, self.held):
-            for name, value in held.items():
-                if not name.startswith("__") and not isinstance(value, (type, types.ModuleType)):
-                    with contextlib.suppress(Unsavable):
-                        state = state_of(copied=True, value=value)
-                        self.states.append((place, name, value, state))
+        for place, name, value in _own_values():
+            with contextlib.suppress(Unsavable):
+                self.states.append((place, name, value, state_of(copied=True, value=value)))
 
     def put_back(self) -> None:
         """Everything stands as it stood when this was made."""
@@ -83,15 +80,21 @@ class OwnState:
 def own_digits() -> dict[str, str]:
     """By name, digits for what global names and class attributes of the user's code hold now."""
     found = {}
+    for place, name, value in _own_values():
+        inside = f"{place.__qualname__}." if isinstance(place, type) else ""
+        where = getattr(value, "__qualname__", None) or ""
+        if not (inside and where.startswith(inside)):  # a class's own methods
+            found[inside + name] = describe(value)
+    return found
+
+
+def _own_values() -> Iterator[tuple[Any, str, Any]]:
+    """(module or class, name, value) of all that the user's code holds, but what it imports."""
     for module in own_modules():
         for place in (module, *_classes(module)):
-            inside = "" if place is module else f"{place.__qualname__}."
             for name, value in [*vars(place).items()]:
-                where = getattr(value, "__qualname__", None) or ""
-                imported = isinstance(value, (type, types.ModuleType))
-                if not (name.startswith("__") or imported or inside and where.startswith(inside)):
-                    found[inside + name] = describe(value)
-    return found
+                if not name.startswith("__") and not isinstance(value, (type, types.ModuleType)):
+                    yield place, name, value
 
 
 def own_modules() -> list[types.ModuleType]:
