@@ -14,7 +14,6 @@ from sae_lens import SAE
 
 from bench.common import run_on, settings_of
 from harness.console import Progress
-from harness.evaluation.estimate import evaluation_seconds
 from harness.evaluation.probe_texts import probe_names, read_probe_texts, tinylm_tasks
 from harness.evaluation.probing import (
     all_dimensions,
@@ -305,7 +304,8 @@ def test_the_estimate_of_an_evaluation_draws_nothing_from_the_training_s_generat
     run, _ = scored
     saes = {(2, 0): toy.new_sae(run.settings, 2, 0, (torch.zeros(32), 1.0), {}, 4)}
     before = torch.get_rng_state()
-    seconds = evaluation_seconds(run, saes, run_evals=toy.core_metrics, probe=toy.probe)
+    run = dataclasses.replace(run, core_metrics=toy.core_metrics, probe=toy.probe)
+    seconds = run.evaluation_seconds(saes)
     assert 0 < seconds < 600 and torch.equal(torch.get_rng_state(), before)
 
 
