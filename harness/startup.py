@@ -299,8 +299,21 @@ def rehearse(main: Callable[[Run], None], run: Run) -> Run:
         now = OBSERVED.values(*(found["read"][name] for name in ("file", "variable")))
         found = cached("rehearsal", key | {"read": now}, in_miniature)
     OBSERVED.restore(found)
-    problems = dict(found["problems"])
+    problems = problems_in(found)
+    for problem in problems.values():
+        print_line(problem)
+    return dataclasses.replace(
+        with_models_as_loaded(run),
+        resumes="unresumable" not in problems,
+        keeps=run.keeps and not {"moved", "started"} & problems.keys(),
+        warnings=tuple(problems.values()),
+    )
+
+
+def problems_in(found: dict[str, Any]) -> dict[str, str]:
+    """What a rehearsal has found to be wrong with keeping a run's results, a sentence each."""
     nothing = "nothing of this run is kept or taken from the store, since"
+    problems = dict(found["problems"])
     if moved := found["moved"]:
         problems["moved"] = (
             f"{nothing} {', '.join(moved[:3])} changes while results are computed, and would not "
@@ -311,14 +324,7 @@ def rehearse(main: Callable[[Run], None], run: Run) -> Run:
             f"{nothing} {', '.join(started[:3])}, and what another program reads is not seen: "
             "start it at the top of the file, or in main before train"
         )
-    for problem in problems.values():
-        print_line(problem)
-    return dataclasses.replace(
-        with_models_as_loaded(run),
-        resumes="unresumable" not in problems,
-        keeps=run.keeps and not moved and not started,
-        warnings=tuple(problems.values()),
-    )
+    return problems
 
 
 def memory_settings(stage: str) -> str:

@@ -110,8 +110,9 @@ def check_published(name: str, sae: SAELike, folder: Path) -> None:
     for file in folder.glob("*.safetensors"):
         with safetensors.safe_open(file, "pt") as published:
             for weights in published.keys():
-                tensor = scored[weights].cpu()
-                if not torch.equal(published.get_tensor(weights).to(tensor.dtype), tensor):
+                tensor, written = scored[weights].cpu(), published.get_tensor(weights)
+                # A threshold is one number in an SAE, and one of each feature there.
+                if not torch.equal(written.to(tensor.dtype), tensor.expand_as(written)):
                     raise ExperimentError(
                         f"{name} must be scored as it is published, but its {weights} is another "
                         "than in sae/: change an SAE before export in main, not in evaluate"
