@@ -83,7 +83,7 @@ from experiment import Settings
 from harness import fused_gemma
 from harness.console import Progress, redirect_output
 from harness.evaluation.core import core_evaluation, core_text
-from harness.evaluation.probe_texts import read_probe_texts, tinylm_tasks
+from harness.evaluation.probe_texts import known_to_stock, read_probe_texts
 from harness.evaluation.probing import sparse_probing
 from harness.fingerprint import versions
 from harness.language_model import LanguageModel, load_language_model
@@ -94,6 +94,7 @@ from harness.machine import (
     processor_name,
     retain_memory_for_steps,
 )
+from harness.probe_sets import own_sets
 from harness.start import SOURCES_AT_START
 from harness.startup import Run
 from harness.store import sha256_file
@@ -619,7 +620,7 @@ def evaluation_rows(sizes: Sizes, device: torch.device) -> list[Row]:
 
         return Contender(name, lambda: call)
 
-    with tinylm_tasks(settings):
+    with known_to_stock(own_sets(settings)):
         ours = contender(OURS, lambda: our_evaluation(saes, run))
         both = [ours, contender("stock SAE-Bench, SAE by SAE", stock)]
         rows = alternate(both, device, sizes.rounds)

@@ -18,6 +18,7 @@
     fused_gemma      Gemma-2's forward pass on a CPU, faster
     text             from a data set to packed contexts
     text_files       local files of texts
+    probe_sets       what probing sets are: SAE-Bench's, tasks that ship here, files with labels
     command          one attempt: folder, lock, heartbeat, last words; knows nothing of SAEs
     checkpoints      a training as far as it has come: what is saved, and how it goes on
     rehearsal        whether a training can go on from what it saves: tried in miniature

@@ -15,6 +15,7 @@ from harness.errors import GET_ACCESS, LOG_IN, TRY_TINYLM, ExperimentError
 from harness.interfaces import SettingsLike
 from harness.language_model import language_model_config
 from harness.machine import free_gb
+from harness.probe_sets import check_probe_sets, known_to_sae_bench
 from harness.text_files import form_of
 
 DATA_GB = 5.0  # set aside for the probing data sets, which datasets stores twice
@@ -35,7 +36,7 @@ def preflight(settings: SettingsLike, device: torch.device) -> list[str]:
     texts = [settings.training_text, settings.core_text]
     wanted = [("model", settings.model)] if settings.model != "tinylm" else []
     wanted += [("dataset", text) for text in texts if text != "tinylm"]
-    sets = [name for name in settings.probe_sets if not name.startswith("tinylm/")]
+    sets = [name for name in settings.probe_sets if name in known_to_sae_bench()]
     wanted += [("dataset", hub_name(name)) for name in sets]
     if not wanted:
         return []
@@ -49,18 +50,6 @@ def preflight(settings: SettingsLike, device: torch.device) -> list[str]:
         return []
     parts = memory_estimate(fit_core_batches(settings, device))
     return [check_disk(settings), check_memory(parts, device)]
-
-
-def check_probe_sets(settings: SettingsLike) -> None:
-    """ExperimentError where one of the probing sets is none that SAE-Bench knows."""
-    from sae_bench.sae_bench_utils.dataset_info import chosen_classes_per_dataset as known
-
-    for name in settings.probe_sets:
-        if name not in known and not name.startswith("tinylm/"):
-            raise ExperimentError(
-                f"probe_sets must be data sets whose classes SAE-Bench knows ({', '.join(known)}), "
-                f"or tinylm/A or tinylm/B, but one is {name!r}: choose among these"
-            )
 
 
 def hub_name(probe_set: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import itertools
 import os
 import queue
@@ -23,7 +22,14 @@ from harness.console import print_line
 from harness.errors import ExperimentError, first_line, is_connection_error
 from harness.interfaces import SettingsLike
 from harness.store import LEDGER, cache_dir, pinned, sha256_file
-from harness.text_files import files_line, local_rows, local_text, no_column, stamps
+from harness.text_files import (
+    files_line,
+    local_rows,
+    local_text,
+    no_column,
+    read_zstd_whole,
+    stamps,
+)
 
 STREAM_RETRIES = 6  # of a broken connection in a row: a minute in all
 POOL_FILES = 512  # files of tinylm's corpus from which passages are drawn at a time
@@ -102,9 +108,8 @@ def load_dataset(name: str, *arguments: Any, **options: Any) -> Any:
         ExperimentError: another data set that can't be loaded without a script.
     """
     import datasets
-    import fsspec
 
-    fsspec.compression.register_compression("zstd", whole_zstd, "zst", force=True)
+    read_zstd_whole()
     with LOADING:
         # In an empty folder: a script that `datasets` finds where it keeps them, it runs unasked.
         with tempfile.TemporaryDirectory() as empty, scripts_in(empty):
@@ -160,16 +165,6 @@ def hub_revision(name: str) -> str:
         if not main.is_file():
             raise
         return main.read_text().strip()
-
-
-def whole_zstd(file: Any, mode: str = "rb") -> Any:
-    """A reader of a .zst file that raises an OSError where the file ends too early.
-
-    zstandard's own, which fsspec 2025.3 takes, ends there as if it were the end of the text.
-    """
-    import pyarrow
-
-    return io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"), buffer_size=2**17)
 
 
 def look_at_texts(settings: SettingsLike) -> None:

@@ -10,7 +10,8 @@ import io
 import itertools
 import json
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ FORMS = {
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 NOT_DATA = ("README.md", "config.json", "dataset_info.json", "dataset_infos.json", "state.json")
 FIRST_ROWS = 1000  # of a JSON file, in one of which the column "text" must stand
+TEXT = (("text",),)  # the columns of a text, each by the names that it may have
 
 
 class LocalText(NamedTuple):
@@ -141,31 +143,83 @@ def local_rows(name: str, text: LocalText, load: Any) -> Any:
     return load(str(Path(name).resolve()), split="train", streaming=True)
 
 
-def rows_of(files: list[str], name: str) -> Iterator[dict[str, Any]]:
-    """The column "text" of JSON and CSV files, {"text": a string; None where a row has none}."""
+def rows_of(
+    files: list[str], name: str, columns: tuple[tuple[str, ...], ...] = TEXT
+) -> Iterator[dict[str, Any]]:
+    """Columns of JSON, CSV and Parquet files, {"text": a string; None where a row has none}.
+
+    Args:
+        name: of the text, for an error. columns: each by its names, of which the first counts that
+            is there.
+    """
     import fsspec
 
+    read_zstd_whole()
     for file in files:
         with fsspec.open(file, "rb", compression="infer") as stream:
             if form_of(file) == "csv":
                 separator = "\t" if ".tsv" in Path(file).suffixes else ","
-                yield from csv_rows(stream, name, separator)
+                yield from csv_rows(stream, name, separator, columns)
+            elif form_of(file) == "parquet":
+                yield from parquet_rows(stream, name, columns)
             else:
-                yield from json_rows(stream, name)
+                yield from json_rows(stream, name, columns)
 
 
-def csv_rows(stream: Any, name: str, separator: str) -> Iterator[dict[str, Any]]:
-    """Of a CSV file, its fields as they stand there."""
+def read_zstd_whole() -> None:
+    """Has fsspec, and so `datasets`, read .zst files by `whole_zstd`."""
+    import fsspec
+
+    fsspec.compression.register_compression("zstd", whole_zstd, "zst", force=True)
+
+
+def whole_zstd(file: Any, mode: str = "rb") -> Any:
+    """A reader of a .zst file that raises an OSError where the file ends too early.
+
+    zstandard's own, which fsspec 2025.3 takes, ends there as if it were the end of the text.
+    """
+    import pyarrow
+
+    return io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"), buffer_size=2**17)
+
+
+def csv_rows(
+    stream: Any, name: str, separator: str, columns: tuple[tuple[str, ...], ...]
+) -> Iterator[dict[str, Any]]:
+    """Of a CSV file, its fields as they stand there.
+
+    Raises:
+        pandas.errors.ParserWarning: the first row has more fields than the header, as an unquoted
+            comma in a text makes them; of a later row it is a ParserError.
+    """
     import pandas
 
     options = dict(sep=separator, dtype=str, na_filter=False, index_col=False)
-    for part in pandas.read_csv(stream, chunksize=10_000, encoding="utf-8-sig", **options):
-        if "text" not in part:
-            raise no_column(name, part.columns)
-        yield from ({"text": text} for text in part["text"])
+    parts = pandas.read_csv(stream, chunksize=10_000, encoding="utf-8-sig", **options)
+    while True:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pandas.errors.ParserWarning)
+            if (part := next(parts, None)) is None:
+                return
+        found = names_in(part.columns, columns, name)
+        for values in zip(*(part[column] for column in found)):
+            yield dict(zip(found, values))
 
 
-def json_rows(stream: Any, name: str) -> Iterator[dict[str, Any]]:
+def parquet_rows(
+    stream: Any, name: str, columns: tuple[tuple[str, ...], ...]
+) -> Iterator[dict[str, Any]]:
+    """Of a Parquet file."""
+    import pyarrow.parquet
+
+    file = pyarrow.parquet.ParquetFile(stream)
+    for part in file.iter_batches(columns=names_in(file.schema_arrow.names, columns, name)):
+        yield from part.to_pylist()
+
+
+def json_rows(
+    stream: Any, name: str, columns: tuple[tuple[str, ...], ...]
+) -> Iterator[dict[str, Any]]:
     """Of a JSON file: an object, or a string, by line; or a list of them."""
     lines = io.TextIOWrapper(stream, encoding="utf-8-sig")
     first = next((line for line in lines if line.strip()), "{}")
@@ -173,24 +227,37 @@ def json_rows(stream: Any, name: str) -> Iterator[dict[str, Any]]:
         rows = iter(json.loads(first + lines.read()))
     else:
         rows = (json.loads(line) for line in itertools.chain([first], lines) if line.strip())
-    columns: set[str] = set()
+    there: set[str] = set()
+    lacking = columns
     for number, row in enumerate(rows):
         row = row if isinstance(row, dict) else {"text": row}
-        if "text" not in columns:
-            columns |= row.keys()
-            if number == FIRST_ROWS and "text" not in columns:
+        if lacking:
+            there |= row.keys()
+            lacking = tuple(names for names in columns if not there & {*names})
+            if number == FIRST_ROWS and lacking:
                 break
-        text = row.get("text")
-        if isinstance(text, str):
-            text.encode()  # half a surrogate pair is no text: an error here
-        yield {"text": text}
-    if "text" not in columns:
-        raise no_column(name, columns)
+        found = [next((n for n in names if n in row), names[0]) for names in columns]
+        values = {column: row.get(column) for column in found}
+        for value in values.values():
+            if isinstance(value, str):
+                value.encode()  # half a surrogate pair is no text: an error here
+        yield values
+    names_in(there, columns, name)
 
 
-def no_column(name: str, columns: Any) -> ExperimentError:
-    """What to raise where a text has other columns."""
+def names_in(
+    there: Collection[str], columns: tuple[tuple[str, ...], ...], name: str
+) -> list[str]:
+    """Of each column the first of its names that is there; an ExperimentError where none is."""
+    for names in columns:
+        if not any(column in there for column in names):
+            raise no_column(name, there, names)
+    return [next(column for column in names if column in there) for names in columns]
+
+
+def no_column(name: str, there: Any, names: tuple[str, ...] = ("text",)) -> ExperimentError:
+    """What to raise where a text has other columns than one of these names."""
     return ExperimentError(
-        f"the text {name!r} must have a column 'text', but has {sorted(columns)}: "
-        "choose another data set, or rename its column"
+        f"the text {name!r} must have a column {' or '.join(map(repr, names))}, but has "
+        f"{sorted(there)}: choose another data set, or rename its column"
     )

@@ -12,10 +12,11 @@ import torch
 
 from experiment import ActivationBuffer, Settings
 from harness.errors import ExperimentError, first_line
-from harness.evaluation.probe_texts import probe_names, tinylm_tasks
+from harness.evaluation.probe_texts import known_to_stock
 from harness.fused_gemma import FusedLanguageModel, for_harvest
 from harness.language_model import hooked_config, load_language_model
 from harness.machine import in_order
+from harness.probe_sets import own_sets, probe_names
 from harness.startup import Run
 from harness.text import TokenStream, documents, passages, streamed_texts
 from tests.conftest import ROOT, SOURCES, settings_of
@@ -259,7 +260,7 @@ def test_tinylm_tasks_are_registered_and_undone() -> None:
     stock = dataset_utils.get_multi_label_train_test_data
     names = probe_names(settings)
     assert len(names) == 3
-    with pytest.raises(ZeroDivisionError), tinylm_tasks(settings):
+    with pytest.raises(ZeroDivisionError), known_to_stock(own_sets(settings)):
         for name in names:
             train, test = dataset_utils.get_multi_label_train_test_data(name, 20, 10, 42)
             assert list(train) == list(test) == dataset_info.chosen_classes_per_dataset[name]

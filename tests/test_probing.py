@@ -14,7 +14,7 @@ from sae_lens import SAE
 
 from bench.common import run_on, settings_of
 from harness.console import Progress
-from harness.evaluation.probe_texts import probe_names, read_probe_texts, tinylm_tasks
+from harness.evaluation.probe_texts import known_to_stock, read_probe_texts
 from harness.evaluation.probing import (
     all_dimensions,
     probing_config,
@@ -24,6 +24,7 @@ from harness.evaluation.probing import (
 from harness.fingerprint import result_key
 from harness.language_model import load_language_model
 from harness.observation import OBSERVED
+from harness.probe_sets import own_sets, probe_names
 from harness.store import store_dir
 from tests.conftest import ROOT, Calls, replace
 
@@ -326,7 +327,7 @@ def test_tinylm_s_accuracies_are_stock_sae_bench_s(tmp_path: Path) -> None:
     ours = sparse_probing(
         run, {"sae": sae}, experiment.probe, Progress("sparse probing", 3, "SAEs")
     )
-    with tinylm_tasks(settings):
+    with known_to_stock(own_sets(settings)):
         first, second = stock_probing(settings, sae, model, tmp_path / "artifacts")
     for k in settings.probe_ks:
         metric = f"sae_top_{k}_test_accuracy"

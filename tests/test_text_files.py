@@ -116,6 +116,7 @@ def test_what_save_to_disk_left_is_read() -> None:
         ("train.jsonl", lines([{"body": 1}] * (FIRST_ROWS + 9)), r"'text', but has \['body'\]"),
         ("train.csv", b"body\nx\n", r"must have a column 'text', but has \['body'\]"),
         ("train.csv", b'text\n"open\n', "can't be read"),
+        ("train.csv", b"n,text\n1,not quoted, so two\n", "can't be read"),
         ("train.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}\n', "can't be read"),
         ("train.jsonl", b'{"text": "a"}\n{"text": "b', "can't be read"),
     ],

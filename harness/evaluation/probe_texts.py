@@ -16,59 +16,39 @@ from harness.errors import ExperimentError, first_line
 from harness.fingerprint import environment_fingerprint, text_identity
 from harness.identity import describe
 from harness.interfaces import SettingsLike
-from harness.store import TensorCache
-from harness.text import corpus_errors, documents, load_dataset
+from harness.probe_sets import SHIPPED, ProbeSet, load_task, own_sets, probe_names
+from harness.store import TensorCache, digest
+from harness.text import documents, load_dataset
 
 
 @contextlib.contextmanager
-def tinylm_tasks(settings: SettingsLike) -> Iterator[None]:
-    """Makes tinylm's labelled tasks known to SAE-Bench by the names tinylm/A/… and tinylm/B/….
+def known_to_stock(sets: dict[str, ProbeSet]) -> Iterator[None]:
+    """Makes labelled texts known to SAE-Bench by their names.
 
     SAE-Bench knows only its own data sets; this adds to its table of classes and stands in front
     of its loader, and undoes both afterwards.
     """
-    if not any(name.startswith("tinylm/") for name in settings.probe_sets):
+    if not sets:
         yield
         return
     from sae_bench.sae_bench_utils import dataset_info, dataset_utils
 
-    from tinylm import tasks
-
     stock = dataset_utils.get_multi_label_train_test_data
-    names = {
-        f"tinylm/{letter}/{task}": task
-        for letter, members in tasks.TASK_SETS.items()
-        for task in members
-    }
 
-    def load(name: str, train_size: int, test_size: int, seed: int) -> tuple[dict, dict]:
-        if name not in names:
-            return stock(name, train_size, test_size, seed)
-        with corpus_errors():
-            return tasks.load_task(names[name], train_size, test_size, seed)
+    def load(name: str, *sizes_and_seed: int) -> tuple[dict, dict]:
+        if name in sets:
+            return sets[name].load(*sizes_and_seed)
+        return stock(name, *sizes_and_seed)
 
-    for name, task in names.items():
-        dataset_info.chosen_classes_per_dataset[name] = list(tasks.TASKS[task])
+    for name, own in sets.items():
+        dataset_info.chosen_classes_per_dataset[name] = own.classes
     dataset_utils.get_multi_label_train_test_data = load
     try:
         yield
     finally:
         dataset_utils.get_multi_label_train_test_data = stock
-        for name in names:
+        for name in sets:
             del dataset_info.chosen_classes_per_dataset[name]
-
-
-def probe_names(settings: SettingsLike) -> list[str]:
-    """The data sets of sparse probing; tinylm/A and tinylm/B stand for three tasks each."""
-    names = []
-    for name in settings.probe_sets:
-        if name in ("tinylm/A", "tinylm/B"):
-            from tinylm import tasks
-
-            names += [f"{name}/{task}" for task in tasks.TASK_SETS[name.removeprefix("tinylm/")]]
-        else:
-            names.append(name)
-    return names
 
 
 def probe_tokens(
@@ -126,7 +106,8 @@ def read_probe_texts(
 ) -> dict[str, list[dict[str, Any]]]:
     """`probe_tokens` of each data set: read before training, so that what is wrong shows early.
 
-    So is the beginning of the evaluation's text. tinylm's are kept for the next run.
+    So is the beginning of the evaluation's text. Those that no hub may change are kept for the
+    next run.
     """
 
     def drawn(name: str) -> list[dict[str, Any]]:
@@ -139,12 +120,12 @@ def read_probe_texts(
         texts = documents(settings.core_text, "heldout")()
         if next(texts, None) is None:
             raise ExperimentError(f"the text {settings.core_text!r} holds no text: check core_text")
-    with tinylm_tasks(settings):
-        names = probe_names(settings)
+    names, sets = probe_names(settings), own_sets(settings)
+    texts = {}
+    with known_to_stock(sets):
         progress = Progress("probing texts", len(names), "data sets")
-        texts = {}
         for name in names:
-            kept_texts = probing_texts(name, settings, device, tokenizer)
+            kept_texts = probing_texts(name, sets.get(name), settings, device, tokenizer)
             texts[name] = [
                 {label: {"input_ids": e["input_ids"].to(device)} for label, e in part.items()}
                 for part in kept_texts.get("all", functools.partial(drawn, name))
@@ -156,12 +137,13 @@ def read_probe_texts(
 
 
 def probing_texts(
-    dataset: str, settings: SettingsLike, device: torch.device, tokenizer: Any
+    dataset: str, own: ProbeSet | None, settings: SettingsLike, device: torch.device, tokenizer: Any
 ) -> TensorCache:
-    """Where the token ids of one of tinylm's tasks are kept; a hub's data sets may change."""
-    if not dataset.startswith("tinylm/"):
+    """Where the token ids of a set are kept, if SAE-Bench doesn't read it: a hub's may change."""
+    if own is None:
         return TensorCache("probing texts", None)
-    code = reachable_code(None, [probe_tokens, tinylm_tasks])
+    code_of = [SHIPPED[own.package]().load_task, load_task] if own.package else []
+    code = reachable_code(None, [probe_tokens, known_to_stock, *code_of])
     fields = [field.name for field in dataclasses.fields(settings)]
     key = {
         "data set": dataset,
@@ -169,6 +151,6 @@ def probing_texts(
         "setting": {f: getattr(settings, f) for f in fields if f".{f}" in code.all_names},
         "tokenizer": describe(tokenizer),
         **environment_fingerprint(settings, code, device),
-        **text_identity("tinylm"),
+        **(text_identity(own.package) if own.package else {"text": digest(own.load(0, 0, 0))}),
     }
     return TensorCache("probing texts", key)

@@ -15,22 +15,22 @@ from torch import Tensor
 from harness.console import Progress
 from harness.errors import ExperimentError, error_context
 from harness.evaluation.core import prepare_for_sae_bench
-from harness.evaluation.probe_texts import probe_names
 from harness.fingerprint import result_key, tokens_digest
 from harness.generators import seed_generators
 from harness.identity import describe
 from harness.interfaces import RunLike, SAELike, SettingsLike
 from harness.machine import in_order, retain_freed_memory
+from harness.probe_sets import probe_names
 from harness.store import ACTIVATIONS_GB, TensorCache, cached, cached_each
 
 
-def probing_config(settings: SettingsLike) -> Any:
-    """SAE-Bench's SparseProbingEvalConfig of a run."""
+def probing_config(settings: SettingsLike, names: Sequence[str] | None = None) -> Any:
+    """SAE-Bench's SparseProbingEvalConfig of a run. `names`: of the data sets, where known."""
     from sae_bench.evals.sparse_probing.eval_config import SparseProbingEvalConfig
 
     return SparseProbingEvalConfig(
         random_seed=settings.probe_seed,
-        dataset_names=probe_names(settings),
+        dataset_names=list(names or probe_names(settings)),
         probe_train_set_size=settings.probe_train,
         probe_test_set_size=settings.probe_test,
         context_length=settings.context,
@@ -376,7 +376,7 @@ def save_probing(
         dataset: {metric: metrics[metric] for metric in sorted(metrics, key=place)}
         for dataset, metrics in per_class.items()
     }
-    config = probing_config(settings)
+    config = probing_config(settings, [name.removesuffix("_results") for name in per_class])
     details = {
         # sum / len, as SAE-Bench has it: equal figures are to be equal bit for bit.
         dataset: {m: sum(accuracy.values()) / len(accuracy) for m, accuracy in metrics.items()}
