@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from harness.evaluation.core import core_evaluation, mean_l0
 from harness.evaluation.export import export_to_saelens
+from harness.evaluation.extra import extra_evaluations
 from harness.evaluation.probing import sparse_probing
 from harness.generators import seed_generators
 from harness.machine import in_order, trim_memory
@@ -97,6 +98,8 @@ class Settings:
     probe_llm_batch: PositiveInt = 32
     probe_sae_batch: PositiveInt = 125
     probe_seed: NonNegativeInt = 42
+    extra_evals: tuple[Literal["sae_probes"], ...] = ()  # SAE-Bench's, beside core and probing
+    sae_probes_sets: tuple[str, ...] = ()  # data sets of sae_probes; none: all 113, for hours
     compare_to: str = "run_1"  # the run that the verdict compares this one to
 
     def __post_init__(self) -> None:
@@ -736,9 +739,10 @@ def evaluate(run: Run, training: Training) -> tuple[dict[str, dict], dict[str, f
     with run.stage("sparse probing", n_probed, "SAEs x sets") as timed:
         probing = sparse_probing(run, saes, probe, timed)
     seconds["seconds_sparse_probing"] = timed.seconds()
-    scores = {"core": core, "probing": probing}
+    extra, seconds_extra = extra_evaluations(run, saes)
+    scores = {"core": core, "probing": probing, "extra": extra}
     check_results(saes, scores, s, run.out_dir)
-    return scores, seconds
+    return scores, seconds | seconds_extra
 
 
 # ---- RECORDS ------------------------------------------------------------------------------------
@@ -755,7 +759,7 @@ def figures_of(key: Key, training: Training, scores: dict[str, dict]) -> dict[st
     name, last = sae_name(*key), training.log.last[key]
     core, probing = scores["core"], scores["probing"]
     untrained = probing[f"{name}_untrained"]
-    figures = core[name] | probing[name]
+    figures = core[name] | probing[name] | scores["extra"][name]
     figures |= {f"untrained_{m[4:]}": v for m, v in untrained.items() if m.startswith("sae_")}
     for metric in ("l0", "ce_loss_score", "fvu"):
         figures[f"untrained_{metric}"] = core[f"{name}_untrained"][metric]

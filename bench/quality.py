@@ -21,7 +21,7 @@ Prints the tables of what there is, in Markdown; plot.py draws it.
 
 Every SAE is trained by `experiment.train`, on the batches that this project's SAE of the same seed
 gets, exported to SAELens' files, read by SAELens, and scored by the evaluation of a run: core on
-held-out text, sparse probing on `tinylm/B`. L0 and everything else are of that evaluation.
+held-out text, sparse probing on `tinylm/B`, no `extra_evals`. L0 and everything else are of it.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@
     provenance       what ran and where: config.json
     records          what a run writes, and the checks that it can be right
     evaluation/      core, probing: SAE-Bench's figures, each pass of the language model made once;
+                     extra: sae-probes' data sets, where they are asked for;
                      shared_forward, probe_texts, estimate: what they are made of;
                      export: an SAE as SAELens stores it
     fingerprint      all that a result depends on
@@ -44,6 +45,7 @@
 PUBLIC = {
     "evaluation.core": ("core_evaluation", "mean_l0"),
     "evaluation.export": ("export_to_saelens",),
+    "evaluation.extra": ("extra_evaluations",),
     "evaluation.probing": ("sparse_probing",),
     "generators": ("seed_generators",),
     "machine": ("in_order", "trim_memory"),

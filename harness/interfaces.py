@@ -38,6 +38,8 @@ class SettingsLike(Protocol):
     probe_llm_batch: int
     probe_sae_batch: int
     probe_seed: int
+    extra_evals: tuple[str, ...]
+    sae_probes_sets: tuple[str, ...]
     compare_to: str
     constants_from_run: str | None
 

@@ -47,10 +47,10 @@ def temporary_dir() -> Path:
 
 @contextlib.contextmanager
 def scratch_dir() -> Iterator[Path]:
-    """A temporary folder; what a kill leaves of it, the next start removes."""
-    folder = partial_in(temporary_dir())
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(0o700, parents=True)
+    """A temporary folder, each time another; what a kill leaves of it, the next start removes."""
+    place = temporary_dir()
+    place.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"{partial_in(place).name}-", dir=place))
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         mark(descriptor)

@@ -22,6 +22,7 @@ from harness.console import STAGE, Progress, print_line, redirect_output, rehear
 from harness.errors import ExperimentError
 from harness.evaluation.core import RunEvals
 from harness.evaluation.estimate import evaluation_seconds
+from harness.evaluation.extra import check_extra_evals
 from harness.evaluation.probe_texts import read_probe_texts
 from harness.evaluation.probing import Probe
 from harness.fingerprint import environment_fingerprint, result_key, text_identity
@@ -215,6 +216,7 @@ def set_up(
         read_final_info(complete_folder(name, out_dir, runs) or runs / name)
     with redirect_output(log):
         needs = preflight(settings, device)
+        check_extra_evals(settings)
     print("\n".join(needs), end="\n" if needs else "")
     if needs:
         settings = fit_core_batches(settings, device)
@@ -333,6 +335,7 @@ def memory_settings(stage: str) -> str:
         "train": "batch, harvest_contexts or buffer_tokens",
         "core evaluation": "core_prompts",
         "sparse probing": "probe_llm_batch or probe_sae_batch",
+        "sae_probes": "the number of layers and seeds, or leave out extra_evals",
     }
     return settings.get(stage.split(": ")[-1], "d_sae or the number of layers and seeds")
 

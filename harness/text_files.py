@@ -245,9 +245,7 @@ def json_rows(
     names_in(there, columns, name)
 
 
-def names_in(
-    there: Collection[str], columns: tuple[tuple[str, ...], ...], name: str
-) -> list[str]:
+def names_in(there: Collection[str], columns: tuple[tuple[str, ...], ...], name: str) -> list[str]:
     """Of each column the first of its names that is there; an ExperimentError where none is."""
     for names in columns:
         if not any(column in there for column in names):

@@ -43,7 +43,7 @@ OTHER = "of other content"
 ASIDE = {  # say nothing of an SAE or its figures, or are compared otherwise (`facts`, seeds)
     "description", "compare_to", "device", "log_every", "budget_minutes", "seeds",
     "probe_llm_batch", "probe_sae_batch", "core_prompts", "core_reconstruction_batches",
-    "core_sparsity_batches",
+    "core_sparsity_batches", "extra_evals", "sae_probes_sets",
 }  # fmt: skip
 
 

@@ -24,7 +24,8 @@ FLOORS = (
     ("language_model",),
     ("fused_gemma", "fingerprint", "preflight"),
     ("evaluation.shared_forward", "evaluation.probe_texts"),
-    ("evaluation.core", "evaluation.export", "evaluation.probing", "evaluation.estimate"),
+    ("evaluation.core", "evaluation.export", "evaluation.probing", "evaluation.estimate",
+     "evaluation.extra"),
     ("training", "provenance", "records"),
     ("startup",),
 )
