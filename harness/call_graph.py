@@ -354,7 +354,7 @@ def reachable_code(
     start.setdefault(EXPERIMENT, set())
     called = set(start[EXPERIMENT])
     for file, names in (ran or {}).items():
-        path = EXPERIMENT if file == str(EXPERIMENT) else of_experiment(Path(file), source)
+        path = EXPERIMENT if file == str(EXPERIMENT) else of_experiment(HERE / file, source)
         placed_names = set().union(*(by_line(name, own) for name in names))
         start.setdefault(path, set()).update(placed_names if path == EXPERIMENT else {ALL})
     found, names = reach(start, source, own)

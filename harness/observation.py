@@ -67,13 +67,14 @@ class Observer:
     """See the top of this file. Each dict is by kind of result.
 
     Attributes:
-        ran: {file: names of the definitions at its top level that ran}.
+        ran: {file, as `name_of` has it: names of the definitions at its top level that ran}.
         settings: names of the fields that were read.
         files, variables: what the user's code opened and looked up itself.
         imports: by file of the user's, the modules that it imported, under whatever name.
         held: gives digits for what global names of the user's code hold. moved: those that changed
             while a result was computed. started: programs that the user's code started meanwhile,
             and what for.
+        home: the file of experiment.py, which may be called otherwise.
     """
 
     def __init__(self) -> None:
@@ -88,6 +89,7 @@ class Observer:
         self.held: Callable[[], dict[str, str]] = dict
         self.moved: set[str] = set()
         self.started: set[str] = set()
+        self.home = HERE / "experiment.py"
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -169,7 +171,8 @@ class Observer:
             if id(code) in of_kinds:
                 return
             of_kinds[id(code)] = code
-            file, name = str(Path(code.co_filename).resolve()), code.co_qualname.split(".")[0]
+            path, name = Path(code.co_filename).resolve(), code.co_qualname.split(".")[0]
+            file = "experiment.py" if path == self.home else name_of(path)
             if name.startswith("<"):
                 name = f"{name}:{code.co_firstlineno}"
             for kind in kinds or (ANY,):
@@ -185,7 +188,7 @@ class Observer:
             "settings": {kind: sorted(names) for kind, names in self.settings.items()},
             "moved": sorted(self.moved),
             "started": sorted(self.started),
-            "imports": {str(file): sorted(names) for file, names in self.imports.items()},
+            "imports": {name_of(file): sorted(names) for file, names in self.imports.items()},
             "read": self.values({kind: sorted(names) for kind, names in self.files.items()},
                                 {kind: sorted(names) for kind, names in self.variables.items()}),
         }  # fmt: skip
@@ -196,7 +199,7 @@ class Observer:
                     for kind, files in record["ran"].items()}  # fmt: skip
         self.settings = {kind: {*names} for kind, names in record["settings"].items()}
         for file, names in record["imports"].items():
-            self.imports.setdefault(Path(file), set()).update(names)
+            self.imports.setdefault(HERE / file, set()).update(names)
         for found, name in ((self.files, "file"), (self.variables, "variable")):
             for kind, values in record["read"][name].items():
                 found.setdefault(kind, set()).update(values)

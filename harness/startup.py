@@ -169,7 +169,7 @@ def launch(
         the exit status. On failure the end of standard error says why, in words.
     """
     file = Path(inspect.getfile(main)).resolve()
-    source = source_at_start(file)
+    source, OBSERVED.home = source_at_start(file), file
 
     def attempt(out_dir: Path, log: Path) -> None:
         check_out_dir(out_dir)
