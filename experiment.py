@@ -27,6 +27,7 @@ from harness.evaluation.export import export_to_saelens
 from harness.evaluation.extra import extra_evaluations
 from harness.evaluation.probing import sparse_probing
 from harness.generators import seed_generators
+from harness.language_model import hook_name
 from harness.machine import in_order, trim_memory
 from harness.records import check_results, write_records
 from harness.settings import checked, must_hold
@@ -50,7 +51,8 @@ class Settings:
     model: str = "tinylm"  # a Hugging Face name or folder; "tinylm": the built-in model
     lm_dtype: Literal["float32", "bfloat16"] = "float32"  # of the language model in evaluation
     train_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of training's matrix products
-    layers: tuple[NonNegativeInt, ...] = (1, 2, 4)  # SAEs read blocks.L.hook_resid_post
+    layers: tuple[NonNegativeInt, ...] = (1, 2, 4)  # SAEs read blocks.L.hook_{hook}
+    hook: Literal["resid_post", "resid_mid", "mlp_out", "attn_out"] = "resid_post"
     context: Annotated[int, Field(ge=3)] = 128  # tokens per context, BOS first
     training_text: str = "tinylm"  # a data set, folder or file of texts; "tinylm": its corpus
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -187,7 +189,7 @@ class CustomSAE(BaseSAE):
     selection and S holds all active ones. W_enc is (D, F), W_dec (F, D) with rows of unit norm.
 
     Args:
-        d_in, d_sae: D and F. hook_layer: it reads blocks.{hook_layer}.hook_resid_post.
+        d_in, d_sae: D and F. hook_layer: the layer that it reads.
         k: features that `encode` keeps of each token, or None.
         by_threshold: `encode` keeps what is above `threshold`, a number that `Trainer` moves.
         fixed: values of tau_sel, tau_pen or gamma that are constants; the others are learned.
@@ -420,7 +422,7 @@ class ActivationBuffer:
         `advance` is called with the number of tokens that forward passes have added.
         """
         hf, have = self.lm.hf, 0
-        shape = (len(self.layers), n, hf.config.hidden_size)
+        shape = (len(self.layers), n, self.lm.d_model)
         taken_LND = torch.empty(shape, device=hf.device, dtype=hf.dtype)
         parts = [] if self.leftover_LND is None else [self.leftover_LND]
         while have < n:
@@ -591,6 +593,7 @@ def new_sae(
     seed_generators(layer, seed)  # for what an edit may draw without a generator of its own
     sae = CustomSAE(*shape, k=None if by_threshold else k, **options)
     sae.initialize(seed, mean_D * factor)
+    sae.cfg.hook_name = hook_name(settings.hook, layer)
     sae.cfg.context_size = settings.context
     sae.cfg.dataset_path = settings.training_text
     return sae

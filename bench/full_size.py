@@ -285,7 +285,7 @@ def measure(
 
     with tempfile.TemporaryDirectory() as folder, redirect_output(Path(folder) / "log"):
         started = now(device)
-        model = lm.hooked()
+        model = lm.bridge()
         stages.add("build its TransformerLens form", now(device) - started)
         text = write_text(Path(folder) / "text", stream, (n_batches + 1) * settings.core_prompts)
         settings = dataclasses.replace(settings, core_text=str(text))

@@ -209,7 +209,7 @@ class Bench:
             self.run = Run(
                 settings=s,
                 probe_texts=read_probe_texts(s, lm.tokenizer, device),
-                sae_bench_model=lm.hooked(),
+                sae_bench_model=lm.bridge(),
                 language_model=for_harvest(lm, train_dtype, s.harvest_contexts, s.context),
                 device=device,
                 train_dtype=train_dtype,

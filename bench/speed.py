@@ -469,7 +469,7 @@ def harvest_rows(dtype: str, sizes: Sizes, device: torch.device) -> list[Row]:
     stream = TokenStream(lambda: iter(texts), lm.tokenizer, settings.context)
     with contextlib.closing(stream):
         tokens_NL = stream.contexts(n_contexts)
-    model, lens, store = lm.hooked(), peers.transformer_lens_harvest, peers.saelens_harvest
+    model, lens, store = lm.bridge(), peers.transformer_lens_harvest, peers.saelens_harvest
     contenders = [
         Contender(name, functools.partial(setup, form, tokens_NL, settings, *options))
         for name, setup, form, *options in (
@@ -524,7 +524,7 @@ def training_rows(batch: int, dtype: str, sizes: Sizes, device: torch.device) ->
         n_contexts = sizes.tokens // settings.context + 8 * settings.harvest_contexts
         tokens = {"input_ids": stream.contexts(n_contexts).tolist()}
     later = functools.partial  # a contender is set up when its turn begins
-    saelens = later(later, peers.saelens_training, lm.hooked(), settings=settings)
+    saelens = later(later, peers.saelens_training, lm.bridge(), settings=settings)
     learning = later(later, peers.dictionary_learning_training, fused, texts, settings)
     text, k = {"text": texts}, dict(k=settings.k_min)
     standard = dict(kind="StandardTrainer", sparsity_warmup_steps=None)
@@ -594,7 +594,7 @@ def evaluation_rows(sizes: Sizes, device: torch.device) -> list[Row]:
     settings = settings_of("speed", "tinylm")
     settings = dataclasses.replace(settings, **sizes.evaluation)
     lm = language_model(settings.model)
-    model = lm.hooked()
+    model = lm.bridge()
     texts = read_probe_texts(settings, lm.tokenizer, device)
     run = run_on(lm, settings, sae_bench_model=model, probe_texts=texts)
     core_text(settings)  # read now, and not by who comes first

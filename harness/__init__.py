@@ -15,8 +15,10 @@
     isolation        a rehearsal leaves no trace
     call_graph       the code that it depends on, from the objects at hand
     syntax           the statements of a Python file
-    language_model   a Hugging Face model in the two forms that training and evaluation need
+    language_model   any causal language model: itself, and TransformerLens' bridge to it
     fused_gemma      Gemma-2's forward pass on a CPU, faster
+    steering         what a forward pass does at a model's blocks
+    tokenizer        how a text becomes token ids: one rule for training, core and probing
     text             from a data set to packed contexts
     text_files       local files of texts
     probe_sets       what probing sets are: SAE-Bench's, tasks that ship here, files with labels
@@ -48,6 +50,7 @@ PUBLIC = {
     "evaluation.extra": ("extra_evaluations",),
     "evaluation.probing": ("sparse_probing",),
     "generators": ("seed_generators",),
+    "language_model": ("hook_name",),
     "machine": ("in_order", "trim_memory"),
     "records": ("check_results", "write_records"),
     "settings": ("checked", "must_hold"),

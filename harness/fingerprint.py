@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from harness import language_model, machine
+from harness import language_model, machine, steering, tokenizer
 from harness.call_graph import EXPERIMENT, Code, reachable_code
 from harness.identity import describe, patched, process_state
 from harness.interfaces import RunLike, SettingsLike
@@ -38,7 +38,7 @@ VERSIONED = (
     "torch", "transformers", "sae-bench", "sae-lens", "transformer-lens", "datasets",
     "numpy", "scikit-learn", "scipy", "tokenizers", "safetensors", "beartype", "jaxtyping",
 )  # fmt: skip
-BENEATH = (language_model, machine)  # modules that every result stands on: hashed whole
+BENEATH = (language_model, machine, steering, tokenizer)  # all results stand on them: hashed whole
 
 
 def result_key(
@@ -163,9 +163,10 @@ def model_identity(name: str) -> str:
     """What tells a model's weights from others: their commit on the hub, or their SHA-256."""
     from huggingface_hub import try_to_load_from_cache
 
-    folder = Path(model_path(name))
-    if folder.is_dir():
-        files = [f for f in sorted(folder.iterdir()) if f.suffix in (".safetensors", ".json")]
+    path, kinds = Path(model_path(name)), (".safetensors", ".gguf", ".json")
+    if path.exists():
+        files = [path] if path.is_file() else sorted(path.iterdir())
+        files = [file for file in files if file.suffix in kinds]
         return " ".join(sha256_file(file) for file in files)
     config = try_to_load_from_cache(name, "config.json")
     return Path(config).parent.name if isinstance(config, str) else name

@@ -21,7 +21,7 @@ class FusedLanguageModel:
 
     def __init__(self, plain: LanguageModel, contexts: int, context: int) -> None:
         """Args: contexts, context: the shape of the passes that are to be fast."""
-        self.plain, self.hf, self.name = plain, plain.hf, plain.name
+        self.plain, self.hf, self.name, self.d_model = plain, plain.hf, plain.name, plain.d_model
         self.tokenizer, self.special_token_ids = plain.tokenizer, plain.special_token_ids
         self.blocks, dtype = [], plain.hf.dtype
 
@@ -128,7 +128,8 @@ def for_harvest(
     plain = lm.cast(dtype)
     config = plain.hf.config
     small = sum(parameter.nbytes for parameter in plain.hf.parameters()) < 1e9
-    if plain.hf.device.type != "cpu" or not small or not config.attn_logit_softcapping:
+    gemma = config.model_type == "gemma2" and config.attn_logit_softcapping
+    if plain.hf.device.type != "cpu" or not small or not gemma or plain.hook != "resid_post":
         return plain
     last = (config.num_hidden_layers - 1,)
     tokens_BL = torch.arange(context)[None] % config.vocab_size

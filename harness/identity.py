@@ -191,7 +191,7 @@ class Description:
                     or isinstance(v, (bool, int, float)) and n != "hook_id"}  # fmt: skip
         state = {}
         for name, value in sorted(held.items()):
-            if "hooks" in name:  # by numbers that count all hooks of the process
+            if "hooks" in name and not isinstance(value, PLAIN):  # by numbers of the process
                 value = [*value.values()] if isinstance(value, dict) else [*value]
             if "hooks" not in name or value:
                 state[name] = self(value)

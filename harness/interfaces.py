@@ -17,6 +17,7 @@ class SettingsLike(Protocol):
     train_dtype: str
     device: str
     layers: tuple[int, ...]
+    hook: str
     context: int
     training_text: str
     d_sae: int

@@ -1,73 +1,91 @@
-"""A Hugging Face model in the two forms that training and evaluation need."""
+"""A Hugging Face model in the forms that training and evaluation need: itself, and the bridge."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import functools
-import math
+import importlib.util
 import os
 import threading
-import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 
-from harness.errors import GET_ACCESS, ExperimentError, first_line
+from harness.errors import GET_ACCESS, ExperimentError, first_line, shortened
+from harness.identity import changed, remember
 from harness.start import HERE
+from harness.steering import Steering, steered
 from harness.text import corpus_errors, special_token_ids
+from harness.tokenizer import prepare_tokenizer
 
-# How far a block of a model's two forms may be apart, as a part of the residual stream's length.
-ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 0.05}
-
-
-# Of a model whose `run_with_cache` several threads call: modules that never run, and those free.
-SPARE: weakref.WeakKeyDictionary[Any, tuple[Any, list[Any]]] = weakref.WeakKeyDictionary()
+# How far the bridge may be from the model itself, as a part of a tensor's length.
+ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.2}
 
 
-class _LastLayerReached(Exception):
-    """Ends a forward pass after the last layer that is wanted."""
+def hook_name(hook: str, layer: int) -> str:
+    """What TransformerLens, SAELens and SAE-Bench call what an SAE reads: "blocks.3.hook_…"."""
+    return f"blocks.{layer}.hook_{hook}"
 
 
 class LanguageModel:
-    """A Hugging Face Gemma-2 model in the two forms that training and evaluation need."""
+    """A causal language model, read at a hook point of its blocks.
 
-    def __init__(self, hf: nn.Module, tokenizer: Any, name: str) -> None:
-        self.hf, self.tokenizer, self.name = hf, tokenizer, name
+    Passes are its own modules', and may run side by side in several threads.
+
+    Args:
+        hf: from AutoModelForCausalLM. tokenizer: see `prepare_tokenizer`. name: as in settings.
+        hook: what is read of a block, by TransformerLens' name. "resid_post" is its output; others
+            are read by way of the bridge, one pass at a time.
+    Raises:
+        ExperimentError: it has no residual stream by block, or is not causal.
+    """
+
+    def __init__(self, hf: nn.Module, tokenizer: Any, name: str, hook: str = "resid_post") -> None:
+        self.hf, self.tokenizer, self.name, self.hook = hf, tokenizer, name, hook
         self.special_token_ids = special_token_ids(tokenizer)
-        self._pass = threading.local()  # passes run side by side, each with its own results
-        for layer, block in enumerate(hf.model.layers):
-            block.register_forward_hook(lambda _m, _i, out, at=layer: self._keep(at, out))
+        self.d_model = hf.config.hidden_size
+        self.blocks = blocks_of(hf, name)
+        for layer, block in enumerate(self.blocks):
+            if not hasattr(block, "layer_of_steering"):
+                block.layer_of_steering = layer
+                block.__class__ = steered(type(block))
+        self.starts_late = check_blocks(self)
+        self.bridged = None if hook == "resid_post" else self.bridge()
 
+    @torch.no_grad()
     def activations(self, tokens_BL: Tensor, layers: tuple[int, ...]) -> list[Tensor]:
-        """Residual streams after the given blocks, from one forward pass that stops at the last.
+        """What is read of the given blocks, from one forward pass that stops at the last.
 
         Args:
             tokens_BL: (B, L) token ids.
         Returns:
-            a tensor (B, L, D) per layer, as TransformerLens' blocks.L.hook_resid_post.
+            a tensor (B, L, D) per layer, as TransformerLens' blocks.L.hook_….
         """
-        self._pass.found, self._pass.layers = {}, layers
-        try:
-            with torch.no_grad():
-                self.hf.model(input_ids=tokens_BL.to(self.hf.device), use_cache=False)
-        except _LastLayerReached:
-            pass
-        finally:
-            found, self._pass.found, self._pass.layers = self._pass.found, {}, ()
-        return [found[layer] for layer in layers]
+        if self.bridged is not None:
+            hooks = {hook_name(self.hook, layer): layer for layer in layers}
+            return list(acts_at(self.bridged, hooks, tokens_BL).values())
+        with Steering(layers, stops=True) as steering:
+            decoder(self.hf)(input_ids=tokens_BL.to(self.hf.device), use_cache=False)
+        return [steering.found[layer] for layer in layers]
 
-    def _keep(self, layer: int, output: Any) -> None:
-        """Called after each block: keeps its output if this thread's pass is to have it."""
-        layers = getattr(self._pass, "layers", ())
-        if layer in layers:
-            # transformers 4 returns a tuple here, transformers 5 the tensor.
-            self._pass.found[layer] = output[0] if isinstance(output, tuple) else output
-            if layer == max(layers):
-                raise _LastLayerReached
+    @torch.no_grad()
+    def logits(self, tokens_BL: Tensor, layers: Sequence[int] = ()) -> tuple[Tensor, list[Tensor]]:
+        """Logits (B, L, V) of a whole pass, and its residual streams after the given blocks."""
+        with Steering(layers) as steering:
+            out = self.hf(input_ids=tokens_BL.to(self.hf.device), use_cache=False)
+        return out.logits, [steering.found[layer] for layer in layers]
+
+    @torch.no_grad()
+    def logits_from(self, tokens_BL: Tensor, layer: int, stream_BLD: Tensor) -> Tensor:
+        """Logits of a pass in which the residual stream after a block is `stream_BLD`.
+
+        Bit for bit; the blocks up to that one don't run, where the model can do without.
+        """
+        with Steering(at=layer, stream_BLD=stream_BLD, late=self.starts_late):
+            return self.hf(input_ids=tokens_BL.to(self.hf.device), use_cache=False).logits
 
     def cast(self, dtype: str) -> LanguageModel:
         """The same model in another precision; itself where it has that precision."""
@@ -76,149 +94,196 @@ class LanguageModel:
         hf = copy.deepcopy(self.hf)
         for parameter in hf.parameters():  # not the buffers: RoPE's angles need float32
             parameter.data = parameter.data.to(getattr(torch, dtype))
-        return LanguageModel(hf, self.tokenizer, self.name)
+        return LanguageModel(hf, self.tokenizer, self.name, self.hook)
 
-    def hooked(self, context: int = 128) -> Any:
-        """The same model as TransformerLens' HookedTransformer, unprocessed, for SAE-Bench.
+    def bridge(self) -> Any:
+        """TransformerLens' bridge to the same model, as SAE-Bench calls it, on the same weights.
 
-        Args:
-            context: tokens of the context that the two forms are compared on.
+        Its `plain` makes the same passes in less time, without hooks: see `acts_at`.
+
         Raises:
-            ExperimentError: they differ by more than rounding.
+            ExperimentError: TransformerLens has none, or one that computes something else.
         """
-        from transformer_lens.pretrained.weight_conversions import convert_gemma_weights
+        from transformer_lens.model_bridge import TransformerBridge
 
-        cfg = hooked_config(self.hf.config, self.hf.dtype, self.hf.device, self.name)
-        # A tokenizer of its own: a call sets the padding of those that another thread makes.
-        model = hooked_class()(cfg, copy.deepcopy(self.tokenizer), move_to_device=False)
-        # Both forms share their matrices, but for W_E, which holds the embedding's scale.
-        # load_and_process_state_dict (TransformerLens 3.9.0) would copy all of them by way of
-        # float32, into a layout that the layers turn back before each product.
-        weights = convert_gemma_weights(self.hf, cfg)
-        weights = {name: weight.to(cfg.dtype) for name, weight in weights.items()}
-        model.load_state_dict(dict(model.named_buffers()) | weights, assign=True)
-        model.move_model_modules_to_device()
-        model.requires_grad_(False)
-        model.eval()
-        self.check_same(model, context)
-        return model
+        hf = on_same_weights(self.hf)  # its modules are wrapped where they stand
+        hf.config.architectures = [type(hf).__name__]
+        tokenizer = copy.deepcopy(self.tokenizer)
+        tokenizer.init_kwargs["add_bos_token"] = True  # or another is loaded, by name
+        try:
+            bridge = TransformerBridge.boot_transformers(
+                self.name, hf_model=hf, tokenizer=tokenizer, device=self.hf.device,
+                dtype=self.hf.dtype,
+            )  # fmt: skip
+        except Exception as error:
+            raise ExperimentError(
+                f"the language model {self.name!r} must be one that TransformerLens' "
+                f"TransformerBridge wraps, since SAE-Bench calls that, but of "
+                f"{type(self.hf).__name__} it says: {shortened(first_line(error), 150)}: choose "
+                "another model"
+            ) from error
+        # Its own again: another thread may be at the first one, and the bridge adds tokens to it.
+        bridge._tokenizer = copy.deepcopy(self.tokenizer)
+        bridge.cfg.tokenizer_prepends_bos = self.tokenizer.bos_token_id is not None
+        bridge.cfg.tokenizer_appends_eos = False
+        twin = LanguageModel(on_same_weights(self.hf), self.tokenizer, self.name)
+        bridge.__dict__["plain"] = twin if self.hook == "resid_post" else None
+        self.check_same(bridge, twin)
+        return remember(bridge, bridge)
 
     @torch.no_grad()
-    def check_same(self, hooked: Any, context: int) -> None:
-        """Holds each block of TransformerLens' form, and its logits, against this one.
-
-        A block gets the residual stream that this form's block gets, so that rounding doesn't add
-        up. TransformerLens has no attention bias and no scaling of RoPE in Gemma-2, for example.
+    def check_same(self, bridge: Any, twin: LanguageModel) -> None:
+        """Holds the bridge's streams and logits against the model's.
 
         Raises:
-            ExperimentError: they differ by more than rounding, or are no numbers.
+            ExperimentError: they differ by more than rounding, or are no numbers; or the bridge
+                has no such hook.
         """
-        n_layers, draw = self.hf.config.num_hidden_layers, torch.Generator().manual_seed(0)
-        tokens_BL = torch.randint(self.hf.config.vocab_size, (1, context), generator=draw)
-        tokens_BL[:, 0] = self.tokenizer.bos_token_id
+        layers = range(len(self.blocks))
+        wanted = hook_name(self.hook, layers[-1])
+        if wanted not in bridge.hook_dict:
+            raise ExperimentError(
+                f"hook must be one that {self.name!r} has in TransformerLens, but it has no "
+                f"{wanted}: set hook to 'resid_post'"
+            )
+        tokens_BL = 3 + torch.arange(6)[None] % (self.hf.config.vocab_size - 3)
         tokens_BL = tokens_BL.to(self.hf.device)
-        expected = self.activations(tokens_BL, tuple(range(n_layers)))
-        expected.append(self.hf(input_ids=tokens_BL, use_cache=False).logits)
-        for layer, ours in enumerate(expected):
-            at = {"stop_at_layer": layer + 1 if layer < n_layers else None}
-            if layer:
-                at |= {"start_at_layer": layer, "tokens": tokens_BL}
-            theirs = hooked(expected[layer - 1] if layer else tokens_BL, **at)
-            # Not of BOS, whose residual stream may be hundreds of times as long as any other.
-            error = float((theirs - ours)[:, 1:].float().norm() / ours[:, 1:].float().norm())
-            if not error <= ROUNDING[self.hf.dtype]:
-                what = f"block {layer}" if layer < n_layers else "what follows the last block"
-                raise ExperimentError(
-                    f"the language model {self.name!r} must be the same in transformers and in "
-                    f"TransformerLens, which SAE-Bench runs, but {what} gives what is off by "
-                    f"{error:.2g} of its length: its config.json asks for what TransformerLens "
-                    "lacks (attention_bias, rope_scaling), or its weights hold NaN; choose another"
-                )
+        hooks = [hook_name("resid_post", layer) for layer in layers]
+        logits, cache = bridge.run_with_cache(tokens_BL, names_filter=hooks)
+        ours, streams = twin.logits(tokens_BL, layers)
+        for what, x, y in zip(
+            [*hooks, "what follows the last block"], [*streams, ours],
+            [*(cache.cache_dict.get(hook) for hook in hooks), logits],
+        ):  # fmt: skip
+            if y is None:
+                off = "nothing"
+            else:
+                error = float((x - y).float().norm() / x.float().norm().clamp(min=1e-9))
+                if error <= ROUNDING[self.hf.dtype]:
+                    continue
+                off = f"what is off by {error:.2g} of its length"
+            raise ExperimentError(
+                f"the language model {self.name!r} must be the same in transformers and in "
+                f"TransformerLens' bridge, which SAE-Bench calls, but {what} gives {off}: look "
+                "for NaN in its weights, or choose another"
+            )
 
 
-@functools.cache
-def hooked_class() -> type:
-    """HookedTransformer, with a `run_with_cache` that several threads may call at once.
+BRIDGE = threading.Lock()  # hooks of a pass lie in the bridge's modules
 
-    Its hooks lie in the modules (TransformerLens 3.9.0): a call that finds those of the model in
-    use gets modules of its own, on the same weights. They are copies of modules that never run,
-    since a copy made during a pass would have that pass's hooks for ever.
+
+@torch.no_grad()
+def acts_at(
+    bridge: Any, hooks: dict[str, int], tokens_BL: Tensor, plain: LanguageModel | None = None
+) -> dict[str, Tensor]:
+    """What is read at hooks, (B, L, D) each, from one pass that stops at the last of them.
+
+    Args:
+        hooks: their layers. plain: see `plain_of`; None: the bridge makes the pass.
     """
-    from transformer_lens import HookedTransformer
-
-    class Hooked(HookedTransformer):
-        """See `hooked_class`."""
-
-        turn = threading.Lock()
-
-        def run_with_cache(self, *args: Any, **kwargs: Any) -> Any:
-            with self.turn:
-                if self not in SPARE:
-                    SPARE[self] = self.on_same_weights(), [self]
-                unused, free = SPARE[self]
-                lens = free.pop() if free else unused.on_same_weights()
-            try:
-                return super(Hooked, lens).run_with_cache(*args, **kwargs)
-            finally:
-                free.append(lens)
-
-        def set_tokenizer(self, tokenizer: Any, default_padding_side: str | None = None) -> None:
-            """Takes the tokenizer as it is, where TransformerLens would load another one."""
-            self.tokenizer, self.cfg.tokenizer_prepends_bos = tokenizer, True
-
-        def on_same_weights(self) -> Hooked:
-            """A copy of the modules."""
-            shared = (*self.parameters(), *self.buffers(), self.tokenizer, self.cfg)
-            return copy.deepcopy(self, {id(thing): thing for thing in shared})
-
-    return Hooked
+    layers = tuple(hooks.values())
+    if plain is not None:
+        return dict(zip(hooks, plain.activations(tokens_BL, layers)))
+    with BRIDGE:
+        _, cache = bridge.run_with_cache(
+            tokens_BL, names_filter=list(hooks), stop_at_layer=max(layers) + 1
+        )
+    return {hook: cache[hook] for hook in hooks}
 
 
-def hooked_config(hf_config: Any, dtype: torch.dtype, device: Any, name: str) -> Any:
-    """TransformerLens' configuration of a Gemma-2 model, from the model's own config.json."""
-    from transformer_lens import HookedTransformerConfig
+def plain_of(bridge: Any) -> LanguageModel | None:
+    """What makes the bridge's passes in less time; None where it isn't as it was made.
 
-    rope = getattr(hf_config, "rope_parameters", None) or {}
-    kinds = {"sliding_attention": "local", "full_attention": "global"}
-    return HookedTransformerConfig(
-        model_name=name.split("/")[-1],
-        tokenizer_name=name,
-        original_architecture="Gemma2ForCausalLM",
-        n_layers=hf_config.num_hidden_layers,
-        d_model=hf_config.hidden_size,
-        d_head=hf_config.head_dim,
-        n_heads=hf_config.num_attention_heads,
-        n_key_value_heads=hf_config.num_key_value_heads,
-        d_mlp=hf_config.intermediate_size,
-        d_vocab=hf_config.vocab_size,
-        n_ctx=hf_config.max_position_embeddings,
-        eps=hf_config.rms_norm_eps,
-        act_fn=hf_config.hidden_activation,
-        initializer_range=hf_config.initializer_range,
-        attn_scale=math.sqrt(hf_config.query_pre_attn_scalar),
-        use_attn_scale=True,
-        attn_scores_soft_cap=hf_config.attn_logit_softcapping or -1.0,
-        output_logits_soft_cap=hf_config.final_logit_softcapping or -1.0,
-        use_local_attn=True,
-        window_size=hf_config.sliding_window,
-        attn_types=[kinds[kind] for kind in hf_config.layer_types],
-        positional_embedding_type="rotary",
-        rotary_base=rope.get("rope_theta", getattr(hf_config, "rope_theta", 10000.0)),
-        rotary_dim=hf_config.head_dim,
-        normalization_type="RMS",
-        final_rms=True,
-        use_normalization_before_and_after=True,
-        gated_mlp=True,
-        init_weights=False,
-        default_prepend_bos=True,
-        dtype=dtype,
-        device=str(device),
+    Weights that were changed, or hooks, are the bridge's; or it is read at another hook point.
+    """
+    return None if changed(bridge) else bridge.plain
+
+
+def decoder(hf: nn.Module) -> nn.Module:
+    """A model without its head."""
+    return hf.get_decoder()
+
+
+def blocks_of(hf: nn.Module, name: str) -> nn.ModuleList:
+    """The blocks, in the order of the layers: the list of as many as config.json says."""
+    n_layers = getattr(hf.config, "num_hidden_layers", None)
+    for module in decoder(hf).modules():
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers:
+            return module
+    raise ExperimentError(
+        f"the language model {name!r} must have its blocks in one list, as many as the "
+        f"num_hidden_layers of its config.json, {n_layers}, but {type(hf).__name__} has none: "
+        "choose another"
     )
+
+
+@torch.no_grad()
+def check_blocks(lm: LanguageModel) -> bool:
+    """Tries passes over a few tokens. Returns whether one can begin behind a block.
+
+    Raises:
+        ExperimentError: the blocks don't pass on one residual stream, or it is not causal.
+    """
+    tokens_BL = (torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]]) + 3) % lm.hf.config.vocab_size
+    layers, n_layers = range(len(lm.blocks)), len(lm.blocks)
+    with Steering(layers) as steering:
+        logits = lm.hf(input_ids=tokens_BL.to(lm.hf.device), use_cache=False).logits
+    streams = [steering.found.get(layer) for layer in layers]
+    shape = (*tokens_BL.shape, lm.d_model)
+    kind = f"the language model {lm.name!r} must"
+    if steering.passed != [*layers] or any(x is None or x.shape != shape for x in streams):
+        raise ExperimentError(
+            f"{kind} pass on one residual stream (tokens, {lm.d_model}) through {n_layers} blocks, "
+            f"one after another, but {type(lm.hf).__name__} does otherwise: choose another"
+        )
+    one, other = streams[-1][:, :-1].float()
+    if float((one - other).norm()) > 0.01 * float(one.norm()):
+        raise ExperimentError(
+            f"{kind} be causal, but what {type(lm.hf).__name__} computes of a token depends on "
+            "later ones, as an encoder's does: choose a model that predicts the next token"
+        )
+    middle = n_layers // 2
+    with contextlib.suppress(Exception):  # of a block that gives more than the stream
+        with Steering(at=middle, stream_BLD=streams[middle], late=True):
+            again = lm.hf(input_ids=tokens_BL.to(lm.hf.device), use_cache=False).logits
+        return torch.equal(again, logits)
+    return False
+
+
+def on_same_weights(hf: nn.Module) -> nn.Module:
+    """A copy of the modules; the weights are the same tensors."""
+    return copy.deepcopy(hf, {id(t): t for t in (*hf.parameters(), *hf.buffers())})
+
+
+# ---- Loading
 
 
 def model_path(name: str) -> str:
     """What transformers loads: the hub's name, or a folder; "tinylm": the built-in model's."""
     return str(HERE / "tinylm") if name == "tinylm" else name
+
+
+def source_of(name: str) -> tuple[str, dict[str, str]]:
+    """What transformers loads a model from, and its further options: `gguf_file`, of a GGUF file.
+
+    Raises:
+        ExperimentError: a folder has several such files, or what reads them isn't installed.
+    """
+    path = Path(model_path(name))
+    files = [path] if path.is_file() else sorted(path.glob("*.gguf"))
+    if not files or path.is_dir() and any(path.glob("*.safetensors")):
+        return str(model_path(name)), {}
+    if len(files) > 1:
+        raise ExperimentError(
+            f"the folder {name!r} must hold one model, but has {len(files)} GGUF files: set model "
+            f"to one of them, such as {str(files[0])!r}"
+        )
+    if importlib.util.find_spec("gguf") is None:
+        raise ExperimentError(
+            f"the language model {name!r} is a GGUF file, which takes the package gguf, but it is "
+            "not installed: `pip install gguf`"
+        )
+    return str(files[0].parent), {"gguf_file": files[0].name}
 
 
 @contextlib.contextmanager
@@ -230,34 +295,52 @@ def access_errors(name: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, SafetensorError) as error:
         raise ExperimentError(
-            f"the language model {name!r} can't be loaded ({first_line(error)}); for the gated "
-            f"google/gemma-2-2b, {GET_ACCESS}"
+            f"the language model {name!r} can't be loaded ({first_line(error)}); for a gated one, "
+            f"such as google/gemma-2-2b, {GET_ACCESS}"
         ) from error
 
 
 def language_model_config(name: str) -> Any:
-    """A model's config.json, as transformers reads it."""
-    from transformers import AutoConfig
+    """A model's configuration, as transformers reads it; of one that also sees, its text model's.
 
+    Raises:
+        ExperimentError: it is not there, or no causal language model's.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    path, options = source_of(name)
     with access_errors(name):
         # False, not None, which asks on the terminal whether a model's own code may run.
-        return AutoConfig.from_pretrained(model_path(name), trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **options)
+    text = config.get_text_config(decoder=True)
+    if config.is_encoder_decoder or type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        what = "an encoder-decoder" if config.is_encoder_decoder else "none that transformers has"
+        raise ExperimentError(
+            f"model {name!r} must be a causal language model, but {config.model_type!r} is {what}: "
+            "set Settings.model to one that predicts the next token"
+        )
+    return text
 
 
 def load_language_model(
-    name: str, dtype: str = "float32", device: torch.device | str = "cpu"
+    name: str,
+    dtype: str = "float32",
+    device: torch.device | str = "cpu",
+    hook: str = "resid_post",
 ) -> LanguageModel:
-    """Loads a Gemma-2 model by its Hugging Face name, or from a folder in that form.
+    """Loads a causal language model by its Hugging Face name, or from a folder or GGUF file.
 
     Args:
-        name: the hub's name or a folder; "tinylm": the built-in model, its files verified first.
-        dtype: "float32" or "bfloat16".
+        name: the hub's name, a folder or a file; "tinylm": the built-in model, its files verified
+            first.
+        dtype: "float32" or "bfloat16". hook: see `LanguageModel`.
 
     Raises:
-        ExperimentError: it is not there, not readable, not allowed, not a Gemma-2 model, or its
-            weights are not those that its config.json describes.
+        ExperimentError: it is not there, not readable, not allowed, not a causal language model,
+            or its weights are not those that its config.json describes.
     """
-    from transformers import AutoTokenizer, Gemma2ForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if name == "tinylm":
         from tinylm import corpus
@@ -265,19 +348,17 @@ def load_language_model(
         with corpus_errors():
             corpus.verify_files()
             corpus.check_packages()
-    config, path = language_model_config(name), model_path(name)
-    if config.model_type != "gemma2":
-        raise ExperimentError(
-            f"model {name!r} must be of the Gemma-2 architecture, but its config.json says "
-            f"{config.model_type!r}: set Settings.model to a Gemma-2 model"
-        )
+    config, (path, gguf) = language_model_config(name), source_of(name)
     # Or transformers takes what a bot has made of the pickle in a pull request.
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
+    form = gguf or {"use_safetensors": True, "config": config}
     with access_errors(name):
         try:
-            hf, report = Gemma2ForCausalLM.from_pretrained(
-                path, dtype=dtype, attn_implementation="eager", use_safetensors=True,
-                output_loading_info=True, ignore_mismatched_sizes=True,
+            # Eager, as the bridge computes: so its figures are those of the passes here.
+            hf, report = AutoModelForCausalLM.from_pretrained(
+                path, dtype=getattr(torch, dtype), attn_implementation="eager",
+                output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False,
+                **form,
             )  # fmt: skip
         except OSError as error:
             if " file named model.safetensors" not in str(error):
@@ -288,10 +369,10 @@ def load_language_model(
                 "run code: choose a model with safetensors, or convert the weights"
             ) from error
         check_weights(name, report)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **gguf)
     prepare_tokenizer(tokenizer, name, hf.get_input_embeddings().num_embeddings)
     hf.requires_grad_(False)
-    return LanguageModel(hf.eval().to(device), tokenizer, name)
+    return LanguageModel(hf.eval().to(device), tokenizer, name, hook)
 
 
 def check_weights(name: str, report: dict[str, Any]) -> None:
@@ -317,34 +398,3 @@ def check_weights(name: str, report: dict[str, Any]) -> None:
         f"the weights of the language model {name!r} must be those that its config.json describes, "
         f"but the file {', '.join(parts)}: fetch the model again, or correct its config.json"
     )
-
-
-def prepare_tokenizer(tokenizer: Any, name: str, n_embeddings: int) -> None:
-    """Has a tokenizer give BOS and the text, nothing else, and a token to pad with.
-
-    So training, core evaluation and probing read a text alike, whatever the tokenizer adds.
-
-    Raises:
-        ExperimentError: it can't, or the model has no embedding for some of its tokens.
-    """
-    plain = tokenizer("text", add_special_tokens=False)["input_ids"]
-    largest = max(tokenizer.get_vocab().values())
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    wrong = {
-        "must know words, but knows none: its tokenizer.json is missing or damaged; fetch the "
-        "model again": not plain or tokenizer.unk_token_id in plain,
-        f"must have ids below {n_embeddings}, the rows of the embedding, but has {largest}: take "
-        "the tokenizer that belongs to the model": largest >= n_embeddings,
-        "must have a BOS token, which begins each context, but has none: name one as bos_token in "
-        "its tokenizer_config.json": tokenizer.bos_token_id is None,
-        "must be a fast one, with a tokenizer.json, but is none: convert it": backend is None,
-    }
-    for sentence, holds in wrong.items():
-        if holds:
-            raise ExperimentError(f"the tokenizer of the language model {name!r} {sentence}")
-    bos, bos_id = tokenizer.bos_token, tokenizer.bos_token_id
-    if tokenizer("text")["input_ids"] != [bos_id, *plain]:
-        named = {"id": "bos", "ids": [bos_id], "tokens": [bos]}
-        backend.post_processor = TemplateProcessing(single="bos $A", special_tokens=[named])
-    if tokenizer.pad_token_id is None:  # it is left out wherever it stands, as these are
-        tokenizer.pad_token = tokenizer.eos_token or bos

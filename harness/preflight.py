@@ -66,8 +66,11 @@ def hub_problem(kind: str, name: str) -> str | None:
     import huggingface_hub
     from huggingface_hub import constants, errors
 
-    if kind == "model" and os.path.isfile(name):
-        return f"the model {name!r} must be a folder, but is a file: name the folder that it is in"
+    if kind == "model" and os.path.isfile(name) and not name.endswith(".gguf"):
+        return (
+            f"the model {name!r} must be a folder or a GGUF file, but is another file: name the "
+            "folder that it is in"
+        )
     if os.path.exists(name) or in_local_cache(kind, name):
         return None
     if not may_be_on_the_hub(name):
@@ -133,17 +136,18 @@ def memory_estimate(settings: SettingsLike) -> dict[str, float]:
     size = {"float32": 4, "bfloat16": 2}
     lm_bytes = size[settings.lm_dtype]
     D, F, V = config.hidden_size, settings.d_sae, config.vocab_size
+    # Not every architecture names it; GPT-2's is four times as wide unless it says otherwise.
+    wide = getattr(config, "intermediate_size", None) or 4 * D
     n_saes = len(settings.layers) * len(settings.seeds)
     n_tokens = settings.harvest_contexts * settings.context
     core_tokens = settings.core_prompts * settings.context
     return {
-        # With its embedding twice: TransformerLens scales it.
-        "language model": (parameters + V * D) * lm_bytes,
+        "language model": parameters * lm_bytes,
         # Weights, gradient, two moments and the untrained SAE, in float32.
         "SAEs": n_saes * 2 * D * F * 4 * 5,
         # The buffer, its parts while they are joined; a pass; ten tensors (B, F) of a step.
         "training": 2 * settings.buffer_tokens * len(settings.layers) * D * lm_bytes
-        + n_tokens * (3 * config.intermediate_size + 6 * D) * lm_bytes
+        + n_tokens * (3 * wide + 6 * D) * lm_bytes
         + 10 * settings.batch * F * 4,
         # Logits: unchanged, ablated (a layer each), reconstructed, and six terms of the KL.
         "evaluation": core_tokens * V * lm_bytes * (8 + len(settings.layers)),

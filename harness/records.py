@@ -19,6 +19,7 @@ from harness.errors import ExperimentError
 from harness.evaluation.export import check_published
 from harness.evaluation.probing import probing_config
 from harness.interfaces import RunLike, SAELike, SettingsLike
+from harness.language_model import hook_name
 from harness.machine import peak_memory_gb
 from harness.provenance import write_outcome
 from harness.reference import complete_folder, verdict_of
@@ -226,7 +227,7 @@ def check_results(
             check_published(name, sae, out_dir / "sae" / f"layer_{layer}" / f"seed_{seed}")
         expected = {
             "layer": layer,
-            "hook": f"blocks.{layer}.hook_resid_post",
+            "hook": hook_name(settings.hook, layer),
             "width": settings.d_sae,
         }
         found = {"layer": sae.cfg.hook_layer, "hook": sae.cfg.hook_name, "width": len(sae.W_dec)}

@@ -56,7 +56,7 @@ class Run:
         settings: with core's batches as they fit the memory.
         device: of the language model and the SAEs. train_dtype: of training's matrix products.
         language_model: in the form and precision for harvesting.
-        sae_bench_model: the same in TransformerLens' form.
+        sae_bench_model: TransformerLens' bridge to it, which SAE-Bench calls.
         probe_texts: by data set, the token ids of its train and its test split.
         out_dir: the folder that it leaves; runs: the folder where others stand beside it.
         log: what libraries print. source: of experiment.py, as it runs.
@@ -243,12 +243,11 @@ def load_models(
     settings: SettingsLike, train_dtype: str, device: torch.device
 ) -> dict[str, Any]:
     """The language model in the forms for harvesting and for SAE-Bench, by their names in `Run`."""
-    lm = load_language_model(settings.model, settings.lm_dtype, device)
+    lm = load_language_model(settings.model, settings.lm_dtype, device, settings.hook)
     check_layers(settings, lm)
     harvest = for_harvest(lm, train_dtype, settings.harvest_contexts, settings.context)
-    hooked = lm.hooked(settings.context)
     return {
-        "sae_bench_model": remember(hooked, hooked),
+        "sae_bench_model": lm.bridge(),
         "language_model": remember(harvest, harvest.hf),
     }
 
@@ -360,8 +359,8 @@ def check_layers(settings: SettingsLike, lm: LanguageModel) -> None:
             f"layers must be below {n_layers}, the number of blocks of {settings.model}, but are "
             f"{settings.layers}: change them at the top of experiment.py"
         )
-    positions = lm.hf.config.max_position_embeddings
-    if settings.context > positions:
+    positions = getattr(lm.hf.config, "max_position_embeddings", None)
+    if positions is not None and settings.context > positions:
         raise ExperimentError(
             f"context must be at most {positions}, the positions of {settings.model}, but is "
             f"{settings.context}: lower it at the top of experiment.py"

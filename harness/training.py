@@ -292,9 +292,9 @@ class ActivationCache:
     @functools.cached_property
     def files(self) -> TensorCache:
         """Where they are kept, unless they are too many."""
-        s, config = self.run.settings, self.run.language_model.hf.config
+        s, d_model = self.run.settings, self.run.language_model.d_model
         size = 2 if self.run.train_dtype == "bfloat16" else 4
-        n_bytes = s.training_tokens * len(s.layers) * config.hidden_size * size
+        n_bytes = s.training_tokens * len(s.layers) * d_model * size
         key = None
         if self.run.keeps and n_bytes <= ACTIVATIONS_GB * 1e9:
             given = {"harvest": self.harvest, "language model": self.run.language_model}

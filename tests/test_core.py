@@ -44,7 +44,7 @@ def test_a_run_s_core_figures_are_stock_sae_bench_s_on_the_stored_sae(toy, toy_r
     from sae_lens.training.activations_store import ActivationsStore
 
     settings = settings_of("run_1", "tinylm")
-    model = load_language_model(settings.model).hooked()
+    model = load_language_model(settings.model).bridge()
     info = json.loads((toy_run / "final_info.json").read_text())
     for layer in settings.layers:
         sae = stored_sae(toy_run, layer)
@@ -112,7 +112,7 @@ def stock_core(sae, settings, model) -> tuple[dict, dict]:
 def test_core_side_by_side_is_stock_core_one_by_one(toy, toy_lm) -> None:
     """Shared passes change no figure, not even in the last bit, and each batch is read once."""
     settings = dataclasses.replace(settings_of("run_1", "tinylm"), layers=(0, 2))
-    model = toy_lm.hooked()
+    model = toy_lm.bridge()
     saes = two_saes(toy, settings)
     seen = []
     together = shared_core_evals(saes, model, settings, toy.core_metrics, seen.append)
@@ -127,9 +127,10 @@ def test_core_side_by_side_is_stock_core_one_by_one(toy, toy_lm) -> None:
 def test_what_an_edit_asks_beside_is_answered_by_sae_and_model(toy, toy_lm) -> None:
     """No pass over the shared batch stands for one over other tokens, layers or options."""
     settings = dataclasses.replace(settings_of("run_1", "tinylm"), layers=(0, 2))
-    model = toy_lm.hooked()
+    model = toy_lm.bridge()
     sae = two_saes(toy, settings)["layer_2"]
-    shared = SharedForward(model, core_store(settings, model, sae), (0, 2), lambda n: None)
+    hooks = {f"blocks.{layer}.hook_resid_post": layer for layer in (0, 2)}
+    shared = SharedForward(model, core_store(settings, model, sae), hooks, lambda n: None)
     counting = CountingSAE(sae, shared)
     view = ModelView(shared, counting)
     tokens_BL = shared.batch(1, 4)
@@ -221,7 +222,7 @@ def test_a_core_text_that_is_used_again_is_said(
     replace(monkeypatch, "core_text", lambda settings: text)
     settings = dataclasses.replace(settings_of("run_1", "tinylm"), layers=(2,))
     run = run_on(
-        toy_lm, settings, sae_bench_model=toy_lm.hooked(), out_dir=tmp_path, keeps=True
+        toy_lm, settings, sae_bench_model=toy_lm.bridge(), out_dir=tmp_path, keeps=True
     )
     sae = toy.new_sae(settings, 2, 0, (torch.ones(32), 1.0), {}, 4)
     for _ in range(2):
@@ -236,7 +237,7 @@ def test_a_core_text_without_a_whole_context_is_one_sentence(toy, toy_lm, monkey
     replace(monkeypatch, "core_text", lambda settings: text)
     settings = dataclasses.replace(settings_of("run_1", "tinylm"), layers=(0, 2))
     with pytest.raises(ExperimentError, match="must hold one context of 32 tokens, but is shorter"):
-        shared_core_evals(two_saes(toy, settings), toy_lm.hooked(), settings, toy.core_metrics)
+        shared_core_evals(two_saes(toy, settings), toy_lm.bridge(), settings, toy.core_metrics)
 
 
 def test_an_error_in_one_core_evaluation_ends_all(toy, toy_lm) -> None:
@@ -248,14 +249,14 @@ def test_an_error_in_one_core_evaluation_ends_all(toy, toy_lm) -> None:
 
     saes["layer_2"].decode = broken
     with pytest.raises(RuntimeError, match="broken decoder"):
-        shared_core_evals(saes, toy_lm.hooked(), settings, toy.core_metrics)
+        shared_core_evals(saes, toy_lm.bridge(), settings, toy.core_metrics)
     assert torch.is_grad_enabled()
 
 
 def test_own_figures_are_the_formula(toy, toy_lm) -> None:
     """A constant scores 1, and an SAE what the formula says of the tokens that stock core sees."""
     settings = dataclasses.replace(settings_of("run_1", "tinylm"), layers=(2,))
-    model = toy_lm.hooked()
+    model = toy_lm.bridge()
     sae = two_saes(toy, settings)["layer_2"]
     seen = []
     encode = sae.encode
@@ -285,7 +286,7 @@ def test_a_batch_of_another_size_changes_no_figure_of_our_own(toy, toy_lm) -> No
     sae = {"sae": two_saes(toy, settings)["layer_2"]}
     twice = dataclasses.replace(settings, core_prompts=8, core_reconstruction_batches=1,
                                 core_sparsity_batches=2)  # fmt: skip
-    model = toy_lm.hooked()
+    model = toy_lm.bridge()
     one, other = (
         shared_core_evals(sae, model, s, toy.core_metrics)["sae"] for s in (settings, twice)
     )
@@ -294,11 +295,12 @@ def test_a_batch_of_another_size_changes_no_figure_of_our_own(toy, toy_lm) -> No
     assert one[2] == pytest.approx(other[2], rel=1e-5)
 
 
-def test_a_layer_that_the_loss_does_not_need_is_named(toy, toy_lm) -> None:
+def test_a_layer_that_the_loss_does_not_need_is_named(toy, toy_model: Path) -> None:
     """SAE-Bench divides by the loss with zeros in the layer's place less the loss as it is."""
     settings = dataclasses.replace(settings_of("run_1", "tinylm"), layers=(0, 2))
-    model = toy_lm.hooked()
-    model.unembed.W_U = torch.nn.Parameter(torch.zeros_like(model.unembed.W_U))
+    lm = load_language_model(str(toy_model))
+    lm.hf.lm_head.weight = torch.nn.Parameter(torch.zeros_like(lm.hf.lm_head.weight))
+    model = lm.bridge()
     with pytest.raises(ExperimentError, match="core evaluation of layer_0: a score divides by"):
         shared_core_evals(two_saes(toy, settings), model, settings, toy.core_metrics)
 
@@ -346,7 +348,7 @@ def test_a_nan_in_core_stops_the_run_and_is_not_recorded_as_minus_one(
     settings = settings_of("run_1", "tinylm")
     sae = toy.new_sae(settings, 2, 0, STATS, {}, 4)
     sae.b_dec.data[0] = float("nan")
-    run = run_on(toy_lm, settings, sae_bench_model=toy_lm.hooked(), out_dir=tmp_path)
+    run = run_on(toy_lm, settings, sae_bench_model=toy_lm.bridge(), out_dir=tmp_path)
     with pytest.raises(ExperimentError, match="core evaluation of broken: .* is nan"):
         core_evaluation(run, {"broken": sae}, toy.core_metrics)
     assert not list(tmp_path.rglob("*.json"))
@@ -362,7 +364,7 @@ def test_core_does_not_replace_bos(toy, toy_lm) -> None:
     sae.encode = lambda x: x
     sae.decode = lambda x: torch.where((x - bos).abs().amax(-1, keepdim=True) < 1e-3, 100.0, x)
     metrics = core.get_recons_loss(
-        sae, toy_lm.hooked(), torch.tensor([[2, 9, 40, 70]]), None, True, True,
+        sae, toy_lm.bridge(), torch.tensor([[2, 9, 40, 70]]), None, True, True,
         ignore_tokens={0, 1, 2}, exclude_special_tokens_from_reconstruction=True,
     )  # fmt: skip
     assert torch.equal(metrics["ce_loss_with_sae"], metrics["ce_loss_without_sae"])
@@ -373,12 +375,14 @@ def test_the_language_model_s_passes_are_made_once(toy, toy_lm, tmp_path, monkey
     """Another SAE's evaluation reads them; a damaged one is made again; a rehearsal keeps none."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     settings = dataclasses.replace(settings_of("run_1", "tinylm"), layers=(2,))
-    model, numbers = toy_lm.hooked(), iter(range(100))
+    model, numbers = toy_lm.bridge(), iter(range(100))
     sae = toy.new_sae(settings, 2, 0, STATS, {}, 4)
-    calls, run_with_cache = Calls(), model.run_with_cache
-    monkeypatch.setattr(
-        model, "run_with_cache", lambda *a, **k: (calls.append(1), run_with_cache(*a, **k))[1]
-    )
+    calls = Calls()
+    for kind in ("activations", "logits"):
+        stock = getattr(model.plain, kind)
+        monkeypatch.setattr(
+            model.plain, kind, lambda *a, stock=stock: (calls.append(1), stock(*a))[1]
+        )
 
     run = run_on(toy_lm, settings, sae_bench_model=model, out_dir=tmp_path)
 
@@ -407,7 +411,7 @@ def test_passes_are_kept_by_the_tokens_they_are_over(toy, toy_lm, tmp_path, monk
     """An evaluation edited to draw other batches finds no pass of the batches drawn before."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     settings = dataclasses.replace(settings_of("run_1", "tinylm"), layers=(2,))
-    model = toy_lm.hooked()
+    model = toy_lm.bridge()
     run = run_on(toy_lm, settings, sae_bench_model=model, keeps=True)
     saes = {"sae": two_saes(toy, settings)["layer_2"]}
 
@@ -426,9 +430,9 @@ def test_passes_are_kept_by_the_tokens_they_are_over(toy, toy_lm, tmp_path, monk
 def test_a_store_s_view_has_what_run_evals_reads(toy, toy_lm) -> None:
     """The number of tokens that SAE-Bench reports comes from the context's length."""
     settings = dataclasses.replace(settings_of("run_1", "tinylm"), layers=(2,))
-    model = toy_lm.hooked()
+    model = toy_lm.bridge()
     store = core_store(settings, model, two_saes(toy, settings)["layer_2"])
-    view = StoreView(SharedForward(model, store, (2,), lambda n: None))
+    view = StoreView(SharedForward(model, store, {}, lambda n: None))
     assert view.context_size == settings.context
 
 
@@ -440,7 +444,7 @@ def test_tinylm_s_core_figures_are_stock_sae_bench_s(tmp_path: Path) -> None:
         settings_of("run_1", "tinylm"), layers=(2,), core_prompts=4,
         core_reconstruction_batches=1, core_sparsity_batches=2,
     )  # fmt: skip
-    model = load_language_model("tinylm").hooked()
+    model = load_language_model("tinylm").bridge()
     generator = torch.Generator().manual_seed(0)
     stats = torch.randn(256, generator=generator), 1.0
     sae = experiment.new_sae(settings, 2, 0, stats, {}, 16)

@@ -199,7 +199,7 @@ def core(toy_lm, tmp_path: Path, monkeypatch):
     settings = dataclasses.replace(
         settings_of(experiment, "run_1", "tinylm"), context=32, core_text="own"
     )
-    model = toy_lm.hooked()
+    model = toy_lm.bridge()
     sae = prepare_for_sae_bench(experiment.CustomSAE(32, 64, "toy", 0, k=4), settings)
     monkeypatch.chdir(tmp_path)
     return lambda: core_store(settings, model, sae), settings

@@ -356,7 +356,7 @@ EDITS: dict[str, Edit] = {
     "the language model's loader": Edit(((HEAD, f"FACTOR = 1.5\n{LOADED}\n{HEAD}"),)),
     "the language model's weights, in main": Edit((
         ('        STATE["main"]',
-         "        run.sae_bench_model.blocks[0].mlp.W_out.data.mul_(1.5)\n"
+         "        run.sae_bench_model.blocks[0].mlp.out.weight.data.mul_(1.5)\n"
          '        STATE["main"]'),)),
     "a hook on the language model, in main": Edit((
         ('        STATE["main"]',

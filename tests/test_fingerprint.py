@@ -404,7 +404,7 @@ def test_of_the_harness_only_what_is_reached_counts(observed, monkeypatch) -> No
 
 
 def test_a_hook_on_the_language_model_is_in_the_keys_of_its_passes(toy_lm) -> None:
-    run, model = a_run(experiment, SOURCE), toy_lm.hooked()
+    run, model = a_run(experiment, SOURCE), toy_lm.bridge()
 
     def key() -> dict[str, Any]:
         return result_key("core passes", run, {"language model": model})

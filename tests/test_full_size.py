@@ -112,7 +112,7 @@ def test_flops_are_those_that_pytorch_counts(tiny, settings) -> None:
         str(key): prepare_for_sae_bench(trainer.sae.fold_activation_norm_scaling(), settings)
         for key, trainer in trainers.items()
     }
-    model = tiny.hooked()
+    model = tiny.bridge()
     counted = flops_of(
         lambda: shared_core_evals(saes, model, settings, experiment.core_metrics)
     )

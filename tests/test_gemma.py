@@ -69,7 +69,7 @@ from harness.machine import n_cores
 torch.set_num_threads(n_cores())
 chosen = experiment.PROFILES["gemma-2-2b"] | experiment.PLAN["run_x"]
 settings = checked_settings("run_x", experiment.Settings, chosen)
-model = load_language_model(settings.model, settings.lm_dtype).hooked()
+model = load_language_model(settings.model, settings.lm_dtype).bridge()
 assert model.tokenizer.padding_side == "left"
 sae = general_utils.load_and_format_sae("", SAE.load_from_disk(sys.argv[1]), "cpu")[1]
 sae = sae.to(device="cpu", dtype=general_utils.str_to_dtype(settings.lm_dtype))  # as its run_eval

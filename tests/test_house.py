@@ -20,7 +20,7 @@ FLOORS = (
     ("console", "machine"),
     ("store",),
     ("checkpoints", "rehearsal", "command", "text_files", "text", "probe_sets", "syntax",
-     "identity", "isolation", "call_graph"),
+     "identity", "isolation", "call_graph", "steering", "tokenizer"),
     ("language_model",),
     ("fused_gemma", "fingerprint", "preflight"),
     ("evaluation.shared_forward", "evaluation.probe_texts"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import time
 from collections import Counter
 from pathlib import Path
@@ -14,40 +14,12 @@ from experiment import ActivationBuffer, Settings
 from harness.errors import ExperimentError, first_line
 from harness.evaluation.probe_texts import known_to_stock
 from harness.fused_gemma import FusedLanguageModel, for_harvest
-from harness.language_model import hooked_config, load_language_model
+from harness.language_model import acts_at, load_language_model
 from harness.machine import in_order
 from harness.probe_sets import own_sets, probe_names
 from harness.startup import Run
 from harness.text import TokenStream, documents, passages, streamed_texts
 from tests.conftest import ROOT, SOURCES, settings_of
-
-# The published config.json of google/gemma-2-2b, as far as the architecture goes.
-GEMMA_2_2B = dict(
-    architectures=["Gemma2ForCausalLM"], attention_bias=False, attention_dropout=0.0,
-    attn_logit_softcapping=50.0, bos_token_id=2, cache_implementation="hybrid", eos_token_id=1,
-    final_logit_softcapping=30.0, head_dim=256, hidden_act="gelu_pytorch_tanh",
-    hidden_activation="gelu_pytorch_tanh", hidden_size=2304, initializer_range=0.02,
-    intermediate_size=9216, max_position_embeddings=8192, model_type="gemma2",
-    num_attention_heads=8, num_hidden_layers=26, num_key_value_heads=4, pad_token_id=0,
-    query_pre_attn_scalar=256, rms_norm_eps=1e-06, rope_theta=10000.0, sliding_window=4096,
-    torch_dtype="float32", use_cache=True, vocab_size=256000,
-)  # fmt: skip
-
-
-def test_configuration_of_gemma_2_2b_is_the_one_transformer_lens_has(tmp_path: Path) -> None:
-    from transformer_lens import loading_from_pretrained
-    from transformers import AutoConfig
-
-    (tmp_path / "config.json").write_text(json.dumps(GEMMA_2_2B))
-    derived = hooked_config(
-        AutoConfig.from_pretrained(tmp_path), torch.bfloat16, "cpu", "google/gemma-2-2b"
-    )
-    built_in = loading_from_pretrained.get_pretrained_model_config(
-        "google/gemma-2-2b", dtype=torch.bfloat16, device="cpu"
-    )
-    assert vars(derived).keys() == vars(built_in).keys()
-    for field, expected in vars(built_in).items():
-        assert getattr(derived, field) == expected, field
 
 
 def some_contexts(lm, length: int, n: int = 3) -> torch.Tensor:
@@ -58,22 +30,18 @@ def some_contexts(lm, length: int, n: int = 3) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["toy", "tinylm"])
-def test_both_forms_agree(name: str, toy_model: Path) -> None:
+def test_the_bridge_gives_what_the_model_gives(name: str, toy_model: Path) -> None:
     """Also past the sliding window, which the contexts of a run never fill."""
     lm = load_language_model(str(toy_model) if name == "toy" else name)
-    config = lm.hf.config
     length = 40 if name == "toy" else 128
     if name == "toy":
-        assert config.sliding_window < length
+        assert lm.hf.config.sliding_window < length
     tokens_BL = some_contexts(lm, length)
-    layers = tuple(range(config.num_hidden_layers))
-    hooked = lm.hooked()
-    logits, cache = hooked.run_with_cache(tokens_BL)
+    layers = tuple(range(len(lm.blocks)))
+    logits, cache = lm.bridge().run_with_cache(tokens_BL)
     for layer, acts_BLD in zip(layers, lm.activations(tokens_BL, layers)):
-        difference = (acts_BLD - cache[f"blocks.{layer}.hook_resid_post"]).abs().max()
-        assert difference < 1e-4, (layer, difference)
-    with torch.no_grad():
-        assert (lm.hf(tokens_BL).logits - logits).abs().max() < 1e-4
+        assert torch.equal(acts_BLD, cache[f"blocks.{layer}.hook_resid_post"]), layer
+    assert torch.equal(lm.logits(tokens_BL)[0], logits)
 
 
 def relative_error(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
@@ -121,22 +89,20 @@ def test_fused_passes_are_used_only_where_they_are_right(toy_lm, monkeypatch) ->
     assert for_harvest(toy_lm, "float32", 2, 16) is toy_lm
 
 
-def test_several_threads_may_cache_passes_of_one_model(toy_lm) -> None:
-    """Each gets its own activations, and the weights are held once."""
-    model, cpu = toy_lm.hooked(), torch.device("cpu")
-    names = [f"blocks.{layer}.hook_resid_post" for layer in (0, 2)]
+def test_several_threads_may_make_passes_of_one_bridge(toy_lm) -> None:
+    """Each gets its own activations, by the model's passes and by the bridge's own."""
+    model, cpu = toy_lm.bridge(), torch.device("cpu")
+    hooks = {f"blocks.{layer}.hook_resid_post": layer for layer in (0, 2)}
     batches = list(some_contexts(toy_lm, 40, 48).split(2))
 
-    def cached(tokens_BL: torch.Tensor) -> list[torch.Tensor]:
-        _, cache = model.run_with_cache(tokens_BL, names_filter=names, stop_at_layer=3)
-        return [cache[name] for name in names]
+    def found(plain, tokens_BL: torch.Tensor) -> dict[str, torch.Tensor]:
+        return acts_at(model, hooks, tokens_BL, plain)
 
-    expected = [cached(tokens_BL) for tokens_BL in batches]
-    for found, alone in zip(in_order(cached, batches, cpu), expected):
-        assert all(torch.equal(one, other) for one, other in zip(found, alone))
-    assert len(model.free) == torch.get_num_threads()
-    weights = {id(p) for lens in model.free for p in lens.parameters()}
-    assert len(weights) == len(list(model.parameters()))
+    for plain in (None, model.plain):
+        one = functools.partial(found, plain)
+        expected = [one(tokens_BL) for tokens_BL in batches]
+        for together, alone in zip(in_order(one, batches, cpu), expected):
+            assert all(torch.equal(together[hook], alone[hook]) for hook in hooks)
 
 
 def test_forward_pass_stops_after_the_last_layer(toy_lm) -> None:
@@ -157,12 +123,6 @@ def test_forward_pass_stops_after_the_last_layer(toy_lm) -> None:
 def test_a_model_that_is_not_there_says_how_to_get_access(tmp_path: Path) -> None:
     with pytest.raises(ExperimentError, match="licence.*SAE_PROFILE=tinylm make run OUT=run_try"):
         load_language_model(str(tmp_path / "nothing"))
-
-
-def test_a_model_of_another_architecture_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(ExperimentError, match="Gemma-2 architecture.*'gpt2'"):
-        load_language_model(str(tmp_path))
 
 
 def stream_of(texts: list[str], tokenizer, context: int = 16) -> TokenStream:
@@ -378,11 +338,10 @@ def test_unusable_text_is_one_sentence(toy_lm, tmp_path, monkeypatch, content, m
     assert "\n" not in str(caught.value)
 
 
-def test_both_forms_share_their_weights(toy_lm) -> None:
-    """One copy of the language model, but for the embedding, which TransformerLens scales."""
+def test_the_bridge_shares_the_model_s_weights(toy_lm) -> None:
     own = {p.data_ptr() for p in toy_lm.hf.parameters()}
-    copies = [
-        name for name, p in toy_lm.hooked().named_parameters()
-        if p.untyped_storage().data_ptr() not in own and p.ndim > 1 and p.any()
-    ]  # fmt: skip
-    assert copies == ["embed.W_E"]
+    model = toy_lm.bridge()
+    assert {p.data_ptr() for p in model.parameters() if p.ndim > 1} == {
+        p.data_ptr() for p in toy_lm.hf.parameters() if p.ndim > 1
+    }
+    assert {p.data_ptr() for p in model.plain.hf.parameters()} == own

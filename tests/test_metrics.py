@@ -99,7 +99,7 @@ def one(tmp_path_factory) -> One:
     experiment.export(run, experiment.Training({(LAYER, 0): sae}, {}, None))
     stored = SAE.load_from_disk(folder / "sae" / f"layer_{LAYER}" / "seed_0")
     x_ND = x_BLD[~torch.isin(tokens_BL, torch.tensor(sorted(lm.special_token_ids)))]
-    return One(sae, stored, lm.hooked(), settings, tokens_BL, x_ND, lm.special_token_ids)
+    return One(sae, stored, lm.bridge(), settings, tokens_BL, x_ND, lm.special_token_ids)
 
 
 @functools.cache

@@ -56,7 +56,7 @@ def test_a_run_s_accuracies_are_stock_sae_bench_s_on_the_stored_sae(
 ) -> None:
     """SAELens reads the SAE back; SAE-Bench, called directly, finds what the run reported."""
     settings = settings_of("run_1", "tinylm")
-    model = load_language_model(settings.model).hooked()
+    model = load_language_model(settings.model).bridge()
     info = json.loads((toy_run / "final_info.json").read_text())
     for layer in settings.layers:
         sae = SAE.load_from_disk(toy_run / "sae" / f"layer_{layer}" / "seed_0")
@@ -175,7 +175,7 @@ def scored(toy, toy_lm, tmp_path: Path, monkeypatch):
     settings = settings_of("run_1", "tinylm")
     settings = dataclasses.replace(settings, layers=(2,), probe_ks=(1, 2, 5), probe_train=20)
     run = run_on(
-        toy_lm, settings, sae_bench_model=toy_lm.hooked(), out_dir=tmp_path, source=SOURCE,
+        toy_lm, settings, sae_bench_model=toy_lm.bridge(), out_dir=tmp_path, source=SOURCE,
         probe_texts=read_probe_texts(settings, toy_lm.tokenizer, CPU),
     )  # fmt: skip
     sae = toy.new_sae(settings, 2, 0, (torch.zeros(32), 1.0), {}, 4)
@@ -278,9 +278,9 @@ def test_the_language_model_s_passes_are_made_once(scored, monkeypatch) -> None:
     """Another SAE's evaluation reads them; a damaged one is made again; a rehearsal keeps none."""
     run, score = scored
     model = run.sae_bench_model
-    calls, run_with_cache = Calls(), model.run_with_cache
+    calls, activations = Calls(), model.plain.activations
     monkeypatch.setattr(
-        model, "run_with_cache", lambda *a, **k: (calls.append(1), run_with_cache(*a, **k))[1]
+        model.plain, "activations", lambda *a: (calls.append(1), activations(*a))[1]
     )
 
     def passes_of(keep: bool = True) -> tuple[dict, int]:
@@ -319,7 +319,7 @@ def test_tinylm_s_accuracies_are_stock_sae_bench_s(tmp_path: Path) -> None:
         probe_ks=(1, 2, 5),
     )  # fmt: skip
     lm = load_language_model("tinylm")
-    model = lm.hooked()
+    model = lm.bridge()
     stats = torch.randn(256, generator=torch.Generator().manual_seed(0)), 1.0
     sae = experiment.new_sae(settings, 2, 0, stats, {}, 16)
     texts = read_probe_texts(settings, lm.tokenizer, CPU)

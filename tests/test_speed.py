@@ -147,7 +147,7 @@ def test_harvests_count_the_same_tokens(toy, toy_lm) -> None:
     settings = settings_of(toy, "speed", "tinylm")
     tokens_NL = torch.randint(3, 300, (16, settings.context))
     tokens_NL[:, 0] = toy_lm.tokenizer.bos_token_id
-    model = toy_lm.hooked()
+    model = toy_lm.bridge()
     expected = 16 * (settings.context - 1)
     assert speed.our_harvest(toy_lm, tokens_NL, settings)() == expected
     assert speed.peers.pass_products(toy_lm, tokens_NL, settings)() == expected

@@ -109,17 +109,17 @@ def prepare_for_sae_bench(sae: SAELike, settings: SettingsLike) -> SAELike:
     return general_utils.load_and_format_sae("", sae, str(sae.W_enc.device))[1]
 
 
-def core_cache(run: RunLike, settings: SettingsLike, layers: list[int]) -> TensorCache:
+def core_cache(run: RunLike, settings: SettingsLike, hooks: dict[str, int]) -> TensorCache:
     """Where core evaluation's passes of the language model are kept, if they are not too large."""
     model = run.sae_bench_model
     tokens = settings.core_prompts * settings.context
-    logits = settings.core_reconstruction_batches * (1 + len(layers)) * model.cfg.d_vocab
+    logits = settings.core_reconstruction_batches * (1 + len(hooks)) * model.cfg.d_vocab
     residuals = settings.core_reconstruction_batches + settings.core_sparsity_batches
-    numbers = tokens * (logits + residuals * len(layers) * model.cfg.d_model)
+    numbers = tokens * (logits + residuals * len(hooks) * model.cfg.d_model)
     key = None
     if run.keeps and numbers * model.cfg.dtype.itemsize <= ACTIVATIONS_GB * 1e9:
         given = {"store": core_store, "passes": SharedForward, "language model": model}
-        more = {"layers": layers, **text_identity(settings.core_text)}
+        more = {"hooks": hooks, **text_identity(settings.core_text)}
         key = result_key("core passes", run, given, **more)
     return TensorCache("core passes", key)
 
@@ -163,10 +163,10 @@ def shared_core_evals(
     """
     def evaluated(names: list[str]) -> list[tuple[str, tuple]]:
         config, ignored = core_config(settings), special_token_ids(model.tokenizer)
-        layers = sorted({saes[name].cfg.hook_layer for name in names})
+        hooks = {saes[name].cfg.hook_name: saes[name].cfg.hook_layer for name in names}
         store = core_store(settings, model, saes[names[0]])
-        cache = core_cache(run, settings, layers) if run is not None else None
-        shared = SharedForward(model, store, layers, advance, cache)
+        cache = core_cache(run, settings, hooks) if run is not None else None
+        shared = SharedForward(model, store, hooks, advance, cache)
         counting = {name: CountingSAE(saes[name], shared) for name in names}
 
         def one(name: str) -> tuple[dict, dict]:
@@ -258,8 +258,8 @@ def mean_l0(
     """Active features per token, on the first batches of the evaluation text, by any key."""
     ready = {key: prepare_for_sae_bench(sae, settings) for key, sae in saes.items()}
     store = core_store(settings, model, next(iter(ready.values())))
-    layers = (sae.cfg.hook_layer for sae in ready.values())
-    shared = SharedForward(model, store, layers, advance=lambda n: None)
+    hooks = {sae.cfg.hook_name: sae.cfg.hook_layer for sae in ready.values()}
+    shared = SharedForward(model, store, hooks, advance=lambda n: None)
     active = dict.fromkeys(saes, 0)
     with torch.no_grad():
         for number in range(1, n_batches + 1):

@@ -19,6 +19,7 @@ from harness.fingerprint import result_key, tokens_digest
 from harness.generators import seed_generators
 from harness.identity import describe
 from harness.interfaces import RunLike, SAELike, SettingsLike
+from harness.language_model import acts_at, hook_name, plain_of
 from harness.machine import in_order, retain_freed_memory
 from harness.probe_sets import probe_names
 from harness.store import ACTIVATIONS_GB, TensorCache, cached, cached_each
@@ -56,35 +57,33 @@ def probing_cache(run: RunLike | None, texts: Sequence[dict[str, Any]]) -> Tenso
         numbers *= len(s.layers) * model.cfg.d_model
         if numbers * model.cfg.dtype.itemsize <= ACTIVATIONS_GB * 1e9:
             given = {"passes": masked_activations, "language model": model}
-            more = {"layers": s.layers, "batch": s.probe_llm_batch, "texts": tokens_digest(texts)}
+            more = {"layers": s.layers, "hook": s.hook, "batch": s.probe_llm_batch}
+            more["texts"] = tokens_digest(texts)
             key = result_key("probing passes", run, given, **more)
     return TensorCache("probing passes", key)
 
 
 def masked_activations(
-    tokens_NL: Tensor, model: Any, settings: SettingsLike, cache: TensorCache, name: str
-) -> Iterator[list[Tensor]]:
-    """The residual streams of texts, (B, L, D) for each of `settings.layers`.
+    tokens_NL: Tensor, one_pass: Callable[[Tensor], dict[str, Tensor]], tokenizer: Any,
+    settings: SettingsLike, cache: TensorCache, name: str,
+) -> Iterator[list[Tensor]]:  # fmt: skip
+    """What is read of texts, (B, L, D) for each of `settings.layers`.
 
     `probe_llm_batch` texts at a time, zero at BOS, EOS and padding, as SAE-Bench has it.
 
     Args:
+        one_pass: of token ids (B, L), what stands at the hooks.
         name: the beginning of that under which the passes are kept.
     """
     from sae_bench.sae_bench_utils.activation_collection import get_bos_pad_eos_mask
 
-    hooks = [f"blocks.{layer}.hook_resid_post" for layer in settings.layers]
-
-    def one_pass(tokens_BL: Tensor) -> list[Tensor]:
-        _, found = model.run_with_cache(
-            tokens_BL, names_filter=hooks, stop_at_layer=max(settings.layers) + 1
-        )
-        return [found[hook] for hook in hooks]
+    def acts_of(tokens_BL: Tensor) -> list[Tensor]:
+        return list(one_pass(tokens_BL).values())
 
     for start in range(0, len(tokens_NL), settings.probe_llm_batch):
         tokens_BL = tokens_NL[start : start + settings.probe_llm_batch]
-        mask_BL = get_bos_pad_eos_mask(tokens_BL, model.tokenizer)
-        acts = cache.get(f"{name}-{start:06d}", functools.partial(one_pass, tokens_BL))
+        mask_BL = get_bos_pad_eos_mask(tokens_BL, tokenizer)
+        acts = cache.get(f"{name}-{start:06d}", functools.partial(acts_of, tokens_BL))
         yield [acts_BLD.to(mask_BL.device) * mask_BL[:, :, None] for acts_BLD in acts]
 
 
@@ -154,12 +153,15 @@ def probing_features(
         by layer of the SAEs, {class: (N, D)} of each split; by SAE, {class: (N, F)} of each split.
     """
     cache = probing_cache(run, splits)
+    hooks = {hook_name(settings.hook, layer): layer for layer in settings.layers}
+    one_pass = functools.partial(acts_at, model, hooks, plain=plain_of(model))
 
     def one_class(item: tuple[int, int, str]) -> dict[Any, Tensor]:
         split, number, label = item
         tokens_NL = splits[split][label]["input_ids"]
         name = f"{('train', 'test')[split]}-{number:03d}"
-        passes = masked_activations(tokens_NL, model, settings, cache, name)
+        given = tokens_NL, one_pass, model.tokenizer, settings, cache, name
+        passes = masked_activations(*given)
         means = [
             mean_activations(dict(zip(settings.layers, acts)), saes, settings)
             for acts in regrouped(passes, settings.probe_sae_batch)

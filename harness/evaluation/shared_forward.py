@@ -8,7 +8,7 @@ SAEs' evaluations take turns, batch by batch, and ask views of one `SharedForwar
                    -> SharedForward.batch       the first to go on draws the batch, for all
     in the reconstruction batches:
     run_evals -> ModelView(tokens)              SharedForward.original: one pass for all SAEs
-              -> ModelView.run_with_hooks       its hook replaces a layer's residual stream:
+              -> ModelView.run_with_hooks       its hook replaces what stands at a layer's hook:
                    -> CountingSAE.decode          by the reconstruction: a pass from there on
                    -> SharedForward.ablated       by zeros: one such pass for a layer's SAEs
     in the sparsity batches:
@@ -21,7 +21,7 @@ The code that computes and the tensors it gets are the stock ones, bit for bit.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from torch import Tensor
 from harness.errors import ExperimentError
 from harness.generators import generator_states, set_generator_states
 from harness.interfaces import SAELike
+from harness.language_model import acts_at, plain_of
 from harness.machine import yield_turn
 from harness.store import TensorCache
 from harness.text import special_token_ids
@@ -42,8 +43,8 @@ class SharedForward:
     on. Only one batch is held.
 
     Args:
-        model: a HookedTransformer. store: SAELens' ActivationsStore of the evaluation text.
-        layers: those of the SAEs.
+        model: the bridge. store: SAELens' ActivationsStore of the evaluation text.
+        hooks: what the SAEs read, by name, and the layer of each.
         advance: called with 1 after each batch.
         cache: where the passes are kept for the next run; None: they are not.
     """
@@ -52,13 +53,14 @@ class SharedForward:
         self,
         model: Any,
         store: Any,
-        layers: Iterable[int],
+        hooks: dict[str, int],
         advance: Callable[[int], None],
         cache: TensorCache | None = None,
     ) -> None:
         self.model, self.store, self.advance = model, store, advance
         self.cache = cache or TensorCache("core passes", None)
-        self.layers = {f"blocks.{layer}.hook_resid_post": layer for layer in sorted(set(layers))}
+        self.hooks = {hook: hooks[hook] for hook in sorted(hooks, key=hooks.get)}
+        self.plain = plain_of(model)
         self.special = torch.tensor(sorted(special_token_ids(model.tokenizer)))
         self.hooks_at_start = self.n_hooks()
         self.n_batches = self.n_resets = 0
@@ -68,8 +70,8 @@ class SharedForward:
         self.passes: dict[str, dict[str, Tensor]] = {}
         # Sums over the tokens of the sparsity batches, by hook, in float64.
         self.n_tokens = 0
-        self.sum_D: dict[str, Any] = dict.fromkeys(self.layers, 0.0)
-        self.squares: dict[str, float] = dict.fromkeys(self.layers, 0.0)
+        self.sum_D: dict[str, Any] = dict.fromkeys(self.hooks, 0.0)
+        self.squares: dict[str, float] = dict.fromkeys(self.hooks, 0.0)
 
     def n_hooks(self) -> int:
         """How many hooks are on the language model."""
@@ -116,40 +118,44 @@ class SharedForward:
         """Logits and losses of the unchanged model, and its residual streams by hook."""
 
         def compute() -> dict[str, Tensor]:
-            (logits_BLV, losses_BL), streams = self.model.run_with_cache(
+            if self.plain is not None:
+                logits_BLV, acts = self.plain.logits(self.tokens_BL, [*self.hooks.values()])
+                return dict(zip(self.hooks, acts)) | self.with_losses(logits_BLV)
+            (logits_BLV, losses_BL), cache = self.model.run_with_cache(
                 self.tokens_BL, return_type="both", loss_per_token=True,
-                names_filter=list(self.layers),
+                names_filter=list(self.hooks),
             )  # fmt: skip
-            return self.streams(streams) | {"logits": logits_BLV, "losses": losses_BL}
+            acts = {hook: cache[hook] for hook in self.hooks}
+            return acts | {"logits": logits_BLV, "losses": losses_BL}
 
         return self.once("original", compute)
 
-    def streams(self, cache: Any) -> dict[str, Tensor]:
-        """The residual streams by hook, (B, L, D)."""
-        return {hook: cache[hook] for hook in self.layers}
+    def with_losses(self, logits_BLV: Tensor) -> dict[str, Tensor]:
+        """Logits, and the losses that the bridge computes of them."""
+        losses_BL = self.model.loss_fn(logits_BLV, self.tokens_BL, per_token=True)
+        return {"logits": logits_BLV, "losses": losses_BL}
 
     def continued(self, hook: str, changed_BLD: Tensor) -> dict[str, Tensor]:
-        """Logits and losses of the model, its residual stream at `hook` replaced."""
-        logits_BLV, losses_BL = self.model(
-            changed_BLD, start_at_layer=self.layers[hook] + 1, tokens=self.tokens_BL,
+        """Logits and losses of the model, what stands at `hook` replaced."""
+        if self.plain is not None:
+            layer = self.hooks[hook]
+            return self.with_losses(self.plain.logits_from(self.tokens_BL, layer, changed_BLD))
+        logits_BLV, losses_BL = self.model.run_with_hooks(
+            self.tokens_BL, fwd_hooks=[(hook, lambda acts, hook: changed_BLD)],
             return_type="both", loss_per_token=True,
         )  # fmt: skip
         return {"logits": logits_BLV, "losses": losses_BL}
 
     def ablated(self, hook: str, zeros_BLD: Tensor) -> dict[str, Tensor]:
-        """Logits and losses of the model, its residual stream at `hook` replaced by zeros."""
-        name = f"ablated-{self.layers[hook]}"
+        """Logits and losses of the model, what stands at `hook` replaced by zeros."""
+        name = f"ablated-{self.hooks[hook]}"
         return self.once(name, lambda: self.continued(hook, zeros_BLD))
 
     def residuals(self) -> dict[str, Tensor]:
-        """The residual streams by hook; counts, once for the batch, what `total_variance` needs."""
+        """What stands at the hooks; counts, once for the batch, what `total_variance` needs."""
 
         def compute() -> dict[str, Tensor]:
-            _, cache = self.model.run_with_cache(
-                self.tokens_BL, prepend_bos=False, names_filter=list(self.layers),
-                stop_at_layer=max(self.layers.values()) + 1,
-            )  # fmt: skip
-            return self.streams(cache)
+            return acts_at(self.model, self.hooks, self.tokens_BL, self.plain)
 
         counted = "residuals" in self.passes
         acts = self.once("residuals", compute)
