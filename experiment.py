@@ -33,6 +33,7 @@ from harness.records import check_results, write_records
 from harness.settings import checked, must_hold
 from harness.startup import Run, launch
 from harness.text import TokenStream, documents
+from harness.tokenizer import counted
 from harness.training import ActivationCache, ActivationStats, TrainingLog, run_side_by_side
 from sparse_ops import Codes, preactivations, sparse_if_gradients_match
 
@@ -396,7 +397,7 @@ def lr_factor(progress: float, warmup: float, decay: float) -> float:
 
 
 class ActivationBuffer:
-    """Activations of the run's layers in the order of the text, BOS, EOS and padding left out."""
+    """Activations of the run's layers in the order of the text, of the tokens that count."""
 
     def __init__(self, run: Run, stream: TokenStream) -> None:
         self.lm, self.stream = run.language_model, stream
@@ -407,10 +408,9 @@ class ActivationBuffer:
     def harvest(self, n_passes: int) -> list[Tensor]:
         """The activations of the next forward passes, (layers, N, D) of each."""
         passes = self.stream.contexts(n_passes * self.contexts).split(self.contexts)
-        special = torch.tensor(sorted(self.lm.special_token_ids))
 
         def one_pass(tokens_BL: Tensor) -> Tensor:
-            keep_BL = ~torch.isin(tokens_BL, special)
+            keep_BL = counted(tokens_BL, self.lm.special_token_ids)
             acts = self.lm.activations(tokens_BL, self.layers)
             return torch.stack([acts_BLD[keep_BL.to(acts_BLD.device)] for acts_BLD in acts])
 

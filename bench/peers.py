@@ -24,7 +24,8 @@ from experiment import Settings
 from harness.evaluation.core import core_config, core_store, prepare_for_sae_bench
 from harness.evaluation.probing import probing_config
 from harness.language_model import LanguageModel
-from harness.text import TokenStream, special_token_ids
+from harness.text import TokenStream
+from harness.tokenizer import special_token_ids
 
 # Last, so that what the environment has comes first.
 sys.path.append(str(Path(__file__).resolve().parent / ".peers"))

@@ -56,5 +56,6 @@ PUBLIC = {
     "settings": ("checked", "must_hold"),
     "startup": ("Run", "launch"),
     "text": ("TokenStream", "documents"),
+    "tokenizer": ("counted",),
     "training": ("ActivationCache", "ActivationStats", "TrainingLog", "run_side_by_side"),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import importlib.util
 import os
 import threading
@@ -18,8 +19,8 @@ from harness.errors import GET_ACCESS, ExperimentError, first_line, shortened
 from harness.identity import changed, remember
 from harness.start import HERE
 from harness.steering import Steering, steered
-from harness.text import corpus_errors, special_token_ids
-from harness.tokenizer import prepare_tokenizer
+from harness.text import corpus_errors
+from harness.tokenizer import prepare_tokenizer, special_token_ids
 
 # How far the bridge may be from the model itself, as a part of a tensor's length.
 ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.2}
@@ -122,6 +123,7 @@ class LanguageModel:
                 f"{type(self.hf).__name__} it says: {shortened(first_line(error), 150)}: choose "
                 "another model"
             ) from error
+        bridge.__class__ = bridge_class()
         # Its own again: another thread may be at the first one, and the bridge adds tokens to it.
         bridge._tokenizer = copy.deepcopy(self.tokenizer)
         bridge.cfg.tokenizer_prepends_bos = self.tokenizer.bos_token_id is not None
@@ -191,6 +193,19 @@ def acts_at(
     return {hook: cache[hook] for hook in hooks}
 
 
+@functools.cache
+def bridge_class() -> type:
+    """TransformerBridge, and a HookedTransformer to who asks: SAE-Bench's type hints do, and check.
+
+    What both have is the bridge's.
+    """
+    from transformer_lens import HookedTransformer
+    from transformer_lens.model_bridge import TransformerBridge
+
+    bases, of = (TransformerBridge, HookedTransformer), TransformerBridge.__module__
+    return type(TransformerBridge.__name__, bases, {"__module__": of})
+
+
 def plain_of(bridge: Any) -> LanguageModel | None:
     """What makes the bridge's passes in less time; None where it isn't as it was made.
 
@@ -237,7 +252,7 @@ def check_blocks(lm: LanguageModel) -> bool:
             f"one after another, but {type(lm.hf).__name__} does otherwise: choose another"
         )
     one, other = streams[-1][:, :-1].float()
-    if float((one - other).norm()) > 0.01 * float(one.norm()):
+    if float((one - other).norm()) > 0.1 * ROUNDING[lm.hf.dtype] * float(one.norm()):
         raise ExperimentError(
             f"{kind} be causal, but what {type(lm.hf).__name__} computes of a token depends on "
             "later ones, as an encoder's does: choose a model that predicts the next token"
@@ -348,10 +363,10 @@ def load_language_model(
         with corpus_errors():
             corpus.verify_files()
             corpus.check_packages()
-    config, (path, gguf) = language_model_config(name), source_of(name)
+    text, (path, gguf) = language_model_config(name), source_of(name)
     # Or transformers takes what a bot has made of the pickle in a pull request.
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
-    form = gguf or {"use_safetensors": True, "config": config}
+    form = gguf or {"use_safetensors": True}
     with access_errors(name):
         try:
             # Eager, as the bridge computes: so its figures are those of the passes here.
@@ -370,9 +385,26 @@ def load_language_model(
             ) from error
         check_weights(name, report)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **gguf)
+    if type(hf.config) is not type(text):
+        hf = text_model(hf, text)
     prepare_tokenizer(tokenizer, name, hf.get_input_embeddings().num_embeddings)
     hf.requires_grad_(False)
     return LanguageModel(hf.eval().to(device), tokenizer, name, hook)
+
+
+def text_model(hf: nn.Module, text: Any) -> nn.Module:
+    """The language model within one that also sees or hears, on the same weights.
+
+    Args:
+        text: its configuration.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        alone = AutoModelForCausalLM.from_config(text, attn_implementation="eager")
+    setattr(alone, alone.base_model_prefix, hf.get_decoder())
+    alone.set_output_embeddings(hf.get_output_embeddings())
+    return alone
 
 
 def check_weights(name: str, report: dict[str, Any]) -> None:

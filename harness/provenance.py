@@ -96,14 +96,21 @@ def content_digests(run: RunLike) -> dict[str, str]:
     return {field: content for field, content in found.items() if content}
 
 
+def weights_in(path: Path) -> list[Path]:
+    """The files of a model's weights: in a folder, or the file itself."""
+    if path.is_file():
+        return [path]
+    return sorted(path.glob("*.safetensors")) or sorted(path.glob("*.gguf"))
+
+
 @functools.cache
 def weights_digest_of(model: str) -> str | None:
     """Stands for the weights of a language model: its folder's, or those in the hub's cache."""
-    folder = Path(model_path(model))
-    if not folder.is_dir():
+    path = Path(model_path(model))
+    if not path.exists():
         config = try_to_load_from_cache(model, "config.json")
-        folder = Path(config).parent if isinstance(config, str) else folder
-    files = [path.resolve() for path in sorted(folder.glob("*.safetensors"))]
+        path = Path(config).parent if isinstance(config, str) else path
+    files = [file.resolve() for file in weights_in(path)]
     # The hub's cache calls a large file by its SHA-256.
     hashes = [f.name if re.fullmatch("[0-9a-f]{64}", f.name) else sha256_file(f) for f in files]
     return digest(hashes) if hashes else None

@@ -328,12 +328,13 @@ class ReadAhead:
 class TokenStream:
     """Packs texts into contexts of token ids: BOS, then text; BOS also stands between two texts.
 
-    It holds no padding. A corpus that runs out starts again, with a line that says so after 1, 2,
-    4, 8, … times. Texts are read and tokenized ahead, so that the language model needn't wait.
+    Where there is no BOS token (see `harness.tokenizer`) it is text alone. It holds no padding. A
+    corpus that runs out starts again, with a line that says so after 1, 2, 4, 8, … times. Texts are
+    read and tokenized ahead, so that the language model needn't wait.
 
     Args:
         texts: starts an iterator over the corpus.
-        tokenizer: a fast tokenizer with a BOS token.
+        tokenizer: prepared by `prepare_tokenizer`.
         context: tokens per context, L.
         ahead: batches of 32 texts that are read ahead at most.
     """
@@ -373,8 +374,9 @@ class TokenStream:
 
     def contexts(self, n: int) -> Tensor:
         """The next n contexts, (n, L) int64, the corpus in its own order."""
-        bos, width = self.tokenizer.bos_token_id, self.context - 1
-        rows = torch.full((n, self.context), bos)
+        bos = self.tokenizer.bos_token_id
+        width = self.context - (bos is not None)
+        rows = torch.full((n, self.context), bos or 0)
         start = 0
         for row in range(n):
             while len(self._pending) - start < width + 1:
@@ -382,7 +384,7 @@ class TokenStream:
                 start = 0
                 self._take_texts()
             start += self._pending[start] == bos  # the context's own BOS separates already
-            rows[row, 1:] = torch.tensor(self._pending[start : start + width])
+            rows[row, -width:] = torch.tensor(self._pending[start : start + width])
             start += width
         del self._pending[:start]
         return rows
@@ -408,22 +410,15 @@ class TokenStream:
     def _tokenized(self, skip: int, n_texts: int = 32) -> Iterator[tuple[list[int], int]]:
         """Token ids of the next texts and their number, from `skip` on; ([], 0) at each end."""
         bos = self.tokenizer.bos_token_id
+        begin = () if bos is None else (bos,)
         while True:
             texts = iter(self.texts())
             some = sum(1 for _ in itertools.islice(texts, skip))
             skip = 0
             while batch := list(itertools.islice(texts, n_texts)):
                 ids = self.tokenizer(batch, add_special_tokens=False)["input_ids"]
-                yield [token for text in ids if text for token in (bos, *text)], len(batch)
+                yield [token for text in ids if text for token in (*begin, *text)], len(batch)
                 some += sum(map(bool, ids))
             if not some:
                 raise ExperimentError("the training text holds no text: check training_text")
             yield [], 0
-
-
-def special_token_ids(tokenizer: Any) -> set[int]:
-    """The ids of BOS, EOS and padding: the tokens that neither training nor evaluation counts.
-
-    All others count, a tokenizer's additional special tokens (turns of a chat) among them.
-    """
-    return {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id} - {None}

@@ -30,7 +30,7 @@ from harness.interfaces import RunLike, SettingsLike, TrainerLike
 from harness.machine import in_threads, n_at_once, retain_memory_for_steps
 from harness.object_state import Unsavable, restore, state_of
 from harness.observation import OBSERVED
-from harness.store import ACTIVATIONS_GB, TensorCache, place_for
+from harness.store import ACTIVATIONS_GB, LEDGER, TensorCache, place_for
 from harness.text import TokenStream
 
 Key = tuple[int, int]  # layer and seed
@@ -284,6 +284,7 @@ class ActivationCache:
         self.number = 0  # of the next file
         self.n_made = 0  # harvests that are in no file
         self.after: dict[str, Any] | None = None  # where the text stands, if the stream doesn't
+        self.said: list[str] | None = None  # of activations that are far longer than others
         self.reading = True
 
     def key_parts(self) -> None:
@@ -310,6 +311,19 @@ class ActivationCache:
 
     def passes(self, n: int) -> list[Tensor]:
         """The activations of the next forward passes: n, or `PASSES` at most."""
+        acts = self.next_passes(n)
+        if self.said is None:
+            self.say(far_longer(self.run.settings, acts))
+        return acts
+
+    def say(self, said: list[str] | None) -> None:
+        """Warns of what was seen in the first passes; None: they are to come."""
+        self.said = said
+        for sentence in said or ():
+            LEDGER.warns(sentence)
+
+    def next_passes(self, n: int) -> list[Tensor]:
+        """See `passes`."""
         if not self.files.on:
             self.n_made += 1
             return self.made(min(n, PASSES))
@@ -332,15 +346,36 @@ class ActivationCache:
         """Where the store and the text stand, once what it counts is on the disk."""
         self.files.flush()
         stands = self.after or self.stream.state_dict()
-        return {"number": self.number, "n_made": self.n_made, "stream": stands}
+        counts = {"number": self.number, "n_made": self.n_made, "said": self.said}
+        return {**counts, "stream": stands}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where another one stood."""
         self.number, self.n_made = state["number"], state["n_made"]
+        self.say(state["said"])
         if not self.files.on:
             self.stream.load_state_dict(state["stream"])
         else:
             self.after = state["stream"]
+
+
+def far_longer(settings: SettingsLike, passes: list[Tensor], times: int = 10) -> list[str]:
+    """A sentence for each layer some of whose activations are over ten times as long as most.
+
+    Args:
+        passes: of the first passes, (layers, N, D) each.
+    """
+    said = []
+    for at, layer in enumerate(settings.layers):
+        norms_N = torch.cat([acts_LND[at].float().norm(dim=1) for acts_LND in passes])
+        median = float(norms_N.median())
+        if n_far := int((norms_N > times * median).sum()):
+            said.append(
+                f"layer {layer}: {n_far} of the first {len(norms_N)} activations are over {times} "
+                f"times as long as the median, {median:.3g} (the longest {norms_N.max():.3g}), and "
+                "weigh accordingly in mean, scale and FVU"
+            )
+    return said
 
 
 def steps_in_budget(

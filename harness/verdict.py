@@ -23,12 +23,14 @@ OLD_NAMES = {  # in records of before 2026-11-27: what is called so now
 }
 OLD_ACTIVATIONS = {"token": "topk", "threshold": "jumprelu"}  # the same of that setting's values
 # Settings that the records of before 2026-11-27 lack: what they were.
-BEFORE = {"activation": "topk", "density_penalty": 0.0, "threshold_rate": 0.05}
+BEFORE = {
+    "activation": "topk", "density_penalty": 0.0, "threshold_rate": 0.05, "hook": "resid_post",
+}  # fmt: skip
 
 # What makes figures comparable: settings, and entries of `facts`, that begin so. All others may
 # vary, and the verdict names those that do: also a setting that an edit adds.
 MUST_BE_EQUAL = (
-    "profile", "language model", "lm_dtype", "layers", "context", "training_text", "core_",
+    "profile", "language model", "lm_dtype", "layers", "hook", "context", "training_text", "core_",
     "probe_", "code of probe",
 )  # fmt: skip
 OF_EVALUATION = ("core_", "probe_", "code of ")  # of these: what no SAE's weights depend on

@@ -70,7 +70,7 @@ torch.set_num_threads(n_cores())
 chosen = experiment.PROFILES["gemma-2-2b"] | experiment.PLAN["run_x"]
 settings = checked_settings("run_x", experiment.Settings, chosen)
 model = load_language_model(settings.model, settings.lm_dtype).bridge()
-assert model.tokenizer.padding_side == "left"
+assert model.tokenizer.padding_side == "right"  # whatever Gemma's own has
 sae = general_utils.load_and_format_sae("", SAE.load_from_disk(sys.argv[1]), "cpu")[1]
 sae = sae.to(device="cpu", dtype=general_utils.str_to_dtype(settings.lm_dtype))  # as its run_eval
 load = torch.load
@@ -209,7 +209,7 @@ def test_core_results_are_finite(run_x: Path, layer: int) -> None:
 def test_results_are_stock_sae_bench_on_the_stored_sae(
     hf_home: Path, place: Path, run_x: Path
 ) -> None:
-    """In bfloat16, with texts padded on the left, exactly: no figure is off by a single text."""
+    """In bfloat16, exactly: no figure is off by a single text."""
     layer = LAYERS[1]
     sae = run_x / "sae" / f"layer_{layer}" / "seed_0"
     status, _, error = in_fork(hf_home, place, "stock.py", str(sae))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -17,17 +18,23 @@ from sae_bench.sae_bench_utils.activation_collection import get_bos_pad_eos_mask
 from sae_lens.training.activations_store import ActivationsStore
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import ByteLevel, TemplateProcessing
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, ByT5Tokenizer
 
 from experiment import ActivationBuffer
 from harness.errors import ExperimentError
 from harness.evaluation.core import prepare_for_sae_bench
 from harness.evaluation.probe_texts import probe_tokens
+from harness.evaluation.probing import masked_activations
 from harness.evaluation.shared_forward import SharedForward
 from harness.language_model import load_language_model
 from harness.startup import Run, check_layers
+from harness.store import LEDGER, TensorCache
+from harness.tokenizer import counted, prepare_tokenizer
+from harness.training import ActivationCache
 from tests.conftest import SOURCES, settings_of
 from tests.test_language_model import stream_of
+
+CPU = torch.device("cpu")
 
 
 def changed_model(toy_model: Path, folder: Path, change, **config) -> str:
@@ -85,42 +92,116 @@ def tokenizer_of(toy_model: Path, folder: Path, **changes) -> tuple[str, Any]:
 
 
 NAMED = {"id": "e", "ids": [1], "tokens": ["<eos>"]}
+TEMPLATE = TemplateProcessing("$A e", special_tokens=[NAMED])
+KINDS = {  # as in the table of docs/operations.md: changes, and what a context begins with
+    "adds BOS": ({}, 2),
+    "has BOS, does not add it": ({"backend_tokenizer__post_processor": ByteLevel()}, 2),
+    "adds EOS behind": ({"backend_tokenizer__post_processor": TEMPLATE}, 2),
+    "EOS alone": ({"bos_token": None}, 1),
+    "neither": ({"bos_token": None, "eos_token": None}, None),
+    "neither, and no padding": ({"bos_token": None, "eos_token": None, "pad_token": None}, None),
+    "pad is EOS": ({"pad_token": "<eos>"}, 2),
+    "no padding": ({"pad_token": None}, 2),
+    "no padding, no EOS": ({"pad_token": None, "eos_token": None}, 2),
+    "pads on the left": ({"padding_side": "left"}, 2),
+    "a chat model's": ({"chat_template": "{{ messages }}"}, 2),
+}
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"backend_tokenizer__post_processor": ByteLevel()},
-        {"backend_tokenizer__post_processor": TemplateProcessing("$A e", special_tokens=[NAMED])},
-        {"pad_token": None},
-        {"pad_token": None, "eos_token": None},
-    ],
-)
+@pytest.mark.parametrize("kind", KINDS)
 def test_training_core_and_probing_read_a_text_alike(
-    toy, toy_model: Path, tmp_path: Path, changes
+    toy, toy_model: Path, tmp_path: Path, kind: str
 ) -> None:
-    """BOS and the text, whatever the tokenizer adds by itself, and what it has to pad with."""
+    """What the context begins with and the text, whatever the tokenizer does by itself."""
+    changes, begin = KINDS[kind]
     name, tokenizer = tokenizer_of(toy_model, tmp_path / "model", **changes)
     lm = load_language_model(name)
-    hooked = lm.bridge()
+    bridge, special = lm.bridge(), lm.special_token_ids
     text, other = SOURCES[0][:300], SOURCES[1][:200]
     ids = [tokenizer(t, add_special_tokens=False)["input_ids"] for t in (text, other)]
-    joined = [2, *ids[0], 2, *ids[1]]
-    assert hooked.tokenizer is not lm.tokenizer  # the stream's thread may be at that one
+    front = [] if begin is None else [begin]
+    joined = [*front, *ids[0], *front, *ids[1]]
+    assert bridge.tokenizer is not lm.tokenizer  # the stream's thread may be at that one
     with stream_of([text, other], lm.tokenizer, 64) as stream:
-        training = stream.contexts(1)[0].tolist()
+        training = stream.contexts(1)
     settings = dataclasses.replace(settings_of(toy, "run_1"), context=64)
     sae = prepare_for_sae_bench(toy.CustomSAE(32, 64, "toy", 0, k=4), settings)
     texts = datasets.Dataset.from_dict({"text": [text, other]})
-    store = ActivationsStore.from_sae(hooked, sae, texts, context_size=64)
-    core = store.get_batch_tokens(1)[0].tolist()
-    splits = probe_tokens("toy/modules", lm.tokenizer, torch.device("cpu"), settings)
-    assert training == core == joined[:64]
+    store = ActivationsStore.from_sae(bridge, sae, texts, context_size=64)
+    shared = SharedForward(bridge, store, {}, lambda n: None)
+    shown_BL = shared.batch(1, 1)
+    assert training.tolist() == shared.tokens_BL.tolist() == [joined[:64]]
+    assert None not in special
+    # SAE-Bench leaves out by ids what is left out here by place, too.
+    counts_BL = counted(training, special)
+    assert not counts_BL[:, 0].any() and torch.equal(shared.token_mask(), counts_BL)
+    assert torch.equal(get_bos_pad_eos_mask(shown_BL, lm.tokenizer), counts_BL)
+    assert torch.equal(shown_BL[:, 1:], training[:, 1:])
+
+    splits = probe_tokens("toy/modules", lm.tokenizer, CPU, settings)
+    short = lm.tokenizer(["a b"], padding="max_length", max_length=64)["input_ids"][0]
+    plain = tokenizer("a b", add_special_tokens=False)["input_ids"]
+    assert short[: len(front) + len(plain)] == [*front, *plain]
+    padding = torch.tensor([short[len(front) + len(plain) :]])
+    assert padding.numel() and not counted(padding, special).any()
+    cache = TensorCache("probing passes", None)
     for encoded in splits[0].values():
-        assert (encoded["input_ids"][:, 0] == 2).all()
-        kept = ~torch.isin(encoded["input_ids"], torch.tensor(sorted(lm.special_token_ids)))
-        assert torch.equal(get_bos_pad_eos_mask(encoded["input_ids"], lm.tokenizer), kept)
-    assert None not in lm.special_token_ids
+        tokens_BL = encoded["input_ids"]
+        assert begin is None or (tokens_BL[:, 0] == begin).all()
+        given = tokens_BL, lambda t: {"": torch.ones(*t.shape, 1)}, lm.tokenizer, settings
+        (masked,) = (torch.cat([acts[0] for acts in masked_activations(*given, cache, "")]),)
+        assert torch.equal(masked[..., 0] != 0, counted(tokens_BL, special))
+
+
+def test_a_tokenizer_written_in_python_reads_as_the_others_do() -> None:
+    """ByT5's: EOS alone, which it puts behind a text."""
+    tokenizer = ByT5Tokenizer()
+    plain = tokenizer("text", add_special_tokens=False)["input_ids"]
+    prepare_tokenizer(tokenizer, "byt5", 400)
+    for one in (tokenizer, copy.deepcopy(tokenizer)):
+        assert one("text")["input_ids"] == [1, *plain]
+        padded = one(["text", "a"], padding="max_length", max_length=4, truncation=True)
+        assert padded["input_ids"] == [[1, *plain[:3]], [1, 100, 0, 0]]
+
+
+def test_the_first_position_is_not_counted_whatever_stands_there(toy, toy_model: Path) -> None:
+    """A sink there a thousand times as long as the rest moves neither scale, mean nor FVU."""
+    lm = load_language_model(str(toy_model))
+    lm.tokenizer.bos_token = lm.tokenizer.eos_token = None
+    lm.special_token_ids = {0}
+    tokens_BL = torch.randint(3, 300, (8, 32), generator=torch.Generator().manual_seed(0))
+    plain = lm.activations
+
+    def with_sink(tokens_BL: torch.Tensor, layers: tuple[int, ...]) -> list[torch.Tensor]:
+        acts = plain(tokens_BL, layers)
+        for acts_BLD in acts:
+            acts_BLD[:, 0] *= 1000
+        return acts
+
+    settings = dataclasses.replace(settings_of(toy, "run_1"), harvest_contexts=8, layers=(1,))
+    stream = SimpleNamespace(contexts=lambda n: tokens_BL, context=32, state_dict=dict)
+    taken = {}
+    for name, activations in (("sink", with_sink), ("plain", plain)):
+        lm.activations = activations
+        taken[name] = ActivationBuffer(Run(settings, lm), stream).next_tokens(8 * 31)
+    assert torch.equal(taken["sink"], taken["plain"])
+
+
+def test_activations_far_longer_than_most_are_told(toy, toy_lm, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(LEDGER, "warnings", [])
+    settings = dataclasses.replace(settings_of(toy, "run_1"), layers=(0, 1))
+    acts_LND = torch.nn.functional.normalize(torch.randn(2, 50, 8), dim=-1)
+    acts_LND[1, :3] *= 40
+    stream = SimpleNamespace(state_dict=dict, load_state_dict=lambda state: None)
+    cache = ActivationCache(Run(settings, toy_lm), stream, lambda n: [acts_LND])
+    assert torch.equal(cache.passes(1)[0], acts_LND)
+    cache.passes(1)
+    (said,) = LEDGER.warnings
+    assert said.startswith("layer 1: 3 of the first 50 activations are over 10 times as long as ")
+    assert capsys.readouterr().out == f"warning: {said}\n"
+    LEDGER.warnings.clear()  # a resumed training says it again
+    ActivationCache(Run(settings, toy_lm), stream, list).load_state_dict(cache.state_dict())
+    assert LEDGER.warnings == [said]
 
 
 def test_additional_special_tokens_count_everywhere(toy, toy_model: Path, tmp_path: Path) -> None:
@@ -139,13 +220,12 @@ def test_additional_special_tokens_count_everywhere(toy, toy_model: Path, tmp_pa
     shared = SharedForward(lm.bridge(), None, {}, lambda n: None)
     shared.tokens_BL = tokens_BL
     assert shared.token_mask().tolist() == [[False, True, True, True]]  # of core
-    assert get_bos_pad_eos_mask(tokens_BL, lm.tokenizer).equal(shared.token_mask())  # of probing
+    assert counted(tokens_BL, lm.special_token_ids).equal(shared.token_mask())  # of probing
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"bos_token": None}, "must have a BOS token.* but has none: name one as bos_token"),
         ({"extra_special_tokens": ["<turn>"]}, "ids below 300, the rows .*, but has 300: take"),
     ],
 )

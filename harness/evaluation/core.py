@@ -25,7 +25,8 @@ from harness.store import (
     TensorCache,
     cached_each,
 )
-from harness.text import documents, special_token_ids, text_errors, text_rows, text_stream
+from harness.text import documents, text_errors, text_rows, text_stream
+from harness.tokenizer import special_token_ids
 
 
 def core_config(settings: SettingsLike) -> Any:

@@ -15,6 +15,7 @@ from harness.errors import ExperimentError
 from harness.evaluation.core import check_finite
 from harness.interfaces import RunLike, SAELike, SettingsLike
 from harness.store import LEDGER, write_atomic, write_json
+from harness.tokenizer import counted
 
 
 def export_to_saelens(
@@ -35,7 +36,8 @@ def export_to_saelens(
         See `write_as_saelens` for the others.
     """
     STAGE.begin("export")
-    stored = write_as_saelens(sae, run.settings, folder, kind, k)
+    begins = run.language_model.tokenizer.bos_token_id is not None
+    stored = write_as_saelens(sae, run.settings, folder, kind, k, begins)
     if not gives_same(sae, stored, some_activations(run, sae.cfg.hook_layer)):
         why = (f"SAELens' {kind} SAE with these weights gives other features or reconstructions "
                "than encode and decode")  # fmt: skip
@@ -51,14 +53,16 @@ def export_to_saelens(
 
 
 def write_as_saelens(
-    sae: SAELike, settings: SettingsLike, folder: Path, kind: str, k: int | None = None
-) -> Any:
+    sae: SAELike, settings: SettingsLike, folder: Path, kind: str, k: int | None = None,
+    prepend_bos: bool = True,
+) -> Any:  # fmt: skip
     """Writes an SAE's weights in SAELens' form; the SAE that SAELens reads back.
 
     Args:
         sae: for raw activations. Its state_dict has what the kind needs: W_enc (D, F), W_dec
             (F, D), b_enc (F,), b_dec (D,), and for "jumprelu" threshold, (F,) or a number.
         k: features that a "topk" SAE keeps of each token.
+        prepend_bos: whether its contexts begin with a token of their own.
     Raises:
         ExperimentError: SAELens reads back other weights.
     """
@@ -73,7 +77,7 @@ def write_as_saelens(
         hook_name=sae.cfg.hook_name,
         hook_layer=sae.cfg.hook_layer,
         context_size=settings.context,
-        prepend_bos=True,
+        prepend_bos=prepend_bos,
         dataset_path=settings.training_text,
     )
     shape: dict[str, Any] = dict(d_in=sae.cfg.d_in, d_sae=sae.cfg.d_sae, metadata=metadata)
@@ -120,12 +124,11 @@ def check_published(name: str, sae: SAELike, folder: Path) -> None:
 
 
 def some_activations(run: RunLike, layer: int, n_texts: int = 8) -> torch.Tensor:
-    """Of the first probing texts, without BOS, EOS and padding, (N, D)."""
+    """Of the tokens that count of the first probing texts, (N, D)."""
     train, _ = next(iter(run.probe_texts.values()))
     tokens_BL = next(iter(train.values()))["input_ids"][:n_texts]
-    special = torch.tensor(sorted(run.language_model.special_token_ids), device=tokens_BL.device)
     acts_BLD = run.language_model.activations(tokens_BL, (layer,))[0]
-    return acts_BLD[~torch.isin(tokens_BL, special)]
+    return acts_BLD[counted(tokens_BL, run.language_model.special_token_ids)]
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from harness.language_model import acts_at, hook_name, plain_of
 from harness.machine import in_order, retain_freed_memory
 from harness.probe_sets import probe_names
 from harness.store import ACTIVATIONS_GB, TensorCache, cached, cached_each
+from harness.tokenizer import counted, special_token_ids
 
 
 def probing_config(settings: SettingsLike, names: Sequence[str] | None = None) -> Any:
@@ -69,20 +70,18 @@ def masked_activations(
 ) -> Iterator[list[Tensor]]:  # fmt: skip
     """What is read of texts, (B, L, D) for each of `settings.layers`.
 
-    `probe_llm_batch` texts at a time, zero at BOS, EOS and padding, as SAE-Bench has it.
+    `probe_llm_batch` texts at a time, zero where a token doesn't count, as SAE-Bench has it.
 
     Args:
         one_pass: of token ids (B, L), what stands at the hooks.
         name: the beginning of that under which the passes are kept.
     """
-    from sae_bench.sae_bench_utils.activation_collection import get_bos_pad_eos_mask
-
     def acts_of(tokens_BL: Tensor) -> list[Tensor]:
         return list(one_pass(tokens_BL).values())
 
     for start in range(0, len(tokens_NL), settings.probe_llm_batch):
         tokens_BL = tokens_NL[start : start + settings.probe_llm_batch]
-        mask_BL = get_bos_pad_eos_mask(tokens_BL, tokenizer)
+        mask_BL = counted(tokens_BL, special_token_ids(tokenizer))
         acts = cache.get(f"{name}-{start:06d}", functools.partial(acts_of, tokens_BL))
         yield [acts_BLD.to(mask_BL.device) * mask_BL[:, :, None] for acts_BLD in acts]
 

@@ -24,7 +24,6 @@ import hashlib
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from harness.errors import ExperimentError
@@ -33,7 +32,7 @@ from harness.interfaces import SAELike
 from harness.language_model import acts_at, plain_of
 from harness.machine import yield_turn
 from harness.store import TensorCache
-from harness.text import special_token_ids
+from harness.tokenizer import counted, special_token_ids
 
 
 class SharedForward:
@@ -61,12 +60,13 @@ class SharedForward:
         self.cache = cache or TensorCache("core passes", None)
         self.hooks = {hook: hooks[hook] for hook in sorted(hooks, key=hooks.get)}
         self.plain = plain_of(model)
-        self.special = torch.tensor(sorted(special_token_ids(model.tokenizer)))
+        self.special = special_token_ids(model.tokenizer)
         self.hooks_at_start = self.n_hooks()
         self.n_batches = self.n_resets = 0
         self.contexts: set[bytes] = set()  # digests of those drawn so far
         self.n_contexts = 0
         self.tokens_BL: Tensor | None = None
+        self.shown_BL: Tensor | None = None  # what `run_evals` gets for them
         self.passes: dict[str, dict[str, Tensor]] = {}
         # Sums over the tokens of the sparsity batches, by hook, in float64.
         self.n_tokens = 0
@@ -86,13 +86,17 @@ class SharedForward:
         """The batch of this number, from 1 on, (B, L): the one that is held, or the next."""
         if number > self.n_batches:
             self.n_batches = number
-            self.tokens_BL = self.store.get_batch_tokens(n_prompts)
+            self.tokens_BL = self.shown_BL = self.store.get_batch_tokens(n_prompts)
+            if self.model.tokenizer.bos_token_id is None:
+                # It leaves out tokens by their ids, and the first of a context has to be one.
+                self.shown_BL = self.tokens_BL.clone()
+                self.shown_BL[:, 0] = self.model.tokenizer.pad_token_id
             rows = self.tokens_BL.cpu().numpy()
             self.contexts |= {hashlib.sha256(row.tobytes()).digest() for row in rows}
             self.n_contexts += len(rows)
             self.passes = {}
             self.advance(1)
-        return self.tokens_BL
+        return self.shown_BL
 
     def reset(self, number: int) -> None:
         """The store's reset of this number, from 1 on."""
@@ -101,8 +105,8 @@ class SharedForward:
             self.store.reset_input_dataset()
 
     def token_mask(self) -> Tensor:
-        """(B, L) bool: neither BOS nor EOS nor padding."""
-        return ~torch.isin(self.tokens_BL, self.special.to(self.tokens_BL.device))
+        """(B, L) bool: the tokens that count."""
+        return counted(self.tokens_BL, self.special)
 
     def once(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """What `compute` returns, computed once for the batch, or by an earlier run."""
@@ -258,7 +262,7 @@ class ModelView:
         return getattr(self.shared.model, name)
 
     def __call__(self, tokens_BL: Any, **options: Any) -> Any:
-        ours = tokens_BL is self.shared.tokens_BL and options == self.STOCK
+        ours = tokens_BL is self.shared.shown_BL and options == self.STOCK
         if not ours or self.shared.is_hooked():
             return self.shared.model(tokens_BL, **options)
         original = self.shared.original()
@@ -268,7 +272,7 @@ class ModelView:
         """Logits and losses of the model with a residual stream changed by a hook."""
         hooks = [hook for hook, _ in fwd_hooks]
         shared = self.shared
-        ours = tokens_BL is shared.tokens_BL and options == self.STOCK
+        ours = tokens_BL is shared.shown_BL and options == self.STOCK
         if not ours or hooks != [self.sae.cfg.hook_name] or shared.is_hooked():
             return shared.model.run_with_hooks(tokens_BL, fwd_hooks=fwd_hooks, **options)
         ((hook, change),) = fwd_hooks
@@ -284,7 +288,7 @@ class ModelView:
             "names_filter": [self.sae.cfg.hook_name],
             "stop_at_layer": self.sae.cfg.hook_layer + 1,
         }
-        ours = tokens_BL is self.shared.tokens_BL and options == stock
+        ours = tokens_BL is self.shared.shown_BL and options == stock
         if not ours or self.shared.is_hooked():
             return self.shared.model.run_with_cache(tokens_BL, **options)
         acts = self.shared.residuals()
