@@ -80,6 +80,7 @@ def current(config: dict) -> dict:
 @pytest.mark.parametrize("change, sentence", [
     (dict(layers=[3]), "layers 3 against 1, 2, 4"),
     (dict(context=64), "context 64 against 128"),
+    (dict(hook="mlp_out"), "hook mlp_out against resid_post"),
     (dict(lm_dtype="bfloat16"), "lm_dtype bfloat16 against float32"),
     (dict(model="other/model"), "language model other/model against tinylm"),
     (dict(training_text="other"), "training_text other against tinylm"),
