@@ -1,4 +1,4 @@
-"""The language model's two forms, the token stream and the activation buffer."""
+"""The language model and the bridge, the token stream and the activation buffer."""
 
 from __future__ import annotations
 
@@ -20,6 +20,18 @@ from harness.probe_sets import own_sets, probe_names
 from harness.startup import Run
 from harness.text import TokenStream, documents, passages, streamed_texts
 from tests.conftest import ROOT, SOURCES, settings_of
+
+# The published config.json of google/gemma-2-2b, as far as the architecture goes.
+GEMMA_2_2B = dict(
+    architectures=["Gemma2ForCausalLM"], attention_bias=False, attention_dropout=0.0,
+    attn_logit_softcapping=50.0, bos_token_id=2, cache_implementation="hybrid", eos_token_id=1,
+    final_logit_softcapping=30.0, head_dim=256, hidden_act="gelu_pytorch_tanh",
+    hidden_activation="gelu_pytorch_tanh", hidden_size=2304, initializer_range=0.02,
+    intermediate_size=9216, max_position_embeddings=8192, model_type="gemma2",
+    num_attention_heads=8, num_hidden_layers=26, num_key_value_heads=4, pad_token_id=0,
+    query_pre_attn_scalar=256, rms_norm_eps=1e-06, rope_theta=10000.0, sliding_window=4096,
+    torch_dtype="float32", use_cache=True, vocab_size=256000,
+)  # fmt: skip
 
 
 def some_contexts(lm, length: int, n: int = 3) -> torch.Tensor:

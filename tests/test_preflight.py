@@ -59,7 +59,7 @@ def test_what_is_needed_is_said_per_part(gemma, monkeypatch) -> None:
     replace(monkeypatch, "memory_gb", lambda: 80.0)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=10**11))
     memory, disk = sorted(preflight(gemma, CPU), reverse=True)
-    assert "language model 6.4" in memory and "80.0 free on cpu" in memory  # 2.6 G, and 0.6 G again
+    assert "language model 5.2" in memory and "80.0 free on cpu" in memory  # 2.6 G
     assert all(part in memory for part in ("SAEs", "training", "evaluation"))
     assert disk.startswith("disk: up to 15.5 GB") and "100.0 free" in disk
 
