@@ -97,7 +97,7 @@ def test_what_the_hub_refuses_is_one_sentence_without_token(
         ("training_text", "/no/such/folder", "'/no/such/folder' must be there.* no such file or"),
         ("core_text", "texts.jsonl", "'texts.jsonl' must be there, or a name on the hub"),
         ("training_text", "own_sentiment", "the dataset 'own_sentiment' is not on the hub"),
-        ("model", "model.safetensors", "must be a folder, but is a file: name the folder"),
+        ("model", "model.safetensors", "must be a folder or a GGUF file, but is another file"),
         ("probe_sets", ("own",), "whose classes SAE-Bench knows .*but one is 'own': choose"),
     ],
 )
