@@ -28,7 +28,7 @@ def scored(toy, toy_lm, own_cache, tmp_path: Path):
         settings_of("run_1", "tinylm"), layers=(2,), extra_evals=("sae_probes",),
         sae_probes_sets=(SMALLEST,),
     )  # fmt: skip
-    run = run_on(toy_lm, settings, sae_bench_model=toy_lm.hooked(), out_dir=tmp_path,
+    run = run_on(toy_lm, settings, sae_bench_model=toy_lm.bridge(), out_dir=tmp_path,
                  source=(ROOT / "experiment.py").read_text(), keeps=True)  # fmt: skip
     stats = torch.zeros(32), 1.0
     names = ("layer_2_seed_0", "layer_2_seed_0_untrained")
