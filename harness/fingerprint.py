@@ -29,7 +29,7 @@ from harness.observation import OBSERVED, content
 from harness.start import ENVIRON_AT_START, HERE
 from harness.store import sha256_file
 from harness.syntax import ALL
-from harness.text_files import stamps
+from harness.text_files import BUILT_IN, stamps
 
 NUMERIC = (
     "ATEN", "CUBLAS", "CUDA", "KMP", "MKL", "NVIDIA_TF32", "OMP", "OPENBLAS", "PYTORCH", "TORCH",
@@ -141,10 +141,10 @@ def tokens_digest(split: list[dict[str, Any]]) -> str:
 
 
 def text_identity(name: str) -> dict[str, Any]:
-    """What tells a text from another: its name; of tinylm's corpus and what lies here, files."""
-    if name == "tinylm":
-        files = ("manifest.tsv", "corpus.py", "tokenizer.json")
-        return {"text": [sha256_file(HERE / "tinylm" / file) for file in files]}
+    """What tells a text from another: its name; of built-in corpora and what lies here, files."""
+    if name in BUILT_IN:
+        files = [HERE / name / file for file in ("manifest.tsv", "corpus.py", "tokenizer.json")]
+        return {"text": [sha256_file(file) for file in files if file.exists()]}
     return {"text": [name, stamps(name)]}
 
 

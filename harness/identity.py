@@ -45,7 +45,8 @@ OF_MODULE = (
     "_backward_hooks", "_backward_pre_hooks", "fwd_hooks", "bwd_hooks",
 )  # fmt: skip
 WATCHED = ("torch", "transformers", "sae_bench", "sae_lens", "transformer_lens", "datasets",
-           "tokenizers", "safetensors", "sklearn", "numpy", "harness", "tinylm")  # fmt: skip
+           "tokenizers", "safetensors", "sklearn", "numpy", "harness", "tinylm",
+           "smollm2")  # fmt: skip
 
 
 def describe(thing: object, settings: object = None, home: Path | None = None) -> str:

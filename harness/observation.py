@@ -47,7 +47,7 @@ def is_own(file: str) -> bool:
     if file.startswith("<"):
         return False
     path = Path(file).resolve()
-    ours = (PACKAGE, "tinylm", "tests", "bench")
+    ours = (PACKAGE, "tinylm", "smollm2", "tests", "bench")
     of_ours = path.is_relative_to(HERE) and path.relative_to(HERE).parts[0] in ours
     return not of_ours and not is_of_a_library(path)
 

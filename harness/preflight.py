@@ -16,7 +16,7 @@ from harness.interfaces import SettingsLike
 from harness.language_model import language_model_config
 from harness.machine import free_gb
 from harness.probe_sets import check_probe_sets, known_to_sae_bench
-from harness.text_files import form_of
+from harness.text_files import BUILT_IN, form_of
 
 DATA_GB = 5.0  # set aside for the probing data sets, which datasets stores twice
 
@@ -25,7 +25,7 @@ def preflight(settings: SettingsLike, device: torch.device) -> list[str]:
     """Checks what a run needs, in seconds, before anything large is downloaded or computed.
 
     The hub reachable or the files in its local cache, access to gated weights, every data set
-    there, disk and memory enough. tinylm needs none of it.
+    there, disk and memory enough. What is built in needs none of it.
 
     Returns:
         lines that say what is needed and what there is.
@@ -34,8 +34,8 @@ def preflight(settings: SettingsLike, device: torch.device) -> list[str]:
     """
     check_probe_sets(settings)
     texts = [settings.training_text, settings.core_text]
-    wanted = [("model", settings.model)] if settings.model != "tinylm" else []
-    wanted += [("dataset", text) for text in texts if text != "tinylm"]
+    wanted = [("model", settings.model)] if settings.model not in BUILT_IN else []
+    wanted += [("dataset", text) for text in texts if text not in BUILT_IN]
     sets = [name for name in settings.probe_sets if name in known_to_sae_bench()]
     wanted += [("dataset", hub_name(name)) for name in sets]
     if not wanted:
@@ -46,7 +46,7 @@ def preflight(settings: SettingsLike, device: torch.device) -> list[str]:
     if problems:
         more = f" (and {len(problems) - 1} more of the kind)" if len(problems) > 1 else ""
         raise ExperimentError(problems[0] + more)
-    if settings.model == "tinylm":
+    if settings.model in BUILT_IN:
         return []
     parts = memory_estimate(fit_core_batches(settings, device))
     return [check_disk(settings), check_memory(parts, device)]

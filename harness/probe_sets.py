@@ -29,9 +29,15 @@ def _tinylm() -> Any:
     return tasks
 
 
+def _smollm2() -> Any:
+    from smollm2 import tasks
+
+    return tasks
+
+
 # By the beginning of their names, what gives tasks that ship here: a module with TASK_SETS, CLASSES
 # and load_task. tinylm/A and tinylm/B stand for several tasks each, tinylm/A/package for one.
-SHIPPED: dict[str, Callable[[], Any]] = {"tinylm": _tinylm}
+SHIPPED: dict[str, Callable[[], Any]] = {"tinylm": _tinylm, "smollm2": _smollm2}
 
 
 class ProbeSet(NamedTuple):

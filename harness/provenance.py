@@ -25,7 +25,7 @@ from harness.machine import memory_gb, n_cores, processor_name
 from harness.start import HERE
 from harness.store import LEDGER, digest, sha256_file, write_atomic, write_json
 from harness.text import hub_revision
-from harness.text_files import local_texts
+from harness.text_files import BUILT_IN, local_texts
 
 
 def write_config(run: RunLike) -> None:
@@ -50,9 +50,10 @@ def config_record(run: RunLike) -> dict[str, Any]:
     settings, texts = run.settings, code_texts(run)
     hashes = {file: hashlib.sha256(text.encode()).hexdigest() for file, text in texts.items()}
     names = settings.model, settings.training_text, settings.core_text, *settings.probe_sets
-    if any(name.startswith("tinylm") for name in names):
+    for package in {name.split("/")[0] for name in names} & {*BUILT_IN}:
         for file in ("manifest.tsv", "model.safetensors", "tokenizer.json"):
-            hashes[f"tinylm/{file}"] = sha256_file(HERE / "tinylm" / file)
+            if (path := HERE / package / file).exists():
+                hashes[f"{package}/{file}"] = sha256_file(path)
     return {
         "run": run.out_dir.name,
         "profile": run.profile,
@@ -85,13 +86,13 @@ def config_record(run: RunLike) -> dict[str, Any]:
 def content_digests(run: RunLike) -> dict[str, str]:
     """What stands for the content of what the settings name, by setting, as far as it is known.
 
-    tinylm's text is known by its manifest, under "sha256".
+    A built-in text is known by its manifest, under "sha256".
     """
     s = run.settings
     tokens = {name: tokens_digest(split) for name, split in run.probe_texts.items()}
     found = {"model": weights_digest_of(s.model), "probe_sets": digest(tokens)}
     for field in ("training_text", "core_text"):
-        if (name := getattr(s, field)) != "tinylm":
+        if (name := getattr(s, field)) not in BUILT_IN:
             found[field] = text_digest(name)
     return {field: content for field, content in found.items() if content}
 

@@ -23,6 +23,7 @@ from harness.errors import ExperimentError, first_line, is_connection_error
 from harness.interfaces import SettingsLike
 from harness.store import LEDGER, cache_dir, pinned, sha256_file
 from harness.text_files import (
+    BUILT_IN,
     files_line,
     local_rows,
     local_text,
@@ -32,7 +33,7 @@ from harness.text_files import (
 )
 
 STREAM_RETRIES = 6  # of a broken connection in a row: a minute in all
-POOL_FILES = 512  # files of tinylm's corpus from which passages are drawn at a time
+POOL_FILES = 512  # files of a built-in corpus from which passages are drawn at a time
 MAY_RUN_CODE = (  # the named data sets: a loading script of theirs, and of no other, may run
     "LabHC/bias_in_bios", "canrager/amazon_reviews_mcauley_1and5", "codeparrot/github-code",
     "fancyzhx/ag_news", "Helsinki-NLP/europarl", "Skylion007/openwebtext",
@@ -52,9 +53,9 @@ def passages(text: str, n_chars: int = 2000) -> list[str]:
 
 
 def documents(name: str, split: str) -> Callable[[], Iterator[str]]:
-    """A function that starts an iterator over the texts of a data set, or of tinylm's corpus.
+    """A function that starts an iterator over the texts of a data set, or of a built-in corpus.
 
-    tinylm's corpus comes as passages, drawn at random from `POOL_FILES` files at a time: its files
+    A built-in corpus comes as passages, drawn at random from `POOL_FILES` files at a time: tinylm's
     are long (7,000 tokens), and in their own order a buffer of 262,144 tokens holds some 40 of
     them, to which SAEs then overfit (FVU jumped by a third with each new buffer).
     """
@@ -63,9 +64,7 @@ def documents(name: str, split: str) -> Callable[[], Iterator[str]]:
         draw = random.Random(0)
         pool: list[list[str]] = []  # the passages left of each file
         with corpus_errors():
-            from tinylm import corpus
-
-            for text in corpus.documents(split):
+            for text in corpus_of(name).documents(split):
                 pool.append(passages(text))
                 draw.shuffle(pool[-1])
                 while len(pool) >= POOL_FILES:
@@ -81,7 +80,16 @@ def documents(name: str, split: str) -> Callable[[], Iterator[str]]:
             pool.pop()
         return passage
 
-    return corpus if name == "tinylm" else StreamedTexts(name)
+    return corpus if name in BUILT_IN else StreamedTexts(name)
+
+
+def corpus_of(name: str) -> Any:
+    """The module that reads a built-in corpus."""
+    if name == "smollm2":
+        from smollm2 import corpus
+    else:
+        from tinylm import corpus
+    return corpus
 
 
 class StreamedTexts(NamedTuple):
@@ -182,7 +190,8 @@ def look_at_texts(settings: SettingsLike) -> None:
             say = LEDGER.warns if text.left_out else print_line
             say(files_line(name, text))
             files[name] = {*map(os.path.realpath, text.read)}
-    if core == training != "tinylm" or files.get(core, set()) & files.get(training, set()):
+    same = core == training and core not in BUILT_IN
+    if same or files.get(core, set()) & files.get(training, set()):
         LEDGER.warns(
             f"core_text, {core!r}, is text that the SAEs are trained on, {training!r}: core "
             "evaluation's figures are of what they may have seen"
@@ -278,7 +287,7 @@ def text_errors(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def corpus_errors() -> Iterator[None]:
-    """Makes what tinylm's files raise an ExperimentError: its messages are whole sentences."""
+    """Makes what built-in corpora raise an ExperimentError: its messages are whole sentences."""
     from tinylm.corpus import CorpusError
 
     try:

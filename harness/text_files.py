@@ -24,6 +24,7 @@ FORMS = {
 }  # fmt: skip
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 NOT_DATA = ("README.md", "config.json", "dataset_info.json", "dataset_infos.json", "state.json")
+BUILT_IN = ("tinylm", "smollm2")  # language models whose weights and texts lie in packages
 FIRST_ROWS = 1000  # of a JSON file, in one of which the column "text" must stand
 TEXT = (("text",),)  # the columns of a text, each by the names that it may have
 
@@ -62,7 +63,7 @@ def local_text(name: str) -> LocalText | None:
                 "folder of them, but is another: convert it"
             )
         return LocalText(form, [name], [])
-    if name == "tinylm" or not path.is_dir() or (path / f"{path.name}.py").exists():
+    if name in BUILT_IN or not path.is_dir() or (path / f"{path.name}.py").exists():
         return None
     if saved := saved_dataset(path):
         files = sorted(str(file) for file in saved.glob("*.arrow"))

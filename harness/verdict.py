@@ -197,7 +197,7 @@ class Content:
 
     def equals(self, other: Content) -> bool | None:
         """Whether both hold the same; None where they have the same name and it isn't known."""
-        for kind in ("content", "tinylm"):
+        for kind in ("content", "built-in"):
             if kind in self.digests and kind in other.digests:
                 return self.digests[kind] == other.digests[kind]
         return None if same(self.name, other.name) else False
@@ -237,11 +237,12 @@ def content_digests(config: dict[str, Any], name: str) -> dict[str, Any]:
     """What config.json holds of the content that a setting names, by how it was digested."""
     content, files = part_of(config, "content"), part_of(config, "sha256")
     found = {"content": content[name]} if name in content else {}
-    file = "tinylm/model.safetensors" if name == "model" else "tinylm/manifest.tsv"
     value = config["settings"][name]
-    names = value if isinstance(value, list) else [value]
-    if file in files and all(str(n).startswith("tinylm") for n in names):
-        found["tinylm"] = [value, files[file]]
+    packages = {str(n).split("/")[0] for n in (value if isinstance(value, list) else [value])}
+    of_package = "model.safetensors" if name == "model" else "manifest.tsv"
+    file = f"{min(packages, default='')}/{of_package}"
+    if file in files and len(packages) == 1:
+        found["built-in"] = [value, files[file]]
     return found
 
 

@@ -224,7 +224,7 @@ def residual_means(hf, tokenizer, texts: list[str], layers: tuple[int, ...],
     """Mean over tokens, as SAE-Bench takes it, of the residual stream and of SAE features.
 
     Args:
-        hf: a Hugging Face Gemma-2 model, float32.
+        hf: a Hugging Face model. Its last block's output is not to be had: it is normed.
         layers: L for blocks.L.hook_resid_post, which is hidden_states[L + 1].
         encoders: layer -> function from activations (N, D) to features (N, F).
 
@@ -242,7 +242,7 @@ def residual_means(hf, tokenizer, texts: list[str], layers: tuple[int, ...],
         special = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id)
         mask = ~torch.isin(batch["input_ids"], torch.tensor(special))
         for layer in layers:
-            x_BLD = hidden[layer + 1]
+            x_BLD = hidden[layer + 1].float()
             kinds = {"llm": x_BLD}
             if encoders is not None:
                 kinds["sae"] = encoders[layer](x_BLD.flatten(0, 1)).view(*mask.shape, -1)
@@ -268,28 +268,30 @@ def untrained_encoder(mean_D, d_sae: int = 1024, k: int = 16, seed: int = 0):
     return encode
 
 
-def check(model: str, n_train: int, n_test: int, names: list[str]) -> None:
-    """Prints, per task and mean over layers 1, 2 and 4, the accuracy of SAE-Bench's probes."""
+def print_margins(hf, tokenizer, heldout: list[str], tasks: dict, layers: tuple[int, ...],
+                  d_sae: int = 1024, k: int = 16) -> None:
+    """Prints, per task and mean over the layers, the accuracy of SAE-Bench's probes, in Markdown.
+
+    Args:
+        hf, layers: see `residual_means`. heldout: texts that give the untrained SAE its b_dec.
+        tasks: by name, a function that gives its train and its test texts, as `load_task` does.
+        d_sae, k: the untrained SAE's width and L0.
+    """
     import contextlib
     import os
     import warnings
 
     import torch
     from sae_bench.evals.sparse_probing.probe_training import train_probe_on_activations
-    from transformers import AutoTokenizer, Gemma2ForCausalLM
 
-    layers = (1, 2, 4)
-    hf = Gemma2ForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    heldout = [text[:600] for _, text in zip(range(100), corpus.documents("heldout"), strict=False)]
     means = residual_means(hf, tokenizer, heldout, layers)
-    encoders = {layer: untrained_encoder(means["llm", layer].mean(0)) for layer in layers}
+    encoders = {layer: untrained_encoder(means["llm", layer].mean(0), d_sae, k) for layer in layers}
     print("| task | LM, all | LM, best 5 | untrained SAE, best 5 | margin (least of the layers) |")
     print("| --- | --- | --- | --- | --- |", flush=True)
-    for name in names:
+    for name, load in tasks.items():
         sets = [{label: residual_means(hf, tokenizer, texts, layers, encoders)
                  for label, texts in texts_of.items()}
-                for texts_of in load_task(name, n_train, n_test, seed=42)]
+                for texts_of in load()]
         rows = []
         torch.manual_seed(42)
         for layer in layers:
@@ -307,6 +309,17 @@ def check(model: str, n_train: int, n_test: int, names: list[str]) -> None:
         margin = min(row[0] - row[2] for row in rows)
         print(f"| {name} | {all_:.3f} | {best:.3f} | {untrained:.3f} | "
               f"{all_ - untrained:.3f} ({margin:.3f}) |", flush=True)
+
+
+def check(model: str, n_train: int, n_test: int, names: list[str]) -> None:
+    """`print_margins` of these tasks, at layers 1, 2 and 4 of tinylm."""
+    import torch
+    from transformers import AutoTokenizer, Gemma2ForCausalLM
+
+    hf = Gemma2ForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    heldout = [text[:600] for _, text in zip(range(100), corpus.documents("heldout"), strict=False)]
+    tasks = {name: functools.partial(load_task, name, n_train, n_test, seed=42) for name in names}
+    print_margins(hf, AutoTokenizer.from_pretrained(model), heldout, tasks, layers=(1, 2, 4))
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ from harness.store import (
     cached_each,
 )
 from harness.text import documents, text_errors, text_rows, text_stream
+from harness.text_files import BUILT_IN
 from harness.tokenizer import special_token_ids
 
 
@@ -71,8 +72,8 @@ def core_store(settings: SettingsLike, model: Any, sae: Any) -> Any:
 def core_text(settings: SettingsLike) -> Any:
     """The text of the core evaluation in a form that SAELens takes."""
     name = settings.core_text
-    if name == "tinylm":
-        return heldout_passages()
+    if name in BUILT_IN:
+        return heldout_passages(name)
     with text_errors(name):
         return EvaluationText(name, text_stream(name))
 
@@ -93,11 +94,11 @@ class EvaluationText:
 
 
 @functools.cache
-def heldout_passages() -> Any:
-    """tinylm's held-out text as a data set, read once: each SAE is evaluated on it."""
+def heldout_passages(name: str) -> Any:
+    """A built-in corpus' held-out text as a data set, read once: each SAE is evaluated on it."""
     import datasets
 
-    return datasets.Dataset.from_dict({"text": list(documents("tinylm", "heldout")())})
+    return datasets.Dataset.from_dict({"text": list(documents(name, "heldout")())})
 
 
 def prepare_for_sae_bench(sae: SAELike, settings: SettingsLike) -> SAELike:

@@ -1,0 +1,1 @@
+"""smollm2: a real language model from a package; see README.md."""
