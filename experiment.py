@@ -125,11 +125,14 @@ class Settings:
 
 PROFILES: dict[str, dict[str, Any]] = {
     "tinylm": {},  # the defaults above
+    "smollm2": dict(model="smollm2", training_text="smollm2", core_text="smollm2",  # of packages
+        probe_sets=("smollm2/B",), layers=(9, 14, 19), d_sae=4608, k_min=32, buffer_tokens=131_072,
+        training_tokens=4_000_000 if torch.cuda.is_available() else 400_000, core_prompts=8,
+        core_reconstruction_batches=4),
     "gemma-2-2b": dict(
         model="google/gemma-2-2b", lm_dtype="bfloat16",
         layers=(5, 12, 19), training_text="monology/pile-uncopyrighted",
-        d_sae=2304,  # 16384 is the next step up
-        k_min=64, k_start_factor=4.0, curriculum_fraction=0.3,
+        d_sae=2304, k_min=64, k_start_factor=4.0, curriculum_fraction=0.3,  # d_sae: 16384 is next
         training_tokens=50_000_000, budget_minutes=110.0,
         batch=2048, lr=3e-4, lr_warmup=0.02, dead_feature_window=2_500_000,
         harvest_contexts=64, log_every=100,

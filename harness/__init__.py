@@ -16,6 +16,7 @@
     call_graph       the code that it depends on, from the objects at hand
     syntax           the statements of a Python file
     language_model   any causal language model: itself, and TransformerLens' bridge to it
+    packaged_model   smollm2's weights, converted once
     fused_gemma      Gemma-2's forward pass on a CPU, faster
     steering         what a forward pass does at a model's blocks
     tokenizer        how a text becomes token ids: one rule for training, core and probing

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from harness.errors import GET_ACCESS, ExperimentError, first_line, shortened
 from harness.identity import changed, remember
+from harness.packaged_model import smollm2_folder
 from harness.start import HERE
 from harness.steering import Steering, steered
 from harness.text import corpus_errors
@@ -276,7 +277,9 @@ def on_same_weights(hf: nn.Module) -> nn.Module:
 
 
 def model_path(name: str) -> str:
-    """What transformers loads: the hub's name, or a folder; "tinylm": the built-in model's."""
+    """What transformers loads: the hub's name, or a folder; of a built-in model its own."""
+    if name == "smollm2":
+        return str(smollm2_folder())
     return str(HERE / "tinylm") if name == "tinylm" else name
 
 

@@ -26,10 +26,14 @@ DRAWING: set[Any] = set()  # code that drew from the process's own generators: s
 
 
 def choose_device(settings: SettingsLike, profile: str) -> torch.device:
-    """The device that `settings.device` stands for: "auto" is a GPU for gemma-2-2b, else a CPU."""
+    """The device that `settings.device` stands for.
+
+    "auto" is a GPU for gemma-2-2b, a CPU for tinylm, and else a GPU where there is one.
+    """
     wanted = settings.device
     if wanted == "auto":
-        wanted = "cuda" if profile == "gemma-2-2b" else "cpu"
+        available = profile != "tinylm" and torch.cuda.is_available()
+        wanted = "cuda" if profile == "gemma-2-2b" or available else "cpu"
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ExperimentError(
             f"the profile {profile} with device={settings.device!r} needs a CUDA GPU, and none is "

@@ -21,6 +21,7 @@ FLOORS = (
     ("store",),
     ("checkpoints", "rehearsal", "command", "text_files", "text", "probe_sets", "syntax",
      "identity", "isolation", "call_graph", "steering", "tokenizer"),
+    ("packaged_model",),
     ("language_model",),
     ("fused_gemma", "fingerprint", "preflight"),
     ("evaluation.shared_forward", "evaluation.probe_texts"),

