@@ -55,6 +55,7 @@ class Settings:
     layers: tuple[NonNegativeInt, ...] = (1, 2, 4)  # SAEs read blocks.L.hook_{hook}
     hook: Literal["resid_post", "resid_mid", "mlp_out", "attn_out"] = "resid_post"
     context: Annotated[int, Field(ge=3)] = 128  # tokens per context, BOS first
+    first_positions: PositiveInt = 1  # of each context, that never count: attention sinks
     training_text: str = "tinylm"  # a data set, folder or file of texts; "tinylm": its corpus
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
@@ -126,18 +127,16 @@ class Settings:
 PROFILES: dict[str, dict[str, Any]] = {
     "tinylm": {},  # the defaults above
     "smollm2": dict(model="smollm2", training_text="smollm2", core_text="smollm2",  # of packages
-        probe_sets=("smollm2/B",), layers=(9, 14, 19), d_sae=4608, k_min=32, buffer_tokens=131_072,
-        training_tokens=4_000_000 if torch.cuda.is_available() else 400_000, core_prompts=8,
-        core_reconstruction_batches=4),
+        first_positions=2, probe_sets=("smollm2/B",), layers=(9, 14, 19), d_sae=4608, k_min=32,
+        training_tokens=4_000_000 if torch.cuda.is_available() else 400_000, buffer_tokens=131_072,
+        core_prompts=8, core_reconstruction_batches=4),
     "gemma-2-2b": dict(
-        model="google/gemma-2-2b", lm_dtype="bfloat16",
-        layers=(5, 12, 19), training_text="monology/pile-uncopyrighted",
-        d_sae=2304, k_min=64, k_start_factor=4.0, curriculum_fraction=0.3,  # d_sae: 16384 is next
-        training_tokens=50_000_000, budget_minutes=110.0,
+        model="google/gemma-2-2b", lm_dtype="bfloat16", layers=(5, 12, 19),
+        training_text="monology/pile-uncopyrighted", training_tokens=50_000_000,
+        budget_minutes=110.0, d_sae=2304, k_min=64, k_start_factor=4.0, curriculum_fraction=0.3,
         batch=2048, lr=3e-4, lr_warmup=0.02, dead_feature_window=2_500_000,
-        harvest_contexts=64, log_every=100,
-        core_text="Skylion007/openwebtext", core_reconstruction_batches=200,
-        core_sparsity_batches=2000,
+        harvest_contexts=64, log_every=100, core_text="Skylion007/openwebtext",
+        core_reconstruction_batches=200, core_sparsity_batches=2000,
         probe_sets=(
             *(f"LabHC/bias_in_bios_class_set{n}" for n in (1, 2, 3)),
             "canrager/amazon_reviews_mcauley_1and5",
@@ -403,8 +402,8 @@ class ActivationBuffer:
     """Activations of the run's layers in the order of the text, of the tokens that count."""
 
     def __init__(self, run: Run, stream: TokenStream) -> None:
-        self.lm, self.stream = run.language_model, stream
-        self.layers, self.contexts = run.settings.layers, run.settings.harvest_contexts
+        self.lm, self.stream, s = run.language_model, stream, run.settings
+        self.layers, self.contexts, self.first = s.layers, s.harvest_contexts, s.first_positions
         self.cache = ActivationCache(run, stream, self.harvest)
         self.leftover_LND: Tensor | None = None  # harvested, not yet handed out
 
@@ -413,7 +412,7 @@ class ActivationBuffer:
         passes = self.stream.contexts(n_passes * self.contexts).split(self.contexts)
 
         def one_pass(tokens_BL: Tensor) -> Tensor:
-            keep_BL = counted(tokens_BL, self.lm.special_token_ids)
+            keep_BL = counted(tokens_BL, self.lm.special_token_ids, self.first)
             acts = self.lm.activations(tokens_BL, self.layers)
             return torch.stack([acts_BLD[keep_BL.to(acts_BLD.device)] for acts_BLD in acts])
 
@@ -430,7 +429,8 @@ class ActivationBuffer:
         parts = [] if self.leftover_LND is None else [self.leftover_LND]
         while have < n:
             if not parts:
-                n_passes = max(1, (n - have) // (self.contexts * (self.stream.context - 1)))
+                per_pass = self.contexts * (self.stream.context - self.first)
+                n_passes = max(1, (n - have) // per_pass)
                 parts = self.cache.passes(n_passes)
                 advance(sum(part.shape[1] for part in parts))
             part = parts.pop(0).to(hf.device)

@@ -19,6 +19,7 @@ class SettingsLike(Protocol):
     layers: tuple[int, ...]
     hook: str
     context: int
+    first_positions: int
     training_text: str
     d_sae: int
     seeds: tuple[int, ...]

@@ -65,15 +65,15 @@ def special_token_ids(tokenizer: Any) -> set[int]:
     return {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id} - {None}
 
 
-def counted(tokens_BL: Tensor, special: set[int]) -> Tensor:
+def counted(tokens_BL: Tensor, special: set[int], first: int) -> Tensor:
     """(B, L) bool: the tokens that count, in training and in every evaluation.
 
     Not the first of a context, whatever stands there: it is where attention goes that is of no use,
     and its residual stream may be a hundred times as long as any other (an attention sink).
 
     Args:
-        special: see `special_token_ids`.
+        special: see `special_token_ids`. first: how many positions are left out.
     """
     counts_BL = ~torch.isin(tokens_BL, torch.tensor(sorted(special), device=tokens_BL.device))
-    counts_BL[:, 0] = False
+    counts_BL[:, :first] = False
     return counts_BL

@@ -25,13 +25,14 @@ OLD_ACTIVATIONS = {"token": "topk", "threshold": "jumprelu"}  # the same of that
 # Settings that the records of before 2026-11-27 lack: what they were.
 BEFORE = {
     "activation": "topk", "density_penalty": 0.0, "threshold_rate": 0.05, "hook": "resid_post",
+    "first_positions": 1,
 }  # fmt: skip
 
 # What makes figures comparable: settings, and entries of `facts`, that begin so. All others may
 # vary, and the verdict names those that do: also a setting that an edit adds.
 MUST_BE_EQUAL = (
-    "profile", "language model", "lm_dtype", "layers", "hook", "context", "training_text", "core_",
-    "probe_", "code of probe",
+    "profile", "language model", "lm_dtype", "layers", "hook", "context", "first_positions",
+    "training_text", "core_", "probe_", "code of probe",
 )  # fmt: skip
 OF_EVALUATION = ("core_", "probe_", "code of ")  # of these: what no SAE's weights depend on
 CONTENTS = {  # settings that name a text or a model, as the verdict calls them

@@ -114,6 +114,7 @@ def test_training_core_and_probing_read_a_text_alike(
 ) -> None:
     """What the context begins with and the text, whatever the tokenizer does by itself."""
     changes, begin = KINDS[kind]
+    first = 2 if kind == "pad is EOS" else 1  # positions that don't count: SmolLM2 is such
     name, tokenizer = tokenizer_of(toy_model, tmp_path / "model", **changes)
     lm = load_language_model(name)
     bridge, special = lm.bridge(), lm.special_token_ids
@@ -124,33 +125,34 @@ def test_training_core_and_probing_read_a_text_alike(
     assert bridge.tokenizer is not lm.tokenizer  # the stream's thread may be at that one
     with stream_of([text, other], lm.tokenizer, 64) as stream:
         training = stream.contexts(1)
-    settings = dataclasses.replace(settings_of(toy, "run_1"), context=64)
+    settings = settings_of(toy, "run_1")
+    settings = dataclasses.replace(settings, context=64, first_positions=first)
     sae = prepare_for_sae_bench(toy.CustomSAE(32, 64, "toy", 0, k=4), settings)
     texts = datasets.Dataset.from_dict({"text": [text, other]})
     store = ActivationsStore.from_sae(bridge, sae, texts, context_size=64)
-    shared = SharedForward(bridge, store, {}, lambda n: None)
+    shared = SharedForward(bridge, store, {}, lambda n: None, first=first)
     shown_BL = shared.batch(1, 1)
     assert training.tolist() == shared.tokens_BL.tolist() == [joined[:64]]
     assert None not in special
     # SAE-Bench leaves out by ids what is left out here by place, too.
-    counts_BL = counted(training, special)
-    assert not counts_BL[:, 0].any() and torch.equal(shared.token_mask(), counts_BL)
+    counts_BL = counted(training, special, first)
+    assert not counts_BL[:, :first].any() and torch.equal(shared.token_mask(), counts_BL)
     assert torch.equal(get_bos_pad_eos_mask(shown_BL, lm.tokenizer), counts_BL)
-    assert torch.equal(shown_BL[:, 1:], training[:, 1:])
+    assert torch.equal(shown_BL[:, first:], training[:, first:])
 
     splits = probe_tokens("toy/modules", lm.tokenizer, CPU, settings)
     short = lm.tokenizer(["a b"], padding="max_length", max_length=64)["input_ids"][0]
     plain = tokenizer("a b", add_special_tokens=False)["input_ids"]
     assert short[: len(front) + len(plain)] == [*front, *plain]
     padding = torch.tensor([short[len(front) + len(plain) :]])
-    assert padding.numel() and not counted(padding, special).any()
+    assert padding.numel() and not counted(padding, special, 1).any()
     cache = TensorCache("probing passes", None)
     for encoded in splits[0].values():
         tokens_BL = encoded["input_ids"]
         assert begin is None or (tokens_BL[:, 0] == begin).all()
         given = tokens_BL, lambda t: {"": torch.ones(*t.shape, 1)}, lm.tokenizer, settings
         (masked,) = (torch.cat([acts[0] for acts in masked_activations(*given, cache, "")]),)
-        assert torch.equal(masked[..., 0] != 0, counted(tokens_BL, special))
+        assert torch.equal(masked[..., 0] != 0, counted(tokens_BL, special, first))
 
 
 def test_a_tokenizer_written_in_python_reads_as_the_others_do() -> None:
@@ -164,7 +166,10 @@ def test_a_tokenizer_written_in_python_reads_as_the_others_do() -> None:
         assert padded["input_ids"] == [[1, *plain[:3]], [1, 100, 0, 0]]
 
 
-def test_the_first_position_is_not_counted_whatever_stands_there(toy, toy_model: Path) -> None:
+@pytest.mark.parametrize("first", [1, 2])
+def test_the_first_positions_are_not_counted_whatever_stands_there(
+    toy, toy_model: Path, first: int
+) -> None:
     """A sink there a thousand times as long as the rest moves neither scale, mean nor FVU."""
     lm = load_language_model(str(toy_model))
     lm.tokenizer.bos_token = lm.tokenizer.eos_token = None
@@ -175,15 +180,17 @@ def test_the_first_position_is_not_counted_whatever_stands_there(toy, toy_model:
     def with_sink(tokens_BL: torch.Tensor, layers: tuple[int, ...]) -> list[torch.Tensor]:
         acts = plain(tokens_BL, layers)
         for acts_BLD in acts:
-            acts_BLD[:, 0] *= 1000
+            acts_BLD[:, :first] *= 1000
         return acts
 
-    settings = dataclasses.replace(settings_of(toy, "run_1"), harvest_contexts=8, layers=(1,))
+    settings = dataclasses.replace(
+        settings_of(toy, "run_1"), harvest_contexts=8, layers=(1,), first_positions=first
+    )
     stream = SimpleNamespace(contexts=lambda n: tokens_BL, context=32, state_dict=dict)
     taken = {}
     for name, activations in (("sink", with_sink), ("plain", plain)):
         lm.activations = activations
-        taken[name] = ActivationBuffer(Run(settings, lm), stream).next_tokens(8 * 31)
+        taken[name] = ActivationBuffer(Run(settings, lm), stream).next_tokens(8 * (32 - first))
     assert torch.equal(taken["sink"], taken["plain"])
 
 
@@ -220,7 +227,7 @@ def test_additional_special_tokens_count_everywhere(toy, toy_model: Path, tmp_pa
     shared = SharedForward(lm.bridge(), None, {}, lambda n: None)
     shared.tokens_BL = tokens_BL
     assert shared.token_mask().tolist() == [[False, True, True, True]]  # of core
-    assert counted(tokens_BL, lm.special_token_ids).equal(shared.token_mask())  # of probing
+    assert counted(tokens_BL, lm.special_token_ids, 1).equal(shared.token_mask())  # of probing
 
 
 @pytest.mark.parametrize(

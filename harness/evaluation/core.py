@@ -168,7 +168,7 @@ def shared_core_evals(
         hooks = {saes[name].cfg.hook_name: saes[name].cfg.hook_layer for name in names}
         store = core_store(settings, model, saes[names[0]])
         cache = core_cache(run, settings, hooks) if run is not None else None
-        shared = SharedForward(model, store, hooks, advance, cache)
+        shared = SharedForward(model, store, hooks, advance, cache, settings.first_positions)
         counting = {name: CountingSAE(saes[name], shared) for name in names}
 
         def one(name: str) -> tuple[dict, dict]:
@@ -261,7 +261,7 @@ def mean_l0(
     ready = {key: prepare_for_sae_bench(sae, settings) for key, sae in saes.items()}
     store = core_store(settings, model, next(iter(ready.values())))
     hooks = {sae.cfg.hook_name: sae.cfg.hook_layer for sae in ready.values()}
-    shared = SharedForward(model, store, hooks, advance=lambda n: None)
+    shared = SharedForward(model, store, hooks, lambda n: None, None, settings.first_positions)
     active = dict.fromkeys(saes, 0)
     with torch.no_grad():
         for number in range(1, n_batches + 1):

@@ -127,8 +127,9 @@ def some_activations(run: RunLike, layer: int, n_texts: int = 8) -> torch.Tensor
     """Of the tokens that count of the first probing texts, (N, D)."""
     train, _ = next(iter(run.probe_texts.values()))
     tokens_BL = next(iter(train.values()))["input_ids"][:n_texts]
-    acts_BLD = run.language_model.activations(tokens_BL, (layer,))[0]
-    return acts_BLD[counted(tokens_BL, run.language_model.special_token_ids)]
+    lm, s = run.language_model, run.settings
+    acts_BLD = lm.activations(tokens_BL, (layer,))[0]
+    return acts_BLD[counted(tokens_BL, lm.special_token_ids, s.first_positions)]
 
 
 @torch.no_grad()

@@ -81,7 +81,7 @@ def masked_activations(
 
     for start in range(0, len(tokens_NL), settings.probe_llm_batch):
         tokens_BL = tokens_NL[start : start + settings.probe_llm_batch]
-        mask_BL = counted(tokens_BL, special_token_ids(tokenizer))
+        mask_BL = counted(tokens_BL, special_token_ids(tokenizer), settings.first_positions)
         acts = cache.get(f"{name}-{start:06d}", functools.partial(acts_of, tokens_BL))
         yield [acts_BLD.to(mask_BL.device) * mask_BL[:, :, None] for acts_BLD in acts]
 

@@ -46,6 +46,7 @@ class SharedForward:
         hooks: what the SAEs read, by name, and the layer of each.
         advance: called with 1 after each batch.
         cache: where the passes are kept for the next run; None: they are not.
+        first: how many positions of a context don't count.
     """
 
     def __init__(
@@ -55,7 +56,9 @@ class SharedForward:
         hooks: dict[str, int],
         advance: Callable[[int], None],
         cache: TensorCache | None = None,
+        first: int = 1,
     ) -> None:
+        self.first = first
         self.model, self.store, self.advance = model, store, advance
         self.cache = cache or TensorCache("core passes", None)
         self.hooks = {hook: hooks[hook] for hook in sorted(hooks, key=hooks.get)}
@@ -87,10 +90,10 @@ class SharedForward:
         if number > self.n_batches:
             self.n_batches = number
             self.tokens_BL = self.shown_BL = self.store.get_batch_tokens(n_prompts)
-            if self.model.tokenizer.bos_token_id is None:
-                # It leaves out tokens by their ids, and the first of a context has to be one.
+            if self.first > 1 or self.model.tokenizer.bos_token_id is None:
+                # It leaves out tokens by their ids, and the first of a context have to be such.
                 self.shown_BL = self.tokens_BL.clone()
-                self.shown_BL[:, 0] = self.model.tokenizer.pad_token_id
+                self.shown_BL[:, : self.first] = self.model.tokenizer.pad_token_id
             rows = self.tokens_BL.cpu().numpy()
             self.contexts |= {hashlib.sha256(row.tobytes()).digest() for row in rows}
             self.n_contexts += len(rows)
@@ -106,7 +109,7 @@ class SharedForward:
 
     def token_mask(self) -> Tensor:
         """(B, L) bool: the tokens that count."""
-        return counted(self.tokens_BL, self.special)
+        return counted(self.tokens_BL, self.special, self.first)
 
     def once(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """What `compute` returns, computed once for the batch, or by an earlier run."""
