@@ -363,12 +363,13 @@ class TokenStream:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands, for `load_state_dict` of a new one on the same texts."""
-        return {"epoch": self.epoch, "n_texts": self.n_texts, "pending": list(self._pending)}
+        pending = torch.tensor(self._pending, dtype=torch.int64)
+        return {"epoch": self.epoch, "n_texts": self.n_texts, "pending": pending}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where another stream stood. To be called before the first contexts are taken."""
         self.epoch, self.n_texts = state["epoch"], state["n_texts"]
-        self._pending = list(state["pending"])
+        self._pending = state["pending"].tolist()
 
     def __enter__(self) -> TokenStream:
         return self

@@ -316,7 +316,7 @@ def test_the_keys_of_activations(load, observed, toy_lm) -> None:
     same = key()
     assert key(lr=1.0, batch=64, seeds=(3,), training_tokens=2_000_000, d_sae=64) == same
     assert key(edited(("residual_BD.pow(2).mean()", "residual_BD.abs().mean()"))) == same
-    assert key(edited(("keep_BL = ~torch.isin", "keep_BL = torch.isin"))) != same
+    assert key(edited(("keep_BL = counted", "keep_BL = ~counted"))) != same
     texts = 'texts = documents(run.settings.training_text, "train")\n'
     assert key(edited((texts, texts + "    texts = list(texts)\n"))) != same
     for changes in ({"layers": (1,)}, {"context": 64}, {"harvest_contexts": 4}):

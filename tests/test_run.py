@@ -144,7 +144,7 @@ def test_planned_runs_train_as_the_plan_says(
             "needs the final values in .*run 'run_77' first|run run_77 first",
         ),
         ({"model": "no/such-model"}, "the language model 'no/such-model' can't be loaded"),
-        ({"probe_sets": ("tinylm/C",)}, "probe_sets must be one or more data sets; of tinylm"),
+        ({"probe_sets": ()}, "probe_sets must be one or more data sets"),
         ({"probe_ks": (1, 2, 5, 100)}, "probe_ks must be at most d_sae = 64, with 1, 2 and 5"),
         ({"context": 2}, "context must be greater than or equal to 3, but is 2"),
         ({"training_tokens": 4096.0}, "training_tokens must be a whole number, but is 4096.0"),
