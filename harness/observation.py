@@ -279,10 +279,8 @@ def is_data(path: Any) -> bool:
 
 
 def on_event(event: str, arguments: tuple) -> None:
-    """sys.addaudithook: what code of the user's imports, and what files it opens to read."""
-    if event == "import" and (file := own_caller(imports)):
-        OBSERVED.imports.setdefault(Path(file).resolve(), set()).add(arguments[0])
-    elif event == "open" and not sys.is_finalizing():
+    """sys.addaudithook: what files code of the user's opens to read, what programs it starts."""
+    if event == "open" and not sys.is_finalizing():
         path, _, flags = arguments
         writes = flags & (os.O_WRONLY | os.O_RDWR) if isinstance(flags, int) else 0
         if not writes and is_data(path) and own_caller(lambda file: not is_known(file)):
@@ -348,13 +346,18 @@ class AsAtStart(importlib.machinery.SourceFileLoader):
 
 
 class OwnModules(importlib.machinery.PathFinder):
-    """Finds modules as ever; those of the project are loaded by `AsAtStart`."""
+    """Finds modules as ever; those of the project are loaded by `AsAtStart`.
+
+    Notes what code of the user's imports: of importlib.import_module no audit event tells.
+    """
 
     tops = {file.relative_to(HERE).parts[0].removesuffix(".py") for file in SOURCES_AT_START}
 
     @classmethod
     def find_spec(cls, name: str, path: Any = None, target: Any = None) -> Any:
         """See importlib.abc.MetaPathFinder."""
+        if file := own_caller(imports):
+            OBSERVED.imports.setdefault(Path(file).resolve(), set()).add(name)
         spec = super().find_spec(name, path, target) if name.split(".")[0] in cls.tops else None
         loader = getattr(spec, "loader", None)
         ours = type(loader) is importlib.machinery.SourceFileLoader

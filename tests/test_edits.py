@@ -233,10 +233,11 @@ class Base:
     "package_of_mine/parts.py": "def scale(x):\n    return x * 1.0\n",
     "scale.json": '{"scale": 1.0}',
     "scale.txt": "1.0",
-    "warm/layer_2.safetensors": safetensors.torch.save({"scale": torch.tensor(1.0)}),
+    **{f"warm/layer_{layer}.safetensors": safetensors.torch.save({"scale": torch.tensor(1.0)})
+       for layer in (1, 2)},
 }
 STEPPED = "        sae.normalize_decoder()\n        self.move_threshold(loss, k)\n"
-FIGURES = "    figures = core[name] | probing[name]\n"
+FIGURES = '    figures = core[name] | probing[name] | scores["extra"][name]\n'
 ENCODE = "    def encode(self, x: Tensor) -> Tensor:\n"
 INIT = '        self.cfg.architecture = "parametric_contrastive"\n'
 EVALUATE = "        core = core_evaluation(run, saes, core_metrics, timed.advance)\n"
@@ -339,7 +340,8 @@ EDITS: dict[str, Edit] = {
         ("    by_docstring,\n",
          "    by_docstring,\n    lambda sae: globals()['looked' + '_up'](sae),\n"))),
     "a docstring that is data": Edit((('    """1.0"""', '    """1.5"""'),)),
-    **{f"the file {name}": file(name) for name in FILES if "__init__" not in name},
+    **{f"the file {name}": file(name) for name in FILES
+       if "__init__" not in name and "layer_1" not in name},
     "an environment variable": Edit(variables={"SCALE_ONE": "1.5"}),
     "an environment variable that was not set": Edit(variables={"SCALE_TWO": "1.5"}),
     "an environment variable, of bytes": Edit(variables={"SCALE_THREE": "1.5"}),

@@ -683,7 +683,7 @@ def test_what_a_harvest_draws_does_not_depend_on_what_is_in_the_store(
 
     def harvests() -> list[torch.Tensor]:
         torch.rand(random.randrange(99))
-        cache = ActivationCache(run, text, lambda n: [torch.rand(2, 3)])
+        cache = ActivationCache(run, text, lambda n: [torch.rand(len(run.settings.layers), 2, 3)])
         made = [cache.passes(1)[0] for _ in range(2)]
         cache.files.flush()
         return made
