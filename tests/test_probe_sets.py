@@ -10,8 +10,6 @@ import json
 import os
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 import torch
 import zstandard
@@ -25,6 +23,7 @@ from harness.preflight import preflight
 from harness.probe_sets import draw, own_sets, probe_names
 from harness.store import LEDGER
 from tests.conftest import Calls, replace, run_command, settings_of
+from tests.test_text_files import lines, parquet
 
 CPU = torch.device("cpu")
 MOODS = ("glad", "sad")
@@ -51,16 +50,6 @@ def table(records: list[dict], separator: str = ",") -> bytes:
     return out.getvalue().encode()
 
 
-def lines(records: list) -> bytes:
-    return "".join(json.dumps(record) + "\n" for record in records).encode()
-
-
-def parquet(records: list[dict]) -> bytes:
-    buffer = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), buffer)
-    return buffer.getvalue()
-
-
 def settings(*sets: str, train: int = 20, test: int = 10, **changes):
     given = dict(probe_sets=sets or ("tinylm/A",), probe_train=train, probe_test=test, **changes)
     return dataclasses.replace(settings_of(experiment, "run_try"), **given)
@@ -80,7 +69,7 @@ def write(name: str, content: bytes) -> str:
         ("mood.jsonl", lines(rows())),
         ("mood.json", json.dumps(rows(), indent=1).encode()),
         ("mood.parquet", parquet(rows())),
-        ("mood.csv.gz", gzip.compress(table(rows()))),
+        ("mood.csv.gz", gzip.compress(table(rows()), mtime=0)),
         ("mood.jsonl.zst", zstandard.ZstdCompressor().compress(lines(rows()))),
         ("mood.csv", table(rows(text="prompt", label="target"))),
     ],
