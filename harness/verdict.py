@@ -144,10 +144,13 @@ class Comparison:
     unknown: tuple[str, ...] = ()
 
     def reasons(self, but: tuple[str, ...] = ()) -> str:
-        """ "layers 3 against 1, 2, 4; context 64 against 128", without names that begin so."""
-        return "; ".join(
-            f"{name} {values}" for name, values in self.unlike.items() if not name.startswith(but)
-        )
+        """ "layers 3 against 1, 2, 4; context 64 against 128", without names that begin so.
+
+        A profile stands for all that it sets: where runs have two, it is named alone.
+        """
+        named = {name: v for name, v in self.unlike.items() if not name.startswith(but)}
+        named = {"profile": named["profile"]} if "profile" in named else named
+        return "; ".join(f"{name} {values}" for name, values in named.items())
 
     def also(self) -> str:
         """What a verdict has to name beside its figures, for the end of its brackets."""

@@ -101,6 +101,13 @@ def test_what_must_be_equal_is_named(change, sentence) -> None:
     assert compare_records(RUN_1, changed(RUN_1, **change)).unlike  # either way
 
 
+def test_a_profile_is_named_alone() -> None:
+    """It stands for all that it sets: nine reasons in one line are not read."""
+    other = changed(RUN_1, layers=[9], context=64) | {"profile": "smollm2"}
+    compared = compare_records(other, RUN_1)
+    assert compared.reasons() == "profile smollm2 against tinylm" and "layers" in compared.unlike
+
+
 @pytest.mark.parametrize("change, named", [
     (dict(d_sae=2048), "d_sae 2048 against 1024"),
     (dict(lr=3e-3, k_min=8), "k_min 8 against 16, lr 0.003 against 0.0015"),
