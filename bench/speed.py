@@ -3,6 +3,7 @@
     python bench/speed.py [--only step,harvest,training,evaluation,loop,growth] [--rounds N]
         [--points PART] [--out FILE]
 
+Measured on tinylm, or on the profile that SAE_PROFILE names.
 Prints a Markdown table per section. Contenders take turns, in several rounds after a warm-up each;
 a figure is the median over all rounds, and "times ours" is a contender's seconds per token divided
 by this project's: above 1 it is slower. With --out each point is appended to FILE as a line of
@@ -28,7 +29,7 @@ SAELens, TransformerLens and SAE-Bench are dependencies of the project. The othe
   features, of which they have none. The floor is the five matrix products of a dense step; the
   share of the peak is that of their FLOPs in what the machine does in bfloat16 at best, which on
   some processors is less than in float32.
-- `harvest`: activations of tinylm's three layers from the same contexts of tokens, in passes of
+- `harvest`: activations of three layers from the same contexts of tokens, in passes of
   the same size. The BOS that begins a context is in no contender's result, and no token counts
   more than once. The floor is the matrix products of one pass up to the last layer.
 - `training`: from text to three trained SAEs, in tokens that each of them learns from, with the
@@ -247,6 +248,7 @@ class Results:
             "cores": torch.get_num_threads(),
             "versions": versions(),
             "code": [sha256_file(f) for f in SOURCES_AT_START],
+            "profile": settings_of("speed").model,
             "sizes": json.loads(json.dumps(dataclasses.asdict(sizes))),
         }
         lines = path.read_text().splitlines() if path and path.exists() else []
@@ -437,13 +439,18 @@ def language_model(name: str) -> LanguageModel:
     return load_language_model(name)
 
 
-def training_texts(settings: Settings, tokens: int) -> list[str]:
-    """The first texts of the training text that hold about as many tokens, and few more.
+def training_texts(lm: LanguageModel, settings: Settings, tokens: int) -> list[str]:
+    """The first texts of the training text that hold so many tokens, and few more.
 
     This project's stream tokenizes ahead, which a long run doesn't pay for in the end.
     """
-    n_texts = tokens // 450 + 32  # passages of tinylm's text hold 500 to 600
-    return list(itertools.islice(documents(settings.training_text, "train")(), n_texts))
+    texts, left = [], tokens
+    for text in documents(settings.training_text, "train")():
+        texts.append(text)
+        left -= len(lm.tokenizer(text, add_special_tokens=False)["input_ids"])
+        if left < 0:
+            break
+    return texts
 
 
 def for_harvest(dtype: str, settings: Settings) -> LanguageModel:
@@ -461,11 +468,11 @@ def our_harvest(lm: LanguageModel, tokens_NL: Tensor, settings: Settings) -> Cal
 
 def harvest_rows(dtype: str, sizes: Sizes, device: torch.device) -> list[Row]:
     """The rows of a precision, in which the language model is for all contenders."""
-    settings = settings_of("speed", "tinylm")
+    settings = settings_of("speed")
     lm = language_model(settings.model).cast(dtype)
     fused = for_harvest(dtype, settings)
     n_contexts = (sizes.passes + 1) * settings.harvest_contexts
-    texts = training_texts(settings, n_contexts * settings.context)
+    texts = training_texts(lm, settings, n_contexts * settings.context)
     stream = TokenStream(lambda: iter(texts), lm.tokenizer, settings.context)
     with contextlib.closing(stream):
         tokens_NL = stream.contexts(n_contexts)
@@ -513,12 +520,12 @@ def our_training(lm: LanguageModel, texts: list[str], settings: Settings) -> Cal
 
 def training_rows(batch: int, dtype: str, sizes: Sizes, device: torch.device) -> list[Row]:
     """The rows of a batch size and a precision."""
-    settings = settings_of("speed", "tinylm")
+    settings = settings_of("speed")
     settings = dataclasses.replace(
         settings, batch=batch, training_tokens=sizes.tokens // batch * batch
     )
     lm, fused = language_model(settings.model).cast(dtype), for_harvest(dtype, settings)
-    texts = training_texts(settings, sizes.tokens)
+    texts = training_texts(lm, settings, sizes.tokens + 16_384)
     stream = TokenStream(lambda: iter(texts), lm.tokenizer, settings.context)
     with contextlib.closing(stream):
         n_contexts = sizes.tokens // settings.context + 8 * settings.harvest_contexts
@@ -548,7 +555,7 @@ def training_rows(batch: int, dtype: str, sizes: Sizes, device: torch.device) ->
 
 def training_section(sizes: Sizes, device: torch.device) -> Points:
     """From text to three SAEs, in the precision that a run takes on this machine, and float32."""
-    taken = choose_train_dtype(settings_of("speed", "tinylm"), device)
+    taken = choose_train_dtype(settings_of("speed"), device)
     for batch in sizes.batches:
         for dtype in dict.fromkeys((taken, "float32")):
             rows = functools.partial(training_rows, batch, dtype, sizes, device)
@@ -591,14 +598,14 @@ def largest_difference(
 
 def evaluation_rows(sizes: Sizes, device: torch.device) -> list[Row]:
     """The rows of an untrained SAE for each layer."""
-    settings = settings_of("speed", "tinylm")
+    settings = settings_of("speed")
     settings = dataclasses.replace(settings, **sizes.evaluation)
     lm = language_model(settings.model)
     model = lm.bridge()
     texts = read_probe_texts(settings, lm.tokenizer, device)
     run = run_on(lm, settings, sae_bench_model=model, probe_texts=texts)
     core_text(settings)  # read now, and not by who comes first
-    pieces = training_texts(settings, 2048)
+    pieces = training_texts(lm, settings, 4096)
     stream = TokenStream(lambda: iter(pieces), lm.tokenizer, settings.context)
     with contextlib.closing(stream):
         buffer = experiment.ActivationBuffer(run, stream)
@@ -679,7 +686,7 @@ def growth_point(point: Row, sizes: Sizes) -> Row:
     A step in the state "end" has no figure of memory: to make the state takes more.
     """
     make_reproducible()
-    settings = settings_of("speed", "tinylm")
+    settings = settings_of("speed")
     if "phase" in point:
         settings = step_settings(256, point["x"], settings.k_min, sizes.batch)
         x_NBD = torch.randn(4, sizes.batch, 256, generator=torch.Generator().manual_seed(0))
@@ -694,7 +701,7 @@ def growth_point(point: Row, sizes: Sizes) -> Row:
         settings = dataclasses.replace(settings, **changes)
         dtype = choose_train_dtype(settings, torch.device("cpu"))
         lm = for_harvest(dtype, settings)
-        texts = training_texts(settings, settings.training_tokens)
+        texts = training_texts(lm, settings, settings.training_tokens)
         held = peak_memory_gb()
         call, calls = our_training(lm, texts, settings), 1
         short = dataclasses.replace(settings, training_tokens=settings.batch)
