@@ -124,19 +124,19 @@ class Settings:
         })  # fmt: skip
 
 
-PROFILES: dict[str, dict[str, Any]] = {
+PROFILES: dict[str, dict[str, Any]] = {  # under a run's name: what that run has otherwise there
     "tinylm": {},  # the defaults above
     "smollm2": dict(model="smollm2", training_text="smollm2", core_text="smollm2",  # of packages
         first_positions=2, probe_sets=("smollm2/B",), layers=(9, 14, 19), d_sae=4608, k_min=32,
         training_tokens=4_000_000 if torch.cuda.is_available() else 400_000, buffer_tokens=131_072,
-        core_prompts=8, core_reconstruction_batches=4),
+        lr=1e-3, theta_lr=5e-2, dead_feature_window=60_000, core_prompts=8,
+        core_reconstruction_batches=4, run_10=dict(lr=1.5e-3, dead_feature_window=60_000)),
     "gemma-2-2b": dict(
-        model="google/gemma-2-2b", lm_dtype="bfloat16", layers=(5, 12, 19),
-        training_text="monology/pile-uncopyrighted", training_tokens=50_000_000,
-        budget_minutes=110.0, d_sae=2304, k_min=64, k_start_factor=4.0, curriculum_fraction=0.3,
-        batch=2048, lr=3e-4, lr_warmup=0.02, dead_feature_window=2_500_000,
-        harvest_contexts=64, log_every=100, core_text="Skylion007/openwebtext",
-        core_reconstruction_batches=200, core_sparsity_batches=2000,
+        model="google/gemma-2-2b", lm_dtype="bfloat16", layers=(5, 12, 19), budget_minutes=110.0,
+        training_text="monology/pile-uncopyrighted", training_tokens=50_000_000, d_sae=2304,
+        k_min=64, k_start_factor=4.0, curriculum_fraction=0.3, batch=2048, lr=3e-4, lr_warmup=0.02,
+        dead_feature_window=2_500_000, harvest_contexts=64, core_sparsity_batches=2000,
+        core_text="Skylion007/openwebtext", core_reconstruction_batches=200, log_every=100,
         probe_sets=(
             *(f"LabHC/bias_in_bios_class_set{n}" for n in (1, 2, 3)),
             "canrager/amazon_reviews_mcauley_1and5",
@@ -164,7 +164,7 @@ PLAN: dict[str, dict[str, Any]] = {
                   seeds=THREE),
     "run_9": dict(description="adaptation against its end point", constants_from_run="run_1",
                   seeds=FIVE),
-    # lr, lr_warmup, dead_feature_window and φ were found on tinylm; elsewhere they are a guess.
+    # Found on tinylm; smollm2 has an lr and a dead_feature_window of its own; elsewhere a guess.
     "run_10": dict(description="best form found: threshold, cost by frequency",
                    activation="jumprelu", tau_sel=0.3, tau_pen=0.15, gamma=0.0,
                    density_penalty=0.01, k_start_factor=1.0, lr=6e-3, lr_warmup=0.05,

@@ -34,6 +34,21 @@ def must_hold(settings: object, rules: dict[str, tuple[Any, str]]) -> None:
             raise ValueError(f"{field} must be {allowed}, but is {getattr(settings, field)!r}")
 
 
+def settings_of_run(
+    name: str, make: type, profile: dict[str, Any], plan: dict[str, dict[str, Any]]
+) -> Any:
+    """The settings of the run called `name`: the profile's, or what the plan has for that run.
+
+    Args:
+        make: their class, made by `checked`. profile: the fields that it sets; under the name of a
+            run of the plan, those that this run has otherwise there. plan: of all runs.
+    Raises:
+        ExperimentError: see `checked_settings`.
+    """
+    of_all = {field: value for field, value in profile.items() if field not in plan}
+    return checked_settings(name, make, of_all | plan.get(name, {}) | profile.get(name, {}))
+
+
 def checked_settings(name: str, make: type, chosen: dict[str, Any]) -> Any:
     """The settings of the run called `name`.
 
@@ -53,7 +68,7 @@ def checked_settings(name: str, make: type, chosen: dict[str, Any]) -> Any:
         field = str(error["loc"][0]) if error["loc"] else ""
         if error["type"] == "unexpected_keyword_argument":
             raise ExperimentError(
-                f"PLAN[{name!r}] sets what Settings has no field for ({field!r}): "
+                f"{name}: PLAN or PROFILES sets what Settings has no field for ({field!r}): "
                 "see the list at the top of experiment.py"
             )
         sentence = error["msg"].removeprefix("Value error, ")

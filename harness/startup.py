@@ -40,7 +40,7 @@ from harness.provenance import config_record, write_config
 from harness.records import check_complete, constants, read_final_info
 from harness.reference import check_references, complete_folder
 from harness.rehearsal import TrainingPass, resume_problems
-from harness.settings import checked_settings
+from harness.settings import settings_of_run
 from harness.start import source_at_start
 from harness.store import LEDGER, cached
 from harness.text import look_at_texts
@@ -174,9 +174,8 @@ def launch(
     def attempt(out_dir: Path, log: Path) -> None:
         check_out_dir(out_dir)
         profile = choose_profile(profiles)
-        chosen = profiles[profile] | plan.get(out_dir.name, {})
-        run = set_up(checked_settings(out_dir.name, settings, chosen), profile, out_dir, log,
-                     source, out_dir.name in plan)  # fmt: skip
+        chosen = settings_of_run(out_dir.name, settings, profiles[profile], plan)
+        run = set_up(chosen, profile, out_dir, log, source, out_dir.name in plan)
         run = dataclasses.replace(run, core_metrics=core_metrics, probe=probe)
         check_references(run, config_record(run))
         run = rehearse(main, run)

@@ -180,10 +180,10 @@ def cut_off(buffer, fillings: int | None) -> None:
 
 def settings_of(experiment, name: str, profile: str = "tinylm"):
     """The settings of a run, as the command makes them."""
-    from harness.settings import checked_settings
+    from harness.settings import settings_of_run
 
-    chosen = experiment.PROFILES[profile] | experiment.PLAN.get(name, {})
-    return checked_settings(name, experiment.Settings, chosen)
+    parts = experiment.Settings, experiment.PROFILES[profile], experiment.PLAN
+    return settings_of_run(name, *parts)
 
 
 def edit(path: Path, old: str, new: str) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 import shutil
+import types
 from pathlib import Path
 
 import pytest
@@ -137,7 +139,7 @@ def test_planned_runs_train_as_the_plan_says(
             {"activation": "jumprelu", "curriculum": False},
             "activation must be 'topk' where nothing is selected",
         ),
-        ({"kmin": 3}, "PLAN.'run_3'. sets what Settings has no field for .*'kmin'"),
+        ({"kmin": 3}, "run_3: PLAN or PROFILES sets what Settings has no field for .*'kmin'"),
         ({"device": "cuda"}, "needs a CUDA GPU, and none is available"),
         (
             {"constants_from_run": "run_77"},
@@ -160,6 +162,19 @@ def test_impossible_settings_are_one_sentence(
     monkeypatch.setitem(toy.PLAN, "run_3", changes)
     assert re.search(says, run_expecting_failure(toy, capfd, tmp_path / "run_3"))
     assert not (tmp_path / "run_3").exists()
+
+
+def test_a_profile_may_have_a_run_of_the_plan_otherwise() -> None:
+    """What the profile sets is for all runs; under a run's name, for that one, above the plan."""
+    import experiment
+
+    profiles = {"small": {"lr": 1e-4, "k_min": 8, "run_3": {"k_min": 4, "batch": 64}}}
+    plan = {"run_2": {"k_min": 2}, "run_3": {"k_min": 2, "batch": 32, "seeds": (1,)}}
+    made = types.SimpleNamespace(Settings=experiment.Settings, PROFILES=profiles, PLAN=plan)
+    of = functools.partial(settings_of, made, profile="small")
+    assert {s.lr for s in map(of, ("run_try", "run_2", "run_3"))} == {1e-4}
+    assert [of(name).k_min for name in ("run_try", "run_2", "run_3")] == [8, 2, 4]
+    assert (of("run_3").batch, of("run_3").seeds, of("run_2").batch) == (64, (1,), 512)
 
 
 @pytest.mark.parametrize("damage", ["missing", "flipped byte", "package"])

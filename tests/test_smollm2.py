@@ -196,11 +196,17 @@ def test_make_installs_what_the_profile_needs_where_it_is_asked_for() -> None:
 # ---- the profile ---------------------------------------------------------------------------------
 
 
+def tenths(number: float) -> str:
+    """0.0015 as "1.5e-3"."""
+    digits, power = f"{number:.1e}".split("e")
+    return f"{digits.removesuffix('.0')}e{int(power)}"
+
+
 def test_the_profile_is_what_the_documents_say() -> None:
     import experiment
-    from harness.settings import checked_settings
+    from tests.conftest import settings_of
 
-    profile = checked_settings("run_try", experiment.Settings, experiment.PROFILES["smollm2"])
+    profile = settings_of(experiment, "run_try", "smollm2")
     assert (profile.layers, profile.d_sae, profile.k_min) == ((9, 14, 19), 8 * 576, 32)
     assert profile.model == profile.training_text == profile.core_text == "smollm2"
     assert profile.probe_sets == ("smollm2/B",)
@@ -209,6 +215,9 @@ def test_the_profile_is_what_the_documents_say() -> None:
     assert contexts * profile.context * 49_152 * 4 * (1 + len(profile.layers)) < 4e9  # bytes
     table = (ROOT / "docs" / "operations.md").read_text().split("## Profiles")[1]
     assert "| 9, 14, 19 |" in table and "| 4608, 32 |" in table
+    run_10 = settings_of(experiment, "run_10", "smollm2")
+    assert f"| {tenths(profile.lr)}, {tenths(profile.theta_lr)}, {profile.batch}; " in table
+    assert f"; of run_10 {tenths(run_10.lr)} |" in table and run_10.activation == "jumprelu"
 
 
 def test_a_gpu_is_taken_where_there_is_one(monkeypatch) -> None:
