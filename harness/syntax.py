@@ -88,8 +88,10 @@ def bound_by(node: ast.stmt) -> set[str]:
         return {alias.asname or alias.name.split(".")[0] for alias in node.names}
     if isinstance(node, FUNCTIONS):
         return {node.name}
-    stored = (n for n in ast.walk(node) if isinstance(n, ast.Name))
     inside = {n.name for n in ast.walk(node) if isinstance(n, DEFINITIONS)}
+    loops = [n.target for n in ast.walk(node) if isinstance(n, ast.comprehension)]
+    its_own = {n for target in loops for n in ast.walk(target)}  # a comprehension's variables
+    stored = (n for n in ast.walk(node) if isinstance(n, ast.Name) and n not in its_own)
     return {n.id for n in stored if isinstance(n.ctx, ast.Store)} | inside
 
 

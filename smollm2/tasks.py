@@ -4,7 +4,8 @@
     python smollm2/tasks.py --check    the language model's probes against an untrained SAE's
 
 No text of a task is in the training text (`corpus`). Train and test texts differ by their
-`text_key`, and a text with two labels is left out. Only --check needs torch.
+`text_key`. A text with two labels is left out, and one of a single word: of it may be no token that
+counts (`first_positions`). Only --check needs torch.
 """
 
 import argparse
@@ -76,7 +77,7 @@ def texts_of(name: str) -> dict[str, dict[str, list[str]]]:
     for label, kind in TASKS[name].items():
         texts = by_label[label] = {}
         for text, target in corpus.rows(kind.set):
-            if target == kind.label and (key := corpus.text_key(text)):
+            if target == kind.label and (key := corpus.text_key(text)) and len(text.split()) > 1:
                 texts.setdefault(key, cut(text))
     n_labels = Counter(key for texts in by_label.values() for key in texts)
     found: dict[str, dict[str, list[str]]] = {"train": {}, "test": {}}

@@ -196,6 +196,7 @@ def test_a_constant_in_any_function_changes_the_keys_that_hang_on_it(load, obser
         ("# Unselected", "", False),
         ('    """Rows of W_dec back to unit norm."""', '    """Other words."""', False),
         ('"run_4": dict(', '"run_44": dict(k_min=3), "run_4": dict(', False),
+        ('"smollm2": dict(', '"mine": dict(k_min=3), "smollm2": dict(', False),
         (LR, LR.replace("1.5e-3", "1.6e-3"), False),  # the setting is in the key
         (LR, "    lr: Any = 1.5e-3", False),
         ("\nSHOWN = (", "\nSHOWN = ('l1',) + (", False),

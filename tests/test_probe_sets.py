@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import os
+import string
 from pathlib import Path
 
 import pytest
@@ -245,6 +246,17 @@ def test_token_ids_are_kept_while_the_file_is_the_same(toy_lm, own_cache, monkey
     write("mood.csv", table([row | {"label": MOODS[row["label"] == "glad"]} for row in rows()]))
     second, n = read()
     assert n == 1 and second != first
+
+
+def test_a_text_of_which_no_token_counts_is_told_before_training(toy_lm, own_cache) -> None:
+    """Its mean activation would be 0 / 0, which scikit-learn refuses when all else is paid for."""
+    letters = [{"text": of(letter), "label": label} for letter in string.ascii_lowercase
+               for label, of in zip(MOODS, (str.lower, str.upper))]  # fmt: skip
+    write("mood.csv", table(letters))
+    assert read_probe_texts(settings("mood.csv"), toy_lm.tokenizer, CPU)["mood.csv"]
+    says = r"'mood.csv' must have a token that counts, but 30 have none, such as '\w' \(first_posit"
+    with pytest.raises(ExperimentError, match=says):
+        read_probe_texts(settings("mood.csv", first_positions=2), toy_lm.tokenizer, CPU)
 
 
 def test_stock_sae_bench_finds_the_file_by_its_name_and_forgets_it() -> None:

@@ -19,6 +19,7 @@ from harness.interfaces import SettingsLike
 from harness.probe_sets import SHIPPED, ProbeSet, load_task, own_sets, probe_names
 from harness.store import TensorCache, digest
 from harness.text import documents, load_dataset
+from harness.tokenizer import counted, special_token_ids
 
 
 @contextlib.contextmanager
@@ -131,9 +132,24 @@ def read_probe_texts(
                 for part in kept_texts.get("all", functools.partial(drawn, name))
             ]
             kept_texts.flush()
+            check_texts(name, texts[name], tokenizer, settings.first_positions)
             progress.advance(1, name)
     progress.close()
     return texts
+
+
+def check_texts(dataset: str, split: list[dict[str, Any]], tokenizer: Any, first: int) -> None:
+    """ExperimentError where a text has no token that counts: probes would be given NaN of it."""
+    special = special_token_ids(tokenizer)
+    tokens = [e["input_ids"] for part in split for e in part.values()]
+    rows = [row for t_BL in tokens for row in t_BL[~counted(t_BL, special, first).any(dim=1)]]
+    if rows:
+        text = tokenizer.decode(rows[0], skip_special_tokens=True)
+        raise ExperimentError(
+            f"each text of the probing data set {dataset!r} must have a token that counts, but "
+            f"{len(rows)} have none, such as {text!r} (first_positions = {first}, and special "
+            "tokens don't count): leave them out, or the set"
+        )
 
 
 def probing_texts(
