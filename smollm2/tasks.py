@@ -19,7 +19,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from smollm2 import corpus  # noqa: E402
 
-MAX_CHARS = 240  # of a text, which ends at a word: about 55 tokens
+MAX_CHARS = 160  # of a text, which ends at a word: about 38 tokens
 LAYERS = (9, 14, 19)  # at which the tasks were looked at
 TEST = 0.4  # part of the texts that probes are tested on
 
@@ -91,7 +91,7 @@ def texts_of(name: str) -> dict[str, dict[str, list[str]]]:
 
 
 def cut(text: str) -> str:
-    """The text, or its first 240 characters up to the end of a word."""
+    """The text, or its first 160 characters up to the end of a word."""
     text = text.strip()
     if len(text) <= MAX_CHARS:
         return text

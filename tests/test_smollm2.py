@@ -109,7 +109,7 @@ def test_tasks_are_drawn_by_a_seed_and_say_what_there_is() -> None:
         tasks.load_task(name, 100_000, 10, 1)
     with pytest.raises(ValueError, match="expected a task of"):
         tasks.load_task("unheard_of", 20, 10, 1)
-    assert tasks.cut("x" * 500) == "x" * 240 and tasks.cut(" word" * 99)[-5:] == " word"
+    assert tasks.cut("x" * 500) == "x" * 160 and tasks.cut(" word" * 99)[-5:] == " word"
 
 
 # ---- weights -------------------------------------------------------------------------------------
