@@ -128,10 +128,10 @@ GPU = torch.cuda.is_available()
 PROFILES: dict[str, dict[str, Any]] = {  # under a run's name: what that run has otherwise there
     "tinylm": {},  # the defaults above
     "smollm2": dict(model="smollm2", training_text="smollm2", core_text="smollm2",  # of packages
-        first_positions=2, probe_sets=("smollm2/B",), layers=(9, 14, 19), d_sae=4608, k_min=32,
-        training_tokens=4_000_000 if GPU else 400_000, buffer_tokens=131_072, lr=1e-3,
-        theta_lr=5e-2, dead_feature_window=60_000, core_prompts=8, core_reconstruction_batches=2,
-        core_sparsity_batches=20, run_10=dict(lr=1.5e-3, dead_feature_window=60_000)),
+        first_positions=2, layers=(9, 14, 19), d_sae=4608, k_min=32, lr=1e-3, theta_lr=5e-2,
+        training_tokens=4_000_000 if GPU else 400_000, buffer_tokens=131_072, core_prompts=8,
+        dead_feature_window=60_000, core_reconstruction_batches=2, core_sparsity_batches=20,
+        probe_sets=("smollm2/B",), run_10=dict(lr=1.5e-3, dead_feature_window=60_000)),
     "gemma-2-2b": dict(
         model="google/gemma-2-2b", lm_dtype="bfloat16", layers=(5, 12, 19), budget_minutes=110.0,
         training_text="monology/pile-uncopyrighted", training_tokens=50_000_000, d_sae=2304,

@@ -1,7 +1,7 @@
 """How fast this project is, beside its peers, its own floor and itself at other sizes.
 
     python bench/speed.py [--only step,harvest,training,evaluation,loop,growth] [--rounds N]
-        [--points PART] [--out FILE]
+        [--points PART] [--tokens N] [--out FILE]
 
 Measured on tinylm, or on the profile that SAE_PROFILE names.
 Prints a Markdown table per section. Contenders take turns, in several rounds after a warm-up each;
@@ -833,12 +833,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="file that each point is appended to")
     parser.add_argument("--figure", type=Path, help="of growth; by default bench/growth.png")
     parser.add_argument("--rounds", type=int, help="turns of each contender; by default 3")
+    parser.add_argument("--tokens", type=int, help="of `training`; by default 131072")
     parser.add_argument("--tiny", action="store_true", help="toy sizes, and no figure by default")
     parser.add_argument("--point", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     sizes = TINY if args.tiny else Sizes()
-    if args.rounds:
-        sizes = dataclasses.replace(sizes, rounds=args.rounds)
+    given = {"rounds": args.rounds, "tokens": args.tokens}
+    sizes = dataclasses.replace(sizes, **{size: n for size, n in given.items() if n})
     if args.point:
         print(json.dumps(growth_point(args.point, sizes)))
         return 0

@@ -259,6 +259,18 @@ def test_a_text_of_which_no_token_counts_is_told_before_training(toy_lm, own_cac
         read_probe_texts(settings("mood.csv", first_positions=2), toy_lm.tokenizer, CPU)
 
 
+def test_texts_are_padded_to_the_longest_of_their_class_and_no_further(toy_lm, own_cache) -> None:
+    """SAE-Bench pads to the context: of six tasks of short texts two thirds were padding."""
+    long = [row | {"text": row["text"] * 30} for row in rows(labels=("glad",))]
+    write("mood.csv", table([*long, *rows(labels=("sad",))]))
+    tokenizer, given = toy_lm.tokenizer, settings("mood.csv")
+    for split in read_probe_texts(given, tokenizer, CPU)["mood.csv"]:
+        glad, sad = (split[label]["input_ids"] for label in MOODS)
+        assert glad.shape[1] == given.context > sad.shape[1] + 30
+        ends = (sad != tokenizer.pad_token_id).sum(dim=1)
+        assert ends.max() == sad.shape[1] and ends.min() > 5
+
+
 def test_stock_sae_bench_finds_the_file_by_its_name_and_forgets_it() -> None:
     from sae_bench.sae_bench_utils import dataset_info, dataset_utils
 

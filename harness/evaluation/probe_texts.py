@@ -57,6 +57,8 @@ def probe_tokens(
 ) -> list[dict[str, Any]]:
     """The token ids of a probing data set, train and test, as SAE-Bench draws and tokenizes it.
 
+    Of each class without the columns at the end that are padding alone.
+
     Raises:
         ExperimentError: it has other columns or classes, or too few rows.
     """
@@ -91,7 +93,7 @@ def probe_tokens(
     # SAE-Bench leaves out classes of some data sets that have too few rows.
     if any(label not in texts for texts in split for label in classes):
         raise ExperimentError(too_few)
-    return [
+    encoded = (
         dataset_utils.tokenize_data_dictionary(
             dataset_utils.filter_dataset(texts, classes),
             tokenizer,
@@ -99,7 +101,20 @@ def probe_tokens(
             str(device),
         )
         for texts in split
+    )
+    return [
+        {label: {"input_ids": cut(of["input_ids"], tokenizer)} for label, of in part.items()}
+        for part in encoded
     ]
+
+
+def cut(tokens_NL: torch.Tensor, tokenizer: Any) -> torch.Tensor:
+    """Texts (N, L) as long as the longest of them: SAE-Bench pads all to the context.
+
+    Short ones would cost as much as long ones. What stands behind a token changes nothing of it.
+    """
+    columns = counted(tokens_NL, special_token_ids(tokenizer), first=0).any(dim=0).nonzero()
+    return tokens_NL[:, : int(columns[-1]) + 1 if len(columns) else 1].contiguous()
 
 
 def read_probe_texts(
@@ -110,18 +125,11 @@ def read_probe_texts(
     So is the beginning of the evaluation's text. Those that no hub may change are kept for the
     next run.
     """
-
-    def drawn(name: str) -> list[dict[str, Any]]:
-        return [
-            {label: {"input_ids": encoded["input_ids"]} for label, encoded in part.items()}
-            for part in probe_tokens(name, tokenizer, device, settings)
-        ]
-
     if settings.core_text != "tinylm":
         texts = documents(settings.core_text, "heldout")()
         if next(texts, None) is None:
             raise ExperimentError(f"the text {settings.core_text!r} holds no text: check core_text")
-    names, sets = probe_names(settings), own_sets(settings)
+    names, sets, given = probe_names(settings), own_sets(settings), (tokenizer, device, settings)
     texts = {}
     with known_to_stock(sets):
         progress = Progress("probing texts", len(names), "data sets")
@@ -129,7 +137,7 @@ def read_probe_texts(
             kept_texts = probing_texts(name, sets.get(name), settings, device, tokenizer)
             texts[name] = [
                 {label: {"input_ids": e["input_ids"].to(device)} for label, e in part.items()}
-                for part in kept_texts.get("all", functools.partial(drawn, name))
+                for part in kept_texts.get("all", functools.partial(probe_tokens, name, *given))
             ]
             kept_texts.flush()
             check_texts(name, texts[name], tokenizer, settings.first_positions)
