@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from experiment import PLAN, PROFILES, Settings
@@ -10,9 +9,8 @@ from harness.settings import settings_of_run
 from harness.startup import Run
 
 
-def settings_of(name: str, profile: str | None = None) -> Settings:
-    """The settings of a run in a profile: by default SAE_PROFILE, or tinylm."""
-    profile = profile or os.environ.get("SAE_PROFILE") or "tinylm"
+def settings_of(name: str, profile: str = "tinylm") -> Settings:
+    """The settings of a run of the plan; of another name, the profile's."""
     return settings_of_run(name, Settings, PROFILES[profile], PLAN)
 
 

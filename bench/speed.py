@@ -104,6 +104,7 @@ from harness.training import ActivationStats
 
 INSTALL = "python -m pip install --no-deps --target bench/.peers -r bench/peers.txt"
 OURS = "this project"
+PROFILE = os.environ.get("SAE_PROFILE") or "tinylm"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,7 +249,7 @@ class Results:
             "cores": torch.get_num_threads(),
             "versions": versions(),
             "code": [sha256_file(f) for f in SOURCES_AT_START],
-            "profile": settings_of("speed").model,
+            "profile": PROFILE,
             "sizes": json.loads(json.dumps(dataclasses.asdict(sizes))),
         }
         lines = path.read_text().splitlines() if path and path.exists() else []
@@ -468,7 +469,7 @@ def our_harvest(lm: LanguageModel, tokens_NL: Tensor, settings: Settings) -> Cal
 
 def harvest_rows(dtype: str, sizes: Sizes, device: torch.device) -> list[Row]:
     """The rows of a precision, in which the language model is for all contenders."""
-    settings = settings_of("speed")
+    settings = settings_of("speed", PROFILE)
     lm = language_model(settings.model).cast(dtype)
     fused = for_harvest(dtype, settings)
     n_contexts = (sizes.passes + 1) * settings.harvest_contexts
@@ -520,7 +521,7 @@ def our_training(lm: LanguageModel, texts: list[str], settings: Settings) -> Cal
 
 def training_rows(batch: int, dtype: str, sizes: Sizes, device: torch.device) -> list[Row]:
     """The rows of a batch size and a precision."""
-    settings = settings_of("speed")
+    settings = settings_of("speed", PROFILE)
     settings = dataclasses.replace(
         settings, batch=batch, training_tokens=sizes.tokens // batch * batch
     )
@@ -555,7 +556,7 @@ def training_rows(batch: int, dtype: str, sizes: Sizes, device: torch.device) ->
 
 def training_section(sizes: Sizes, device: torch.device) -> Points:
     """From text to three SAEs, in the precision that a run takes on this machine, and float32."""
-    taken = choose_train_dtype(settings_of("speed"), device)
+    taken = choose_train_dtype(settings_of("speed", PROFILE), device)
     for batch in sizes.batches:
         for dtype in dict.fromkeys((taken, "float32")):
             rows = functools.partial(training_rows, batch, dtype, sizes, device)
@@ -598,7 +599,7 @@ def largest_difference(
 
 def evaluation_rows(sizes: Sizes, device: torch.device) -> list[Row]:
     """The rows of an untrained SAE for each layer."""
-    settings = settings_of("speed")
+    settings = settings_of("speed", PROFILE)
     settings = dataclasses.replace(settings, **sizes.evaluation)
     lm = language_model(settings.model)
     model = lm.bridge()
@@ -686,7 +687,7 @@ def growth_point(point: Row, sizes: Sizes) -> Row:
     A step in the state "end" has no figure of memory: to make the state takes more.
     """
     make_reproducible()
-    settings = settings_of("speed")
+    settings = settings_of("speed", PROFILE)
     if "phase" in point:
         settings = step_settings(256, point["x"], settings.k_min, sizes.batch)
         x_NBD = torch.randn(4, sizes.batch, 256, generator=torch.Generator().manual_seed(0))

@@ -16,7 +16,7 @@ from harness.errors import ExperimentError
 from harness.language_model import model_path
 from harness.packaged_model import smollm2_folder
 from smollm2 import corpus, tasks, weights
-from tests.conftest import ROOT, run_command
+from tests.conftest import ROOT, run_command, settings_of
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +206,6 @@ def tenths(number: float) -> str:
 
 def test_the_profile_is_what_the_documents_say() -> None:
     import experiment
-    from tests.conftest import settings_of
 
     profile = settings_of(experiment, "run_try", "smollm2")
     assert (profile.layers, profile.d_sae, profile.k_min) == ((9, 14, 19), 8 * 576, 32)
