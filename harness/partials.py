@@ -26,9 +26,15 @@ def mark(descriptor: int) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+def paths_below(folder: Path) -> Iterator[Path]:
+    """All paths below a folder that others write too: what goes meanwhile is passed over."""
+    for place, folders, files in os.walk(folder):
+        yield from (Path(place, name) for name in (*folders, *files))
+
+
 def remove_left(root: Path) -> None:
     """Removes what processes that are gone have left half-written in a folder and those below."""
-    for path in [*root.rglob(f"{PREFIX}*")]:
+    for path in [path for path in paths_below(root) if path.name.startswith(PREFIX)]:
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime < 1:  # perhaps begun just now, not yet marked
                 continue

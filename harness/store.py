@@ -24,7 +24,7 @@ from torch import Tensor
 from harness.console import print_line
 from harness.errors import ExperimentError, first_line
 from harness.observation import OBSERVED
-from harness.partials import mark, partial_in, temporary_dir
+from harness.partials import mark, partial_in, paths_below, temporary_dir
 
 STORE_GB = 20.0  # of paid-for work kept in the cache; the least recently used goes first
 ACTIVATIONS_GB = 4.0  # of a training, or of an evaluation; larger ones are made anew in each run
@@ -248,16 +248,20 @@ class Shelf:
         return take_lock(self.folder / "lock")
 
 
+def _stored_files() -> Iterator[tuple[float, int, Path]]:
+    """The files of the store: when each was last used, its bytes, where it is."""
+    for path in paths_below(store_dir()):
+        with contextlib.suppress(OSError):  # another process has removed it
+            if path.is_file():
+                yield path.stat().st_mtime, path.stat().st_size, path
+
+
 def evict() -> None:
     """Removes the least recently used files of the store until it is under `STORE_GB`.
 
     Work that a process is at is left alone: its folder is locked.
     """
-    found = []
-    for path in store_dir().rglob("*"):
-        with contextlib.suppress(OSError):
-            if path.is_file() and path.name != "lock":
-                found.append((path.stat().st_mtime, path.stat().st_size, path))
+    found = [file for file in _stored_files() if file[2].name != "lock"]
     excess = sum(size for _, size, _ in found) - STORE_GB * 1e9
     for _, size, path in sorted(found):
         if excess <= 0:
@@ -271,7 +275,7 @@ def evict() -> None:
 
 def clean_cache() -> None:
     """Empties the store; logs stay."""
-    size = sum(path.stat().st_size for path in store_dir().rglob("*") if path.is_file())
+    size = sum(size for _, size, _ in _stored_files())
     shutil.rmtree(store_dir(), ignore_errors=True)
     print(f"{store_dir()} emptied: {size / 1e6:.1f} MB; logs stay in {cache_dir() / 'logs'}")
 

@@ -386,6 +386,24 @@ with partial_in(folder).open("wb") as file:
 """
 
 
+def test_a_folder_that_another_run_removes_meanwhile_ends_nothing(
+    tmp_path: Path, monkeypatch
+) -> None:
+    for name in ("goes", "stays"):
+        (tmp_path / "store" / name / ".partial-1-1").mkdir(parents=True)
+        os.utime(tmp_path / "store" / name / ".partial-1-1", (0, 0))
+    scan = os.scandir
+
+    def scan_late(folder):  # "goes" was listed, and is gone when it is looked into
+        if str(folder).endswith("goes"):
+            os.rename(folder, tmp_path / "gone")
+        return scan(folder)
+
+    monkeypatch.setattr("os.scandir", scan_late)
+    remove_left(tmp_path / "store")
+    assert [path.name for path in (tmp_path / "store").rglob("*")] == ["stays"]
+
+
 def test_what_a_kill_leaves_half_written_is_removed_and_nothing_else(
     tmp_path: Path, monkeypatch
 ) -> None:
