@@ -25,7 +25,7 @@ from torch import nn
 
 from harness.errors import ExperimentError
 from harness.identity import HELD, describe
-from harness.observation import OBSERVED, is_of_a_library, name_of
+from harness.observation import OBSERVED, is_of_a_library, name_of, real
 from harness.start import HERE, source_at_start
 from harness.store import digest
 from harness.syntax import (
@@ -35,7 +35,6 @@ from harness.syntax import (
     Statement,
     bound_by,
     does_something,
-    imports_in,
     read_statements,
     statement_of,
 )
@@ -78,7 +77,7 @@ def defined_in(thing: Any) -> tuple[Path | None, str]:
     if isinstance(thing, types.FunctionType):
         file, name = thing.__code__.co_filename, thing.__code__.co_qualname
         if not file.startswith("<"):
-            file = Path(file).resolve()
+            file = Path(real(file))
             return (None, "") if is_of_a_library(file) else (file, name.split(".")[0])
     module = sys.modules.get(thing.__module__ or "")
     file = getattr(module, "__file__", None)
@@ -88,7 +87,7 @@ def defined_in(thing: Any) -> tuple[Path | None, str]:
         if module is None or not frozen and (python or isinstance(thing, types.FunctionType)):
             raise LookupError(thing)
         return None, ""
-    if is_of_a_library(file := Path(file).resolve()):
+    if is_of_a_library(file := Path(real(file))):
         return None, ""
     name = thing.__qualname__.split(".")[0]
     known = name != thing.__qualname__ or vars(module).get(name) is thing
@@ -432,7 +431,7 @@ def own_files(source: str) -> dict[str, str]:
     waiting = [source]
     while waiting:
         text = waiting.pop()
-        modules = {module for module, _ in imports_in(ast.parse(text))}
+        modules = {module for s in read_statements(text) for module, _ in s.imports}
         for file, seen in OBSERVED.imports.items():  # by a name that it makes
             modules |= seen if file.is_file() and source_at_start(file) == text else set()
         for file in (file for module in sorted(modules) for file in files_of(module)):

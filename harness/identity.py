@@ -23,7 +23,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from harness.observation import is_known, name_of
+from harness.observation import is_known, name_of, real, unwatched
 from harness.store import digest
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Path,
@@ -49,6 +49,7 @@ WATCHED = ("torch", "transformers", "sae_bench", "sae_lens", "transformer_lens",
            "smollm2")  # fmt: skip
 
 
+@unwatched()
 def describe(thing: object, settings: object = None, home: Path | None = None) -> str:
     """Digits that stand for what an object is; see `Description`.
 
@@ -152,7 +153,7 @@ class Description:
         """Where a class or function is defined."""
         code = getattr(thing, "__code__", None)
         if code is not None:
-            file = Path(code.co_filename).resolve()
+            file = Path(real(code.co_filename))
             where = "experiment.py" if file == self.home else name_of(file)
             if not is_known(code.co_filename):
                 where = getattr(thing, "__module__", "")
@@ -246,6 +247,7 @@ def remember(model: Any, weights: nn.Module) -> Any:
     return model
 
 
+@unwatched()
 def changed(model: Any) -> str:
     """Empty where a language model is as it was loaded: weights, hooks, methods; else digits."""
     if model not in AS_LOADED:

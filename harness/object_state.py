@@ -31,6 +31,7 @@ from harness.object_parts import (
     parts,
     type_name,
 )
+from harness.observation import unwatched
 
 # Classes that may be called, with what a file says, where nothing stands in the place of a value.
 MAKERS = ("collections:", "datetime:", "decimal:", "fractions:", "functools:partial", "itertools:",
@@ -39,6 +40,7 @@ MAKERS = ("collections:", "datetime:", "decimal:", "fractions:", "functools:part
 TRANSPARENT = ("_parameters", "_buffers", "_modules")  # of a torch module: its attributes
 
 
+@unwatched()
 def state_of(given: object = None, copied: bool = False, **things: Any) -> dict[str, Any]:
     """All that objects hold, as plain data (see `harness.store.plain`).
 
@@ -83,6 +85,7 @@ def differences(one: Any, other: Any) -> list[str]:
     return [name for name in {**one, **other} if one.get(name) != other.get(name)]
 
 
+@unwatched()
 def fingerprint(state: Any, name: str = "") -> dict[str, str]:
     """A digest for each name in plain data, or in a `state_of`: compared bit for bit."""
     found: dict[str, Any] = {}

@@ -30,15 +30,27 @@ from harness.start import HERE, SOURCES_AT_START
 PACKAGE = __name__.split(".")[0]
 ANY = ""  # the kind of what is read outside of all kinds: it counts for each of them
 LARGE = 2**30  # bytes; of a larger file size and time stand for what it holds
-# Audit events of other programs that are started.
-PROGRAMS = ("subprocess.Popen", "os.system", "os.posix_spawn", "os.spawn", "os.exec")
+# Audit events of other programs that are started, and all that are looked at.
+PROGRAMS = {"subprocess.Popen", "os.system", "os.posix_spawn", "os.spawn", "os.exec"}
+WATCHED = frozenset({"open", *PROGRAMS})
 
 
-@functools.cache
-def is_of_a_library(file: Path) -> bool:
-    """Whether a file came with Python or a package, whose version is in every key."""
-    standard = Path(sysconfig.get_path("stdlib")).resolve()
-    return bool({"site-packages", "dist-packages"} & {*file.parts}) or standard in file.parents
+STANDARD = os.path.realpath(sysconfig.get_path("stdlib"))
+real_folder = functools.cache(os.path.realpath)  # a start looks at thousands of files
+
+
+def real(file: str) -> str:
+    """A file's path without links on its way."""
+    if os.path.islink(file):
+        return os.path.realpath(file)
+    return os.path.join(real_folder(os.path.dirname(os.path.abspath(file))), os.path.basename(file))
+
+
+def is_of_a_library(file: Path | str) -> bool:
+    """Whether a file, without links, came with Python or a package, whose version is in keys."""
+    file = str(file)
+    of_package = f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}"
+    return any(folder in file for folder in of_package) or file.startswith(STANDARD + os.sep)
 
 
 @functools.cache
@@ -46,16 +58,15 @@ def is_own(file: str) -> bool:
     """Whether code of a file is the user's: experiment.py, or a module that is no library's."""
     if file.startswith("<"):
         return False
-    path = Path(file).resolve()
-    ours = (PACKAGE, "tinylm", "smollm2", "tests", "bench")
-    of_ours = path.is_relative_to(HERE) and path.relative_to(HERE).parts[0] in ours
-    return not of_ours and not is_of_a_library(path)
+    path, ours = real(file), (PACKAGE, "tinylm", "smollm2", "tests", "bench")
+    of_ours = tuple(str(HERE / folder) + os.sep for folder in ours)
+    return not path.startswith(of_ours) and not is_of_a_library(path)
 
 
 @functools.cache
 def is_known(file: str) -> bool:
     """Whether code of a file is the user's or the harness's."""
-    return not file.startswith("<") and not is_of_a_library(Path(file).resolve())
+    return not file.startswith("<") and not is_of_a_library(real(file))
 
 
 def name_of(file: Path) -> str:
@@ -153,18 +164,21 @@ class Observer:
         self.started.clear()
 
     def tracer(self) -> Callable[[types.FrameType, str, Any], None]:
-        """What sys.settrace calls at the beginning of each function: a library's cost a look-up."""
-        # By id, since a code object's hash is that of all its content, made anew each time; the
-        # object is kept, so that its id stays its own.
-        foreign: dict[int, types.CodeType] = {}
-        seen: dict[tuple[str, ...], dict[int, types.CodeType]] = {}
+        """What sys.settrace calls at the beginning of each function: a library's cost a look-up.
+
+        A library's is told by the file of its globals: `id` and `frame.f_code` raise an audit event
+        each, for which `on_event` is called, and took five times as long.
+        """
+        foreign: set[str] = set()
+        seen: dict[tuple[str, ...], dict[int, types.CodeType]] = {}  # kept: an id stays its own
 
         def trace(frame: types.FrameType, event: str, argument: Any) -> None:
-            code = frame.f_code
-            if id(code) in foreign:
+            if (of_module := frame.f_globals.get("__file__")) in foreign:
                 return
+            code = frame.f_code
             if not is_own(code.co_filename):
-                foreign[id(code)] = code
+                if isinstance(of_module, str) and not is_own(of_module):
+                    foreign.add(of_module)
                 return
             kinds = self.kinds
             of_kinds = seen.setdefault(kinds, {})
@@ -230,6 +244,20 @@ class Observer:
 OBSERVED = Observer()
 
 
+@contextlib.contextmanager
+def unwatched() -> Iterator[None]:
+    """Inside, in this thread, what runs is not observed: nothing but the harness's, or a library's.
+
+    Each call costs, while it is watched, and walks through objects are millions of them.
+    """
+    trace = sys.gettrace()
+    sys.settrace(None)
+    try:
+        yield
+    finally:
+        sys.settrace(trace)
+
+
 def content(file: str) -> str | None:
     """What stands for a file's content; None where there is none."""
     try:
@@ -266,20 +294,27 @@ def imports(file: str) -> bool:
     return file.startswith("<frozen ") or file == importlib.__file__
 
 
+@functools.cache
+def system_folders() -> tuple[str, ...]:
+    """What lies below them is no data of the user's: the system, Python, caches."""
+    caches = [os.environ.get(name) for name in ("XDG_CACHE_HOME", "HF_HOME", "HF_DATASETS_CACHE")]
+    caches += [str(Path.home() / ".cache")]
+    return ("/proc/", "/sys/", "/dev/", "/etc/", "/usr/", sys.base_prefix, *filter(None, caches))
+
+
 def is_data(path: Any) -> bool:
     """Whether a path is that of data: not of code, a library, the system or a cache."""
     if not isinstance(path, (str, bytes, os.PathLike)):
         return False
-    path = Path(os.path.abspath(os.fsdecode(path)))
-    caches = [os.environ.get(name) for name in ("XDG_CACHE_HOME", "HF_HOME", "HF_DATASETS_CACHE")]
-    caches += [str(Path.home() / ".cache")]
-    system = ("/proc/", "/sys/", "/dev/", "/etc/", "/usr/", sys.base_prefix, *filter(None, caches))
-    return not (str(path).startswith(system) or path.suffix in (".py", ".pyc", ".so")
-                or is_of_a_library(path))  # fmt: skip
+    path = os.path.abspath(os.fsdecode(path))
+    code = path.endswith((".py", ".pyc", ".so"))
+    return not (code or path.startswith(system_folders()) or is_of_a_library(path))
 
 
 def on_event(event: str, arguments: tuple) -> None:
     """sys.addaudithook: what files code of the user's opens to read, what programs it starts."""
+    if event not in WATCHED:
+        return
     if event == "open" and not sys.is_finalizing():
         path, _, flags = arguments
         writes = flags & (os.O_WRONLY | os.O_RDWR) if isinstance(flags, int) else 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
+import importlib
 import inspect
 import os
 import shutil
@@ -127,8 +129,8 @@ class Run:
     def in_miniature(self, folder: Path) -> Run:
         """The same run at a size that takes seconds, into another folder; nothing of it is kept.
 
-        Three steps of training in two fillings of the buffer, two contexts of each core batch, one
-        probing set of 8 texts per class, all layers, at most two seeds.
+        Three steps of training in two fillings of the buffer, two contexts of each core batch, two
+        classes of one probing set with 8 texts each, all layers, at most two seeds.
         """
         settings = self.settings
         dataset, split = next(iter(self.probe_texts.items()))
@@ -146,7 +148,8 @@ class Run:
             core_sparsity_batches=1,
         )
         # Trained and tested on the same: SAE-Bench's probes fail where no text is told right.
-        few = 2 * [{label: {"input_ids": e["input_ids"][:8]} for label, e in split[0].items()}]
+        classes = list(split[0].items())[:2]
+        few = 2 * [{label: {"input_ids": e["input_ids"][:8]} for label, e in classes}]
         changes = dict(settings=small, probe_texts={dataset: few}, out_dir=folder, keeps=False)
         return dataclasses.replace(self, **changes)
 
@@ -168,6 +171,9 @@ def launch(
     Returns:
         the exit status. On failure the end of standard error says why, in words.
     """
+    if not gc.isenabled():  # see harness.start; no collection looks through what is there by now
+        gc.freeze()
+        gc.enable()
     file = Path(inspect.getfile(main)).resolve()
     source, OBSERVED.home = source_at_start(file), file
 
@@ -284,8 +290,11 @@ def rehearse(main: Callable[[Run], None], run: Run) -> Run:
                 shutil.rmtree(small.out_dir, ignore_errors=True)
                 small.out_dir.mkdir()
                 small = with_models_as_loaded(small)
-                whole = training_pass.until is None
-                with isolated(), OBSERVED.watching(type(run.settings)):
+                whole = training_pass.until is None  # as the first is, which alone is watched
+                with contextlib.ExitStack() as around:
+                    around.enter_context(isolated())
+                    if whole:
+                        around.enter_context(OBSERVED.watching(type(run.settings)))
                     perform(main, dataclasses.replace(small, training_pass=training_pass), whole)
 
             problems = resume_problems(play, folder)
@@ -293,6 +302,8 @@ def rehearse(main: Callable[[Run], None], run: Run) -> Run:
         print_line(f"rehearsal: the whole run in miniature passed in {seconds:.0f} s")
         return {"problems": problems, **OBSERVED.record()}
 
+    with redirect_output(run.log):
+        import_evaluations()
     remember_libraries()
     found = cached("rehearsal", key, in_miniature)
     if not OBSERVED.unchanged(found["read"]):  # files and variables that its code reads
@@ -308,6 +319,12 @@ def rehearse(main: Callable[[Run], None], run: Run) -> Run:
         keeps=run.keeps and not {"moved", "started"} & problems.keys(),
         warnings=tuple(problems.values()),
     )
+
+
+def import_evaluations() -> None:
+    """Imports what the experiment does as it comes to it: watched, this took twice as long."""
+    for name in ("core.main", "sparse_probing.probe_training"):
+        importlib.import_module(f"sae_bench.evals.{name}")
 
 
 def problems_in(found: dict[str, Any]) -> dict[str, str]:

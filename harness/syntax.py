@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from harness.store import digest
@@ -61,13 +61,16 @@ def without_docstrings(tree: ast.AST) -> ast.AST:
     return tree
 
 
-def names_in(node: ast.AST) -> set[str]:
+def names_in(nodes: Iterable[ast.AST]) -> set[str]:
     """Every name that code mentions; attributes also as ".attribute", and so words in strings.
 
     `ALL` is among them where names of the file may be looked up that stand nowhere.
+
+    Args:
+        nodes: of the code, each by itself, as `ast.walk` gives them.
     """
     found: set[str] = set()
-    for n in ast.walk(node):
+    for n in nodes:
         if isinstance(n, ast.Name):
             found |= {n.id, ALL} if n.id in LOOKUPS else {n.id}
         elif isinstance(n, ast.Attribute):
@@ -161,7 +164,7 @@ def read_statements(source: str, settings_class: type | None = None) -> tuple[St
                   for alias in node.names}  # fmt: skip
     nodes: list[tuple[ast.stmt, bool]] = []  # with whether it begins the run
     for node in tree.body:
-        if isinstance(node, ast.If) and "__name__" in names_in(node.test):
+        if isinstance(node, ast.If) and "__name__" in names_in(ast.walk(node.test)):
             nodes += [(inner, inner is node.body[-1]) for inner in node.body]
         elif isinstance(node, ast.ImportFrom) and is_of_harness(node):
             each = (ast.ImportFrom(node.module, [alias], 0) for alias in node.names)
@@ -185,23 +188,24 @@ def read_statements(source: str, settings_class: type | None = None) -> tuple[St
 
 def statement_of(node: ast.stmt, always: bool, left_out: set[str] | None = None) -> Statement:
     """See `Statement`; the names that are left out are not among what it mentions."""
+    nodes = [*ast.walk(node)]
     return Statement(
         node,
         parts=tuple(hashes_of(node)),
         binds=frozenset(bound_by(node)),
-        mentions=frozenset(names_in(node) - (left_out or set())),
-        imports=tuple(imports_in(node)),
+        mentions=frozenset(names_in(nodes) - (left_out or set())),
+        imports=tuple(imports_in(nodes)),
         always=always,
-        declares=frozenset(name for n in ast.walk(node) if isinstance(n, ast.Global)
+        declares=frozenset(name for n in nodes if isinstance(n, ast.Global)
                            for name in n.names),
-        strings=frozenset(n.value for n in ast.walk(node) if isinstance(n, ast.Constant)
+        strings=frozenset(n.value for n in nodes if isinstance(n, ast.Constant)
                           and isinstance(n.value, str)),
     )  # fmt: skip
 
 
-def imports_in(node: ast.AST) -> Iterator[tuple[str, str]]:
+def imports_in(nodes: Iterable[ast.AST]) -> Iterator[tuple[str, str]]:
     """The modules that code imports, each with a name that it takes from it, or `ALL`."""
-    for n in ast.walk(node):
+    for n in nodes:
         if isinstance(n, ast.Import):
             yield from ((alias.name, ALL) for alias in n.names)
         elif isinstance(n, ast.ImportFrom) and not n.level:  # a package's own are all in the key
@@ -209,7 +213,7 @@ def imports_in(node: ast.AST) -> Iterator[tuple[str, str]]:
                 yield n.module, alias.name
                 yield f"{n.module}.{alias.name}", ALL
         elif isinstance(n, ast.Call) and n.args and isinstance(n.args[0], ast.Constant):
-            if names_in(n.func) & {"import_module", "__import__"}:
+            if names_in(ast.walk(n.func)) & {"import_module", "__import__"}:
                 yield str(n.args[0].value), ALL
 
 

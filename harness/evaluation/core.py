@@ -19,6 +19,7 @@ from harness.generators import seed_generators
 from harness.identity import changed, describe
 from harness.interfaces import RunLike, SAELike, SettingsLike
 from harness.machine import retain_freed_memory, run_cooperatively
+from harness.observation import unwatched
 from harness.store import (
     ACTIVATIONS_GB,
     LEDGER,
@@ -301,21 +302,22 @@ def save_core(
     check_core(name, flat)
     folder = out_dir / "eval_results" / "core"
     folder.mkdir(parents=True, exist_ok=True)
-    core.save_single_eval_result(
-        {
-            "sae_set": name,
-            "sae_id": "custom_sae",
-            "eval_cfg": core_config(settings),
-            "metrics": scalars,
-            # Features that never fire have no such ratio; this is SAE-Bench's own step.
-            "feature_metrics": core.replace_nans_with_negative_one(features),
-        },
-        get_eval_uuid(),
-        get_sae_lens_version(),
-        get_sae_bench_version(),
-        general_utils.get_results_filepath(str(folder), name, "custom_sae"),
-        sae,
-    )
+    with unwatched():
+        core.save_single_eval_result(
+            {
+                "sae_set": name,
+                "sae_id": "custom_sae",
+                "eval_cfg": core_config(settings),
+                "metrics": scalars,
+                # Features that never fire have no such ratio; this is SAE-Bench's own step.
+                "feature_metrics": core.replace_nans_with_negative_one(features),
+            },
+            get_eval_uuid(),
+            get_sae_lens_version(),
+            get_sae_bench_version(),
+            general_utils.get_results_filepath(str(folder), name, "custom_sae"),
+            sae,
+        )
     return flat
 
 
