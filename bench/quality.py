@@ -52,7 +52,7 @@ from harness.console import Progress, redirect_output
 from harness.evaluation.core import core_evaluation
 from harness.evaluation.probe_texts import read_probe_texts
 from harness.evaluation.probing import sparse_probing
-from harness.fused_gemma import for_harvest
+from harness.fused_model import for_harvest
 from harness.language_model import load_language_model
 from harness.machine import (
     choose_device,

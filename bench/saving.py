@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import experiment
 from bench.common import settings_of
 from harness.checkpoints import Checkpoints
-from harness.fused_gemma import for_harvest
+from harness.fused_model import for_harvest
 from harness.language_model import load_language_model
 from harness.machine import choose_train_dtype, make_reproducible, n_cores, processor_name
 from harness.startup import Run

@@ -81,7 +81,7 @@ from bench.common import run_on, settings_of
 from bench.full_size import arithmetic_peak, now, step_flops
 from bench.peers import Call
 from experiment import Settings
-from harness import fused_gemma
+from harness import fused_model
 from harness.console import Progress, redirect_output
 from harness.evaluation.core import core_evaluation, core_text
 from harness.evaluation.probe_texts import known_to_stock, read_probe_texts
@@ -457,7 +457,7 @@ def training_texts(lm: LanguageModel, settings: Settings, tokens: int) -> list[s
 def for_harvest(dtype: str, settings: Settings) -> LanguageModel:
     """The language model as a run harvests with it."""
     lm = language_model(settings.model)
-    return fused_gemma.for_harvest(lm, dtype, settings.harvest_contexts, settings.context)
+    return fused_model.for_harvest(lm, dtype, settings.harvest_contexts, settings.context)
 
 
 def our_harvest(lm: LanguageModel, tokens_NL: Tensor, settings: Settings) -> Call:

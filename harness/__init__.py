@@ -17,7 +17,7 @@
     syntax           the statements of a Python file
     language_model   any causal language model: itself, and TransformerLens' bridge to it
     packaged_model   smollm2's weights, converted once
-    fused_gemma      Gemma-2's forward pass on a CPU, faster
+    fused_model      a language model's passes on a CPU, faster
     steering         what a forward pass does at a model's blocks
     tokenizer        how a text becomes token ids: one rule for training, core and probing
     text             from a data set to packed contexts

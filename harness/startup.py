@@ -28,7 +28,7 @@ from harness.evaluation.extra import check_extra_evals
 from harness.evaluation.probe_texts import read_probe_texts
 from harness.evaluation.probing import Probe
 from harness.fingerprint import environment_fingerprint, result_key, text_identity
-from harness.fused_gemma import FusedLanguageModel, for_harvest
+from harness.fused_model import FusedLanguageModel, for_harvest
 from harness.generators import generators_of, seed_generators
 from harness.identity import changed, remember, remember_libraries
 from harness.interfaces import SAELike, SettingsLike

@@ -252,18 +252,15 @@ def _stored_files() -> Iterator[tuple[float, int, Path]]:
     """The files of the store: when each was last used, its bytes, where it is."""
     for path in paths_below(store_dir()):
         with contextlib.suppress(OSError):  # another process has removed it
-            if path.is_file():
+            if path.is_file() and path.name != "lock":
                 yield path.stat().st_mtime, path.stat().st_size, path
 
 
 def evict() -> None:
-    """Removes the least recently used files of the store until it is under `STORE_GB`.
-
-    Work that a process is at is left alone: its folder is locked.
-    """
-    found = [file for file in _stored_files() if file[2].name != "lock"]
+    """Removes the least recently used files down to `STORE_GB`; folders in use, locked, stay."""
+    found = sorted(_stored_files())
     excess = sum(size for _, size, _ in found) - STORE_GB * 1e9
-    for _, size, path in sorted(found):
+    for _, size, path in found:
         if excess <= 0:
             return
         guard = path.parent / "lock"

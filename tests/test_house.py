@@ -23,7 +23,7 @@ FLOORS = (
      "identity", "isolation", "call_graph", "steering", "tokenizer"),
     ("packaged_model",),
     ("language_model",),
-    ("fused_gemma", "fingerprint", "preflight"),
+    ("fused_model", "fingerprint", "preflight"),
     ("evaluation.shared_forward", "evaluation.probe_texts"),
     ("evaluation.core", "evaluation.export", "evaluation.probing", "evaluation.estimate",
      "evaluation.extra"),

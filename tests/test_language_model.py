@@ -13,7 +13,7 @@ import torch
 from experiment import ActivationBuffer, Settings
 from harness.errors import ExperimentError, first_line
 from harness.evaluation.probe_texts import known_to_stock
-from harness.fused_gemma import FusedLanguageModel, for_harvest
+from harness.fused_model import FusedLanguageModel, for_harvest
 from harness.language_model import acts_at, load_language_model
 from harness.machine import in_order
 from harness.probe_sets import own_sets, probe_names

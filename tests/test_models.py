@@ -20,6 +20,7 @@ from harness.evaluation.core import shared_core_evals
 from harness.evaluation.probe_texts import read_probe_texts
 from harness.evaluation.probing import sparse_probing
 from harness.fingerprint import model_identity
+from harness.fused_model import FusedLanguageModel, for_harvest
 from harness.identity import changed
 from harness.language_model import LanguageModel, acts_at, hook_name, load_language_model
 from harness.preflight import hub_problem, memory_estimate
@@ -89,6 +90,22 @@ def contexts() -> torch.Tensor:
     """(3, 40) token ids, BOS first."""
     tokens_BL = torch.randint(3, 300, (3, 40), generator=torch.Generator().manual_seed(0))
     return torch.nn.functional.pad(tokens_BL[:, 1:], (1, 0), value=2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_harvest_s_passes_are_the_model_s(model_of, kind: str, dtype: str) -> None:
+    """Fused where they can be; of Mistral as long as its window of 16 holds the context."""
+    lm, tokens_BL, layers = model_of(kind), contexts(), tuple(LAYERS)
+    for length in (40, 12):
+        harvest, short_BL = for_harvest(lm, dtype, 3, length), tokens_BL[:, :length].contiguous()
+        fused = kind in ("gemma2", "llama") or (kind == "mistral" and length == 12)
+        assert isinstance(harvest, FusedLanguageModel) is fused
+        found = harvest.activations(short_BL, layers)
+        for acts_BLD, exact_BLD in zip(found, lm.activations(short_BL, layers)):
+            assert acts_BLD.dtype == getattr(torch, dtype) and acts_BLD.shape == exact_BLD.shape
+            error = (acts_BLD - exact_BLD).norm() / exact_BLD.norm()
+            assert error < (1e-5 if dtype == "float32" else 2e-2), error
 
 
 @pytest.mark.parametrize("kind", KINDS)
