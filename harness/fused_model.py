@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from harness.identity import AS_LOADED, changed
 from harness.language_model import LanguageModel
 
 
@@ -25,7 +27,7 @@ class FusedLanguageModel:
         self.plain, self.hf, self.name, self.d_model = plain, plain.hf, plain.name, plain.d_model
         self.tokenizer, self.special_token_ids = plain.tokenizer, plain.special_token_ids
         self.blocks, dtype, config = [], plain.hf.dtype, plain.hf.config
-        self.gemma = config.model_type == "gemma2"
+        self.gemma, self.edited = config.model_type == "gemma2", False
 
         def laid_out(*weights: Tensor) -> Tensor:
             weight = torch.cat([weight.detach() for weight in weights])
@@ -53,14 +55,14 @@ class FusedLanguageModel:
         self.cos_L1H, self.sin_L1H = (part[0, :, None, :half].clone() for part in angles)
         far_LL = at_L[:, None] - at_L  # from the query back to the key
         self.masks = []
-        for kind in getattr(config, "layer_types", None) or ["full_attention"] * len(self.blocks):
+        for kind in config.layer_types if self.gemma else ["full_attention"] * len(self.blocks):
             window = config.sliding_window if kind == "sliding_attention" else context
             seen_LL = (far_LL >= 0) & (far_LL < window)
             self.masks.append(torch.zeros(context, context).masked_fill_(~seen_LL, -math.inf))
 
     def activations(self, tokens_BL: Tensor, layers: tuple[int, ...]) -> list[Tensor]:
         """See `LanguageModel.activations`."""
-        if tokens_BL.shape[1] != len(self.masks[0]):
+        if self.edited or tokens_BL.shape[1] != len(self.masks[0]):
             return self.plain.activations(tokens_BL, layers)
         found: dict[int, Tensor] = {}
         with torch.no_grad():
@@ -70,6 +72,13 @@ class FusedLanguageModel:
                 if at in layers:
                     found[at] = x_BLD.to(self.hf.dtype)
         return [found[layer] for layer in layers]
+
+    def look(self) -> None:
+        """Leaves passes to the plain form where the model isn't as it was loaded.
+
+        What an edit does to its weights, or hooks, is not in what was laid out.
+        """
+        self.edited = self in AS_LOADED and bool(changed(self))
 
     def block(self, at: int, x_BLD: Tensor) -> Tensor:
         """The residual stream behind a block, in float32, from the one before it."""
@@ -152,12 +161,13 @@ def for_harvest(
     plain = lm.cast(dtype)
     config = plain.hf.config
     small = sum(parameter.nbytes for parameter in plain.hf.parameters()) < 1e9
-    gemma = config.model_type == "gemma2" and config.attn_logit_softcapping
-    known = gemma or config.model_type in ("llama", "mistral")
-    if plain.hf.device.type != "cpu" or not small or not known or plain.hook != "resid_post":
+    fusible = is_known(config, context)
+    if plain.hf.device.type != "cpu" or not small or not fusible or plain.hook != "resid_post":
         return plain
     last = (config.num_hidden_layers - 1,)
-    tokens_BL = 3 + torch.arange(context)[None] % (config.vocab_size - 3)  # 0 may be padding: zeros
+    # Not the first ones: those may be reserved, never trained and all alike.
+    random = torch.Generator().manual_seed(0)
+    tokens_BL = torch.randint(3, config.vocab_size, (1, context), generator=random)
     exact_BLD, plain_BLD = (form.activations(tokens_BL, last)[0] for form in (lm, plain))
     try:
         fused = FusedLanguageModel(plain, contexts, context)
@@ -166,6 +176,18 @@ def for_harvest(
         return plain
     allowed = 1e-4 if dtype == "float32" else max(2e-2, 1.1 * _error(plain_BLD, exact_BLD))
     return fused if _error(fused_BLD, exact_BLD) < allowed else plain
+
+
+def is_known(config: Any, context: int) -> bool:
+    """Whether a model's blocks are those that `FusedLanguageModel` computes."""
+    if config.model_type == "gemma2":
+        gelu = config.hidden_activation == "gelu_pytorch_tanh"
+        return gelu and bool(config.attn_logit_softcapping) and not config.attention_bias
+    biases = (getattr(config, f"{of}_bias", False) for of in ("attention", "mlp"))
+    window = getattr(config, "sliding_window", None)
+    whole = window is None or window >= context
+    kind = config.model_type in ("llama", "mistral")
+    return kind and whole and config.hidden_act == "silu" and not any(biases)
 
 
 def _error(found_BLD: Tensor, exact_BLD: Tensor) -> float:

@@ -129,8 +129,8 @@ class Run:
     def in_miniature(self, folder: Path) -> Run:
         """The same run at a size that takes seconds, into another folder; nothing of it is kept.
 
-        Three steps of training in two fillings of the buffer, two contexts of each core batch, two
-        classes of one probing set with 8 texts each, all layers, at most two seeds.
+        Three steps of training in two fillings of the buffer, two contexts of each core batch, one
+        probing set of 8 texts per class, all layers, at most two seeds.
         """
         settings = self.settings
         dataset, split = next(iter(self.probe_texts.items()))
@@ -148,8 +148,7 @@ class Run:
             core_sparsity_batches=1,
         )
         # Trained and tested on the same: SAE-Bench's probes fail where no text is told right.
-        classes = list(split[0].items())[:2]
-        few = 2 * [{label: {"input_ids": e["input_ids"][:8]} for label, e in classes}]
+        few = 2 * [{label: {"input_ids": e["input_ids"][:8]} for label, e in split[0].items()}]
         changes = dict(settings=small, probe_texts={dataset: few}, out_dir=folder, keeps=False)
         return dataclasses.replace(self, **changes)
 

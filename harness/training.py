@@ -18,6 +18,7 @@ from torch import Tensor
 from harness.console import Progress, print_line
 from harness.errors import ExperimentError, error_context, first_line
 from harness.fingerprint import result_key, text_identity
+from harness.fused_model import FusedLanguageModel
 from harness.generators import (
     States,
     TorchDraws,
@@ -305,6 +306,8 @@ class ActivationCache:
 
     def made(self, n: int) -> list[Tensor]:
         """The next n passes; what they draw doesn't depend on which others were in the store."""
+        if isinstance(lm := self.run.language_model, FusedLanguageModel):
+            lm.look()
         draws = generators_of("harvest", self.number, self.n_made, kept={})
         with OBSERVED.computing("activations"), draws:
             return self.harvest(n)

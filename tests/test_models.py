@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib.util
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,10 +23,11 @@ from harness.evaluation.probe_texts import read_probe_texts
 from harness.evaluation.probing import sparse_probing
 from harness.fingerprint import model_identity
 from harness.fused_model import FusedLanguageModel, for_harvest
-from harness.identity import changed
+from harness.identity import changed, remember
 from harness.language_model import LanguageModel, acts_at, hook_name, load_language_model
 from harness.preflight import hub_problem, memory_estimate
 from harness.provenance import weights_digest_of
+from harness.training import ActivationCache
 from tests.conftest import SOURCES, run_command
 from tests.test_core import stock_core, two_saes
 from tests.test_probing import CPU, stock_probing
@@ -106,6 +109,44 @@ def test_a_harvest_s_passes_are_the_model_s(model_of, kind: str, dtype: str) -> 
             assert acts_BLD.dtype == getattr(torch, dtype) and acts_BLD.shape == exact_BLD.shape
             error = (acts_BLD - exact_BLD).norm() / exact_BLD.norm()
             assert error < (1e-5 if dtype == "float32" else 2e-2), error
+
+
+@pytest.mark.parametrize("edit", ["weights", "hook"])
+def test_a_harvest_sees_what_an_edit_does_to_the_model(model_of, edit: str) -> None:
+    """Fused passes are of weights that were laid out before it."""
+    lm, tokens_BL = copy.deepcopy(model_of("llama")), contexts()
+    harvest = for_harvest(lm, "float32", 3, 40)
+    remember(harvest, harvest.hf)
+    run = SimpleNamespace(language_model=harvest)
+    cache = ActivationCache(run, None, lambda n: harvest.activations(tokens_BL, (1,)))
+    (before,) = cache.made(1)
+    block = harvest.hf.model.layers[0]
+    if edit == "weights":
+        block.mlp.down_proj.weight.data.zero_()
+    else:
+        block.register_forward_hook(lambda module, given, out: 2 * out)
+    (found,), (plain,) = cache.made(1), harvest.plain.activations(tokens_BL, (1,))
+    assert torch.equal(found, plain) and not torch.allclose(found, before, atol=0.1)
+
+
+def test_a_model_is_fused_only_where_its_blocks_are_the_known_ones(toy_model, tmp_path) -> None:
+    """Though a context can't tell, as where all tokens' embeddings are alike."""
+    small = dict(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                 num_attention_heads=4)  # fmt: skip
+    from transformers import LlamaConfig, MistralConfig
+
+    configs = {
+        "known": (LlamaConfig(**small), True),
+        "bias": (LlamaConfig(attention_bias=True, **small), False),
+        "act": (LlamaConfig(hidden_act="gelu", **small), False),
+        "window": (MistralConfig(sliding_window=8, num_key_value_heads=2, **small), False),
+        "no window": (LlamaConfig(layer_types=2 * ["sliding_attention"], sliding_window=None,
+                                  **small), True),
+    }  # fmt: skip
+    for name, (config, fused) in configs.items():
+        lm = load_language_model(save_random(config, tmp_path / name, toy_model))
+        lm.hf.get_input_embeddings().weight.data[:] = 1.0
+        assert isinstance(for_harvest(lm, "float32", 2, 16), FusedLanguageModel) is fused, name
 
 
 @pytest.mark.parametrize("kind", KINDS)
