@@ -161,24 +161,26 @@ def for_harvest(
     plain = lm.cast(dtype)
     config = plain.hf.config
     small = sum(parameter.nbytes for parameter in plain.hf.parameters()) < 1e9
-    fusible = is_known(config, context)
-    if plain.hf.device.type != "cpu" or not small or not fusible or plain.hook != "resid_post":
+    known = has_known_blocks(config, context)
+    if plain.hf.device.type != "cpu" or not small or not known or plain.hook != "resid_post":
         return plain
     last = (config.num_hidden_layers - 1,)
     # Not the first ones: those may be reserved, never trained and all alike.
     random = torch.Generator().manual_seed(0)
     tokens_BL = torch.randint(3, config.vocab_size, (1, context), generator=random)
-    exact_BLD, plain_BLD = (form.activations(tokens_BL, last)[0] for form in (lm, plain))
+    exact_BLD = lm.activations(tokens_BL, last)[0]
     try:
         fused = FusedLanguageModel(plain, contexts, context)
         fused_BLD = fused.activations(tokens_BL, last)[0]
     except (AttributeError, RuntimeError):  # an operator that this build of torch doesn't have
         return plain
-    allowed = 1e-4 if dtype == "float32" else max(2e-2, 1.1 * _error(plain_BLD, exact_BLD))
+    allowed = 1e-4
+    if dtype != "float32":
+        allowed = max(2e-2, 1.1 * _error(plain.activations(tokens_BL, last)[0], exact_BLD))
     return fused if _error(fused_BLD, exact_BLD) < allowed else plain
 
 
-def is_known(config: Any, context: int) -> bool:
+def has_known_blocks(config: Any, context: int) -> bool:
     """Whether a model's blocks are those that `FusedLanguageModel` computes."""
     if config.model_type == "gemma2":
         gelu = config.hidden_activation == "gelu_pytorch_tanh"
@@ -191,7 +193,6 @@ def is_known(config: Any, context: int) -> bool:
 
 
 def _error(found_BLD: Tensor, exact_BLD: Tensor) -> float:
-    """The mean relative error of a token: of the first, Llamas have activations a hundred times
-    as large."""
+    """The mean of the tokens' relative errors: a Llama's first is a hundred times as large."""
     error_BL = (found_BLD.double() - exact_BLD.double()).norm(dim=-1)
     return float((error_BL / exact_BLD.double().norm(dim=-1)).mean())

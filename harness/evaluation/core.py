@@ -275,6 +275,7 @@ def mean_l0(
     return {key: count / shared.n_tokens for key, count in active.items()}
 
 
+@unwatched()
 def save_core(
     name: str,
     sae: SAELike,
@@ -302,22 +303,21 @@ def save_core(
     check_core(name, flat)
     folder = out_dir / "eval_results" / "core"
     folder.mkdir(parents=True, exist_ok=True)
-    with unwatched():
-        core.save_single_eval_result(
-            {
-                "sae_set": name,
-                "sae_id": "custom_sae",
-                "eval_cfg": core_config(settings),
-                "metrics": scalars,
-                # Features that never fire have no such ratio; this is SAE-Bench's own step.
-                "feature_metrics": core.replace_nans_with_negative_one(features),
-            },
-            get_eval_uuid(),
-            get_sae_lens_version(),
-            get_sae_bench_version(),
-            general_utils.get_results_filepath(str(folder), name, "custom_sae"),
-            sae,
-        )
+    core.save_single_eval_result(
+        {
+            "sae_set": name,
+            "sae_id": "custom_sae",
+            "eval_cfg": core_config(settings),
+            "metrics": scalars,
+            # Features that never fire have no such ratio; this is SAE-Bench's own step.
+            "feature_metrics": core.replace_nans_with_negative_one(features),
+        },
+        get_eval_uuid(),
+        get_sae_lens_version(),
+        get_sae_bench_version(),
+        general_utils.get_results_filepath(str(folder), name, "custom_sae"),
+        sae,
+    )
     return flat
 
 
