@@ -25,8 +25,9 @@ CPU = torch.device("cpu")
 
 @pytest.fixture()
 def gemma(tmp_path: Path, monkeypatch) -> experiment.Settings:
-    """The profile's settings, an empty cache, and a hub that has and grants everything."""
+    """The profile's settings, an empty cache, a large disk, a hub that grants everything."""
     settings = settings_of(experiment, "run_try", "gemma-2-2b")
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=10**11))
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -57,7 +58,6 @@ def test_tinylm_needs_nothing() -> None:
 
 def test_what_is_needed_is_said_per_part(gemma, monkeypatch) -> None:
     replace(monkeypatch, "memory_gb", lambda: 80.0)
-    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=10**11))
     memory, disk = sorted(preflight(gemma, CPU), reverse=True)
     assert "language model 5.2" in memory and "80.0 free on cpu" in memory  # 2.6 G
     assert all(part in memory for part in ("SAEs", "training", "evaluation"))
