@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-import harness.observation  # isort: skip (first: it sees what is read) # noqa: F401
+import harness.reads  # isort: skip (first: it sees what is read) # noqa: F401
 
 import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt

@@ -11,6 +11,7 @@
                      export: an SAE as SAELens stores it
     fingerprint      all that a result depends on
     observation      what a run's own code does, seen while it does it
+    reads            what tells it of files, folders, variables and modules that code reads
     identity         what objects are
     isolation        a rehearsal leaves no trace
     call_graph       the code that it depends on, from the objects at hand
@@ -26,7 +27,8 @@
     command          one attempt: folder, lock, heartbeat, last words; knows nothing of SAEs
     checkpoints      a training as far as it has come: what is saved, and how it goes on
     rehearsal        whether a training can go on from what it saves: tried in miniature
-    store            what outlives a run: one shelf, its codecs, the ledger of what was reused
+    store            what outlives a run: one shelf, its codecs
+    ledger           what was reused and kept in this attempt, and what is odd
     object_state     what objects hold, found by walking: as plain data, and back
     object_parts     what one object is made of
     console          what a user reads; what stage the command is at

@@ -10,9 +10,10 @@ from harness import object_state
 from harness.console import print_line
 from harness.errors import ExperimentError
 from harness.generators import generator_states, seed_generators, set_generator_states
+from harness.ledger import LEDGER
 from harness.object_parts import Unsavable
 from harness.observation import OBSERVED
-from harness.store import LEDGER, TENSORS, Shelf
+from harness.store import TENSORS, Shelf
 
 
 class Checkpoints:

@@ -31,10 +31,11 @@ from harness.errors import (
     redact,
     text_of,
 )
+from harness.ledger import LEDGER
 from harness.partials import PREFIX, remove_left, temporary_dir
 from harness.signals import GRACE, Ended, Signals, leave_within, signal_of
 from harness.start import HERE, WATCH
-from harness.store import LEDGER, cache_dir, digest, new_log, place_for, take_lock, write_atomic
+from harness.store import cache_dir, digest, new_log, place_for, take_lock, write_atomic
 from harness.witness import witnessed
 
 HEARTBEAT = 5.0  # seconds between two notes of what an attempt is doing

@@ -25,7 +25,7 @@ from harness.identity import describe, patched, process_state
 from harness.interfaces import RunLike, SettingsLike
 from harness.language_model import model_path
 from harness.machine import processor_name
-from harness.observation import OBSERVED, content
+from harness.observation import OBSERVED, content, name_of
 from harness.start import ENVIRON_AT_START, HERE
 from harness.store import sha256_file
 from harness.syntax import ALL
@@ -34,6 +34,7 @@ from harness.text_files import BUILT_IN, stamps
 NUMERIC = (
     "ATEN", "CUBLAS", "CUDA", "KMP", "MKL", "NVIDIA_TF32", "OMP", "OPENBLAS", "PYTORCH", "TORCH",
 )  # fmt: skip
+LOOK_UP = {"environ", "getenv", "environb"}  # names with which code reads variables
 VERSIONED = (
     "torch", "transformers", "sae-bench", "sae-lens", "transformer-lens", "datasets",
     "numpy", "scikit-learn", "scipy", "tokenizers", "safetensors", "beartype", "jaxtyping",
@@ -71,6 +72,14 @@ def result_key(
     if seen:
         named = {field for field in fields if f".{field}" in code.names}
         fields = named | OBSERVED.settings.get(kind, set())
+    files = files_named(code.strings)
+    reads = code.strings if code.names & LOOK_UP else set()
+    OBSERVED.key_made(
+        kind,
+        *(("file read", name_of(Path(os.path.abspath(file)))) for file in files),
+        *(("variable read", name) for name in reads),
+        *(("module imported", file) for file in code.files),
+    )
     return {
         "code of": code.parts,
         "value of": code.values,
@@ -80,8 +89,8 @@ def result_key(
                     for name, value in settings.items()
                     if name in fields or name not in {*run.settings.__dataclass_fields__}},
         "in the place of": {name: describe(thing) for name, thing in new.items()},
-        "file read": read["file"] | files_named(code.strings),
-        "variable read": read["variable"],
+        **read,
+        "file read": read["file read"] | files,
         **environment_fingerprint(run.settings, code, run.device),
         **more,
     }  # fmt: skip
@@ -112,7 +121,7 @@ def environment_fingerprint(
 ) -> dict[str, Any]:
     """What else results depend on, bit for bit: other files, model, versions, the machine."""
     on_gpu = torch.device(device).type == "cuda"
-    reads = code.strings if code.names & {"environ", "getenv", "environb"} else ()
+    reads = code.strings if code.names & LOOK_UP else ()
     return {
         "file": code.files,
         "model": model_identity(settings.model),

@@ -2,19 +2,18 @@
 
 A list of what matters is never whole. So the rehearsal is watched, which runs everything in
 miniature: by kind of result (`Observer.computing`), which functions of experiment.py and of a
-user's modules ran, and which settings were read; and from the first import on, which environment
-variables and which files such code read itself. Keys of the store are made of it (`fingerprint`).
+user's modules ran, and which settings were read; and from the first import to the end of the run,
+what such code reads itself (`reads`). Keys of the store are made of it (`fingerprint`); a result
+that has read what its key doesn't hold is not kept.
 """
 
 from __future__ import annotations
 
-import _collections_abc
 import contextlib
 import functools
 import hashlib
-import importlib.machinery
 import os
-import subprocess
+import stat
 import sys
 import sysconfig
 import threading
@@ -23,18 +22,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import safetensors
-
-from harness.start import HERE, SOURCES_AT_START
+from harness.start import ENVIRON_AT_START, HERE, WATCH
 
 PACKAGE = __name__.split(".")[0]
 ANY = ""  # the kind of what is read outside of all kinds: it counts for each of them
 LARGE = 2**30  # bytes; of a larger file size and time stand for what it holds
-# Audit events of other programs that are started, and all that are looked at.
-PROGRAMS = {"subprocess.Popen", "os.system", "os.posix_spawn", "os.spawn", "os.exec"}
-WATCHED = frozenset({"open", *PROGRAMS})
-
-
 STANDARD = os.path.realpath(sysconfig.get_path("stdlib"))
 real_folder = functools.cache(os.path.realpath)  # a start looks at thousands of files
 
@@ -58,7 +50,9 @@ def is_own(file: str) -> bool:
     """Whether code of a file is the user's: experiment.py, or a module that is no library's."""
     if file.startswith("<"):
         return False
-    path, ours = real(file), (PACKAGE, "tinylm", "smollm2", "tests", "bench")
+    # Tests and benchmarks are ours where they are the program: a user may put a module there.
+    path, ours = real(file), (PACKAGE, "tinylm", "smollm2")
+    ours += () if WATCH.program else ("tests", "bench")
     of_ours = tuple(str(HERE / folder) + os.sep for folder in ours)
     return not path.startswith(of_ours) and not is_of_a_library(path)
 
@@ -80,7 +74,9 @@ class Observer:
     Attributes:
         ran: {file, as `name_of` has it: names of the definitions at its top level that ran}.
         settings: names of the fields that were read.
-        files, variables: what the user's code opened and looked up itself.
+        read: by sort (see `NOW`), what the user's code read itself.
+        modules: the files of the user's that it imported.
+        in_keys: (sort, name) of both, as far as the last key of a kind holds them.
         imports: by file of the user's, the modules that it imported, under whatever name.
         held: gives digits for what global names of the user's code hold. moved: those that changed
             while a result was computed. started: programs that the user's code started meanwhile,
@@ -91,8 +87,9 @@ class Observer:
     def __init__(self) -> None:
         self.ran: dict[str, dict[str, set[str]]] = {}
         self.settings: dict[str, set[str]] = {}
-        self.files: dict[str, set[str]] = {}
-        self.variables: dict[str, set[str]] = {}
+        self.read: dict[str, dict[str, set[str]]] = {sort: {} for sort in NOW}
+        self.modules: dict[str, set[str]] = {}
+        self.in_keys: dict[str, set[tuple[str, str]]] = {}
         self.imports: dict[Path, set[str]] = {}
         self.base: tuple[str, ...] = ()
         self.of_thread = threading.local()
@@ -203,8 +200,8 @@ class Observer:
             "moved": sorted(self.moved),
             "started": sorted(self.started),
             "imports": {name_of(file): sorted(names) for file, names in self.imports.items()},
-            "read": self.values({kind: sorted(names) for kind, names in self.files.items()},
-                                {kind: sorted(names) for kind, names in self.variables.items()}),
+            "read": {sort: now({kind: sorted(names) for kind, names in by_kind.items()}, sort)
+                     for sort, by_kind in self.read.items()},
         }  # fmt: skip
 
     def restore(self, record: dict[str, Any]) -> None:
@@ -214,31 +211,88 @@ class Observer:
         self.settings = {kind: {*names} for kind, names in record["settings"].items()}
         for file, names in record["imports"].items():
             self.imports.setdefault(HERE / file, set()).update(names)
-        for found, name in ((self.files, "file"), (self.variables, "variable")):
-            for kind, values in record["read"][name].items():
-                found.setdefault(kind, set()).update(values)
+        for sort, by_kind in record["read"].items():
+            for kind, values in by_kind.items():
+                self.read[sort].setdefault(kind, set()).update(values)
 
-    @staticmethod
-    def values(
-        files: dict[str, list[str]], variables: dict[str, list[str]]
-    ) -> dict[str, dict[str, dict[str, Any]]]:
-        """What files and variables hold now, by kind."""
-        return {
-            "file": {kind: {f: content(str(HERE / f)) for f in names}
-                     for kind, names in files.items()},
-            "variable": {kind: {v: os.environ.get(v) for v in names}
-                         for kind, names in variables.items()},
-        }  # fmt: skip
+    def read_for(self, kind: str) -> dict[str, dict[str, Any]]:
+        """By sort, what is there of all that code of the user's reads for results of a kind."""
+        found = {}
+        for sort, by_kind in self.read.items():
+            names = sorted(by_kind.get(ANY, set()) | by_kind.get(kind, set()))
+            values = {name: NOW[sort](name) for name in names}
+            found[sort] = {name: value for name, value in values.items() if value is not None}
+        return found
 
-    def unchanged(self, read: dict[str, dict[str, dict[str, Any]]]) -> bool:
-        """Whether files and variables still hold what `record` has noted."""
-        return self.values(*(read[name] for name in ("file", "variable"))) == read
+    def key_made(self, kind: str, *also: tuple[str, str]) -> None:
+        """Remembers what a key holds that was made now: all that was seen so far, and these."""
+        self.in_keys[kind] = self.seen_by(ANY, kind) | {*also}
 
-    def read_for(self, kind: str) -> dict[str, Any]:
-        """What results of a kind depend on: files and variables that code of the user's reads."""
-        found = self.values(*({ANY: sorted(by_kind.get(ANY, set()) | by_kind.get(kind, set()))}
-                              for by_kind in (self.files, self.variables)))  # fmt: skip
-        return {name: values[ANY] for name, values in found.items()}
+    def seen_by(self, *kinds: str) -> set[tuple[str, str]]:
+        """(sort, name) of what the user's code read, and imported, for these kinds."""
+        sorts = {**self.read, "module imported": self.modules}
+        return {(sort, name) for sort, by_kind in sorts.items()
+                for kind in kinds for name in by_kind.get(kind, ())}  # fmt: skip
+
+    def unforeseen(self, kind: str) -> list[str]:
+        """What results of a kind have read that was unknown when their key was made."""
+        new = self.seen_by(kind) - self.in_keys[kind] if kind in self.in_keys else ()
+        return [f"{sort} {name}".strip() for sort, name in sorted(new)]
+
+
+def content(file: str) -> str | None:
+    """What stands for a file's content; None where there is none."""
+    file = str(HERE / file)
+    try:
+        status = os.stat(file)
+        return content_of(file, status.st_size, status.st_mtime_ns)
+    except OSError:
+        return None
+
+
+@functools.cache
+def content_of(file: str, size: int, mtime_ns: int) -> str:
+    """See `content`; a file of that size and time is read once."""
+    if size > LARGE:
+        return f"{size} {mtime_ns}"
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def is_there(path: str, with_times: bool = False) -> str | None:
+    """What is there under a path, and how large; None where nothing is."""
+    try:
+        status = os.stat(HERE / path)
+    except OSError:
+        return None
+    size = 0 if stat.S_ISDIR(status.st_mode) else status.st_size
+    changed = f", {status.st_mode:o}, {status.st_mtime_ns}" if with_times else ""
+    return f"{stat.S_IFMT(status.st_mode):o} {size}{changed}"
+
+
+def listed(folder: str) -> list[str] | None:
+    """What a folder holds, with sizes; None where there is none."""
+    try:
+        return [f"{name} {is_there(str(HERE / folder / name))}"
+                for name in sorted(os.listdir(HERE / folder))]  # fmt: skip
+    except OSError:
+        return None
+
+
+# What stands now for what was read, by what sort of thing it is: None where nothing is there.
+NOW: dict[str, Callable[[str], Any]] = {
+    "file read": content,
+    "path looked at": is_there,
+    "time looked at": functools.partial(is_there, with_times=True),
+    "folder listed": listed,
+    "variable read": os.environ.get,
+    "variables listed": lambda _: sorted(ENVIRON_AT_START),  # a library may add to them
+}
+
+
+def now(names: dict[str, Any], sort: str) -> dict[str, dict[str, Any]]:
+    """What names of a sort, by kind of result, stand for now."""
+    return {kind: {name: NOW[sort](name) for name in of_kind} for kind, of_kind in names.items()}
 
 
 OBSERVED = Observer()
@@ -256,153 +310,3 @@ def unwatched() -> Iterator[None]:
         yield
     finally:
         sys.settrace(trace)
-
-
-def content(file: str) -> str | None:
-    """What stands for a file's content; None where there is none."""
-    try:
-        status = os.stat(file)
-        return content_of(file, status.st_size, status.st_mtime_ns)
-    except OSError:
-        return None
-
-
-@functools.cache
-def content_of(file: str, size: int, mtime_ns: int) -> str:
-    """See `content`; a file of that size and time is read once."""
-    if size > LARGE:
-        return f"{size} {mtime_ns}"
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def own_caller(beneath: Callable[[str], bool]) -> str | None:
-    """The file of the innermost frame that is not beneath, where it is the user's.
-
-    Args:
-        beneath: whether to look on, from the name of a frame's file.
-    """
-    frame: types.FrameType | None = sys._getframe(2)
-    while frame is not None and beneath(frame.f_code.co_filename):
-        frame = frame.f_back
-    file = "<none>" if frame is None else frame.f_code.co_filename
-    return file if is_own(file) else None
-
-
-def imports(file: str) -> bool:
-    """Whether a file is of Python's own machinery of imports."""
-    return file.startswith("<frozen ") or file == importlib.__file__
-
-
-@functools.cache
-def system_folders() -> tuple[str, ...]:
-    """What lies below them is no data of the user's: the system, Python, caches."""
-    caches = [os.environ.get(name) for name in ("XDG_CACHE_HOME", "HF_HOME", "HF_DATASETS_CACHE")]
-    caches += [str(Path.home() / ".cache")]
-    return ("/proc/", "/sys/", "/dev/", "/etc/", "/usr/", sys.base_prefix, *filter(None, caches))
-
-
-def is_data(path: Any) -> bool:
-    """Whether a path is that of data: not of code, a library, the system or a cache."""
-    if not isinstance(path, (str, bytes, os.PathLike)):
-        return False
-    path = os.path.abspath(os.fsdecode(path))
-    code = path.endswith((".py", ".pyc", ".so"))
-    return not (code or path.startswith(system_folders()) or is_of_a_library(path))
-
-
-def on_event(event: str, arguments: tuple) -> None:
-    """sys.addaudithook: what files code of the user's opens to read, what programs it starts."""
-    if event not in WATCHED:
-        return
-    if event == "open" and not sys.is_finalizing():
-        path, _, flags = arguments
-        writes = flags & (os.O_WRONLY | os.O_RDWR) if isinstance(flags, int) else 0
-        if not writes and is_data(path) and own_caller(lambda file: not is_known(file)):
-            note_file(path)
-    elif event in PROGRAMS and OBSERVED.kinds and own_caller(starts_programs):
-        OBSERVED.started.add(f"{OBSERVED.kinds[-1]} starts {arguments[0]!r:.60}")
-
-
-def note_file(path: Any) -> None:
-    """Notes that the user's code reads a file."""
-    OBSERVED.note(OBSERVED.files, name_of(Path(os.path.abspath(os.fsdecode(path)))))
-
-
-def starts_programs(file: str) -> bool:
-    """Whether a file is of Python's own that starts other programs."""
-    return file.startswith("<frozen ") or file in (os.__file__, subprocess.__file__)
-
-
-def note_variables() -> None:
-    """Has a look-up in os.environ by code of the user's noted, whatever its spelling."""
-
-    def looks_up(file: str) -> bool:
-        return file.startswith("<frozen ") or file in (os.__file__, _collections_abc.__file__)
-
-    def noting(encode: Callable[[Any], bytes]) -> Callable[[Any], bytes]:
-        def encoded(name: Any) -> Any:
-            if own_caller(looks_up):
-                OBSERVED.note(OBSERVED.variables, os.fsdecode(name))
-            return encode(name)
-
-        return encoded
-
-    for variables in (os.environ, os.environb):
-        variables.encodekey = noting(variables.encodekey)
-
-
-def note_safetensors() -> None:
-    """Has files of safetensors noted, which Rust opens, so that no audit event tells of them."""
-    safe_open = safetensors.safe_open
-
-    def noted(filename: Any, *given: Any, **more: Any) -> Any:
-        if is_data(filename) and own_caller(lambda file: not is_known(file)):
-            note_file(filename)
-        return safe_open(filename, *given, **more)
-
-    for module in [*sys.modules.values()]:  # others may have imported it before
-        if getattr(module, "__dict__", {}).get("safe_open") is safe_open:
-            module.safe_open = noted
-
-
-class AsAtStart(importlib.machinery.SourceFileLoader):
-    """Imports what `SOURCES_AT_START` has read, though the file be edited in the meantime.
-
-    Imports take seconds; what ran would not be what keys and records say.
-    """
-
-    def get_code(self, fullname: str) -> types.CodeType | None:
-        """The module's code: from its file, or the compiler's cache of it, where it is as read."""
-        text = SOURCES_AT_START.get(Path(self.path).resolve())
-        if text is None or text == Path(self.path).read_text(encoding="utf-8"):
-            return super().get_code(fullname)
-        return compile(text, self.path, "exec", dont_inherit=True)
-
-
-class OwnModules(importlib.machinery.PathFinder):
-    """Finds modules as ever; those of the project are loaded by `AsAtStart`.
-
-    Notes what code of the user's imports: of importlib.import_module no audit event tells.
-    """
-
-    tops = {file.relative_to(HERE).parts[0].removesuffix(".py") for file in SOURCES_AT_START}
-
-    @classmethod
-    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> Any:
-        """See importlib.abc.MetaPathFinder."""
-        if file := own_caller(imports):
-            OBSERVED.imports.setdefault(Path(file).resolve(), set()).add(name)
-        spec = super().find_spec(name, path, target) if name.split(".")[0] in cls.tops else None
-        loader = getattr(spec, "loader", None)
-        ours = type(loader) is importlib.machinery.SourceFileLoader
-        if ours and Path(loader.path).resolve() in SOURCES_AT_START:
-            spec.loader = AsAtStart(loader.name, loader.path)
-            return spec
-        return None  # the next finder's
-
-
-sys.meta_path.insert(0, OwnModules)
-sys.addaudithook(on_event)
-note_variables()
-note_safetensors()

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from harness.console import print_line
 from harness.errors import ExperimentError, first_line
 from harness.interfaces import SettingsLike
-from harness.store import LEDGER
+from harness.ledger import LEDGER
 from harness.text import corpus_errors
 from harness.text_files import form_of, rows_of
 

@@ -21,9 +21,10 @@ from harness.call_graph import own_files, reachable_code
 from harness.fingerprint import tokens_digest, versions
 from harness.interfaces import RunLike
 from harness.language_model import model_path
+from harness.ledger import LEDGER
 from harness.machine import memory_gb, n_cores, processor_name
 from harness.start import HERE
-from harness.store import LEDGER, digest, sha256_file, write_atomic, write_json
+from harness.store import digest, sha256_file, write_atomic, write_json
 from harness.text import hub_revision
 from harness.text_files import BUILT_IN, local_texts
 

@@ -20,11 +20,12 @@ from harness.evaluation.export import check_published
 from harness.evaluation.probing import probing_config
 from harness.interfaces import RunLike, SAELike, SettingsLike
 from harness.language_model import hook_name
+from harness.ledger import LEDGER
 from harness.machine import peak_memory_gb
 from harness.provenance import write_outcome
 from harness.reference import complete_folder, verdict_of
 from harness.start import HERE, STARTED
-from harness.store import LEDGER, write_json
+from harness.store import write_json
 from harness.training import TrainingLog
 from harness.verdict import PRIMARY, mean, primary_metric, summarize
 

@@ -34,8 +34,9 @@ from harness.identity import changed, remember, remember_libraries
 from harness.interfaces import SAELike, SettingsLike
 from harness.isolation import isolated, own_digits
 from harness.language_model import LanguageModel, load_language_model
+from harness.ledger import LEDGER
 from harness.machine import choose_device, choose_train_dtype, make_reproducible
-from harness.observation import OBSERVED
+from harness.observation import OBSERVED, now
 from harness.partials import scratch_dir
 from harness.preflight import fit_core_batches, preflight
 from harness.provenance import config_record, write_config
@@ -44,7 +45,7 @@ from harness.reference import check_references, complete_folder
 from harness.rehearsal import TrainingPass, resume_problems
 from harness.settings import settings_of_run
 from harness.start import source_at_start
-from harness.store import LEDGER, cached
+from harness.store import cached
 from harness.text import look_at_texts
 
 DESCRIPTION = "Train and score a parametric contrastive SAE."
@@ -305,9 +306,9 @@ def rehearse(main: Callable[[Run], None], run: Run) -> Run:
         import_evaluations()
     remember_libraries()
     found = cached("rehearsal", key, in_miniature)
-    if not OBSERVED.unchanged(found["read"]):  # files and variables that its code reads
-        now = OBSERVED.values(*(found["read"][name] for name in ("file", "variable")))
-        found = cached("rehearsal", key | {"read": now}, in_miniature)
+    read = {sort: now(by_kind, sort) for sort, by_kind in found["read"].items()}
+    if read != found["read"]:  # files, variables and the like that its code reads
+        found = cached("rehearsal", key | {"read": read}, in_miniature)
     OBSERVED.restore(found)
     problems = problems_in(found)
     for problem in problems.values():

@@ -21,7 +21,8 @@ from torch import Tensor
 from harness.console import print_line
 from harness.errors import ExperimentError, first_line, is_connection_error
 from harness.interfaces import SettingsLike
-from harness.store import LEDGER, cache_dir, pinned, sha256_file
+from harness.ledger import LEDGER
+from harness.store import cache_dir, pinned, sha256_file
 from harness.text_files import (
     BUILT_IN,
     files_line,

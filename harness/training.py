@@ -28,10 +28,11 @@ from harness.generators import (
     set_generator_states,
 )
 from harness.interfaces import RunLike, SettingsLike, TrainerLike
+from harness.ledger import LEDGER
 from harness.machine import in_threads, n_at_once, retain_memory_for_steps
 from harness.object_state import Unsavable, restore, state_of
 from harness.observation import OBSERVED
-from harness.store import ACTIVATIONS_GB, LEDGER, TensorCache, place_for
+from harness.store import ACTIVATIONS_GB, TensorCache, place_for
 from harness.text import TokenStream
 
 Key = tuple[int, int]  # layer and seed

@@ -25,8 +25,9 @@ from harness.evaluation.core import (
 from harness.evaluation.export import export_to_saelens
 from harness.evaluation.shared_forward import CountingSAE, ModelView, SharedForward, StoreView
 from harness.language_model import load_language_model
+from harness.ledger import LEDGER
 from harness.records import odd_results
-from harness.store import LEDGER, store_dir
+from harness.store import store_dir
 from tests.conftest import SOURCES, Calls, replace
 
 STATS = torch.zeros(32), 1.0  # of activations: their mean, and the factor to unit norm

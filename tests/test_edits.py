@@ -39,12 +39,14 @@ import importlib
 import json
 import os
 import sys
+from pathlib import Path
 from typing import ClassVar
 
 import numpy
 from safetensors.torch import load_file
 
 import plain_helper
+from bench import mine
 from package_of_mine import parts
 
 VAR = contextvars.ContextVar("VAR", default=1.0)
@@ -114,6 +116,10 @@ def by_module(sae):
     return importlib.import_module("hidden" + "_helper").FACTOR
 
 
+def by_bench(sae):
+    return mine.scale() * mine.FACTOR
+
+
 def by_package(sae):
     return parts.scale(plain_helper.FACTOR)
 
@@ -160,6 +166,7 @@ FACTORS = [
     by_bytes,
     by_argument,
     by_module,
+    by_bench,
     by_package,
     lambda sae: TABLE["lambda"](sae),
     lambda sae: REGISTRY["by_" + "registry"](sae),
@@ -208,7 +215,7 @@ class OwnTrainer(Trainer):
 HEAD = "# ---- THE METHOD"
 UNREHEARSED = """
 import runpy
-import harness.observation
+import harness.reads
 import harness.startup
 
 harness.startup.rehearse = lambda main, run: run
@@ -231,12 +238,19 @@ class Base:
     "hidden_helper.py": "FACTOR = 1.0\n",
     "package_of_mine/__init__.py": "",
     "package_of_mine/parts.py": "def scale(x):\n    return x * 1.0\n",
+    "bench/mine.py": (
+        "FACTOR = 1.0\n\n\ndef scale():\n    return float(open('mi' + 'ne.txt').read())\n"
+    ),
+    "mine.txt": "1.0",
+    "late.txt": "1.0",
+    "late_helper.py": "FACTOR = 1.0\n",
     "scale.json": '{"scale": 1.0}',
     "scale.txt": "1.0",
     **{f"warm/layer_{layer}.safetensors": safetensors.torch.save({"scale": torch.tensor(1.0)})
        for layer in (1, 2)},
 }
 STEPPED = "        sae.normalize_decoder()\n        self.move_threshold(loss, k)\n"
+STEP = "        return super().step("
 FIGURES = '    figures = core[name] | probing[name] | scores["extra"][name]\n'
 ENCODE = "    def encode(self, x: Tensor) -> Tensor:\n"
 INIT = '        self.cfg.architecture = "parametric_contrastive"\n'
@@ -304,6 +318,17 @@ def file(name: str) -> Edit:
     return Edit(files={name: FILES[name].replace("1.0", "1.5")})
 
 
+def way(expression: str) -> Pairs:
+    """One more factor, which an expression gives."""
+    return (("    by_docstring,\n", f"    by_docstring,\n    lambda sae: {expression},\n"),)
+
+
+def late(expression: str) -> Pairs:
+    """A factor from the fourth step on, to which the rehearsal doesn't come."""
+    factor = f"        if self.count > 3:\n            x_BD = x_BD * float({expression})\n"
+    return ((STEP, factor + STEP),)
+
+
 LOADED = '''
 import harness.startup
 
@@ -341,7 +366,30 @@ EDITS: dict[str, Edit] = {
          "    by_docstring,\n    lambda sae: globals()['looked' + '_up'](sae),\n"))),
     "a docstring that is data": Edit((('    """1.0"""', '    """1.5"""'),)),
     **{f"the file {name}": file(name) for name in FILES
-       if "__init__" not in name and "layer_1" not in name},
+       if "__init__" not in name and "layer_1" not in name and "late" not in name},
+    "whether a file is there": Edit(
+        files={"flag.txt": ""}, before=way("1.5 if os.path.exists('flag' + '.txt') else 1.0")),
+    "whether a file is there, by pathlib": Edit(
+        files={"flag.txt": ""}, before=way("1.5 if Path('flag' + '.txt').is_file() else 1.0")),
+    "whether a file may be read": Edit(
+        files={"flag.txt": ""}, before=way("1.5 if os.access('flag' + '.txt', os.R_OK) else 1.0")),
+    "what a folder lists": Edit(
+        files={"warm/other.txt": ""}, before=way("len(os.listdir('wa' + 'rm')) / 2")),
+    "what a pattern finds": Edit(
+        files={"found/other.txt": "1"},
+        before=way("1.0 + sum(path.stat().st_size for path in Path('fou' + 'nd').glob('*'))")),
+    "the size of a file": Edit(
+        files={"late.txt": "1.00"}, before=way("os.path.getsize('la' + 'te.txt') / 3")),
+    "a copy of all environment variables": Edit(
+        variables={"SCALE_FIVE": "1.5"},
+        before=way("float({**os.environ}.get('SCALE_' + 'FIVE', 1.0))")),
+    "a file, after the rehearsal": Edit(
+        files={"late.txt": "1.5"}, before=late("open('la' + 'te.txt').read()")),
+    "a variable, after the rehearsal": Edit(
+        variables={"LATER": "1.5"}, before=late("os.environ.get('LA' + 'TER', 1.0)")),
+    "a module, after the rehearsal": Edit(
+        files={"late_helper.py": "FACTOR = 1.5\n"},
+        before=late("importlib.import_module('late' + '_helper').FACTOR")),
     "an environment variable": Edit(variables={"SCALE_ONE": "1.5"}),
     "an environment variable that was not set": Edit(variables={"SCALE_TWO": "1.5"}),
     "an environment variable, of bytes": Edit(variables={"SCALE_THREE": "1.5"}),
@@ -517,7 +565,6 @@ def test_no_edit_gets_figures_of_before_it(edits: Edits, reused: dict, name: str
         shutil.rmtree(store)
 
 
-STEP = "        return super().step("
 LEFT = {
     "NORM changes while": (
         (HEAD, f"NORM = {{}}\n\n{HEAD}"),

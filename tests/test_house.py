@@ -17,7 +17,8 @@ from tests.conftest import ROOT
 FLOORS = (
     ("errors", "start", "observation", "signals", "witness", "partials", "verdict", "interfaces",
      "settings", "reference", "generators", "object_parts", "object_state"),
-    ("console", "machine"),
+    ("reads", "console", "machine"),
+    ("ledger",),
     ("store",),
     ("checkpoints", "rehearsal", "command", "text_files", "text", "probe_sets", "syntax",
      "identity", "isolation", "call_graph", "steering", "tokenizer"),

@@ -27,8 +27,9 @@ from harness.evaluation.probe_texts import probe_tokens
 from harness.evaluation.probing import masked_activations
 from harness.evaluation.shared_forward import SharedForward
 from harness.language_model import load_language_model
+from harness.ledger import LEDGER
 from harness.startup import Run, check_layers
-from harness.store import LEDGER, TensorCache
+from harness.store import TensorCache
 from harness.tokenizer import counted, prepare_tokenizer
 from harness.training import ActivationCache
 from tests.conftest import SOURCES, settings_of

@@ -20,9 +20,9 @@ from harness.errors import ExperimentError
 from harness.evaluation import probe_texts
 from harness.evaluation.probe_texts import known_to_stock, read_probe_texts
 from harness.fingerprint import tokens_digest
+from harness.ledger import LEDGER
 from harness.preflight import preflight
 from harness.probe_sets import draw, own_sets, probe_names
-from harness.store import LEDGER
 from tests.conftest import Calls, replace, run_command, settings_of
 from tests.test_text_files import lines, parquet
 

@@ -19,8 +19,8 @@ import experiment
 from harness.errors import ExperimentError
 from harness.evaluation.core import core_text
 from harness.fingerprint import text_identity
+from harness.ledger import LEDGER
 from harness.provenance import write_config
-from harness.store import LEDGER
 from harness.text import look_at_texts, streamed_texts
 from harness.text_files import FIRST_ROWS
 from tests.conftest import ROOT, settings_of

@@ -14,7 +14,8 @@ from harness.console import STAGE
 from harness.errors import ExperimentError
 from harness.evaluation.core import check_finite
 from harness.interfaces import RunLike, SAELike, SettingsLike
-from harness.store import LEDGER, write_atomic, write_json
+from harness.ledger import LEDGER
+from harness.store import write_atomic, write_json
 from harness.tokenizer import counted
 
 
