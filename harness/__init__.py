@@ -17,6 +17,7 @@
     call_graph       the code that it depends on, from the objects at hand
     syntax           the statements of a Python file
     language_model   any causal language model: itself, and TransformerLens' bridge to it
+    model_checks     whether a model is what it has to be
     packaged_model   smollm2's weights, converted once
     fused_model      a language model's passes on a CPU, faster
     steering         what a forward pass does at a model's blocks

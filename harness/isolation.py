@@ -23,16 +23,21 @@ from harness.observation import is_own
 def isolated() -> Iterator[None]:
     """Puts back, afterwards, what code inside has changed beyond its own objects.
 
-    What experiment.py and the user's modules hold; functions and methods of libraries; generators
-    of random numbers; environment variables; torch's switches. What a C library holds itself is not
-    put back, nor is a language model: see `harness.identity.changed`.
+    What experiment.py and the user's modules hold, and which of these are imported; functions and
+    methods of libraries; generators of random numbers; environment variables; torch's switches.
+    What a C library holds itself is not put back, nor is a language model: see
+    `harness.identity.changed`.
     """
     own, switches, environ = OwnState(), process_state(), dict(os.environ)
+    loaded = {*sys.modules}
     generators = generator_states()
     try:
         yield
     finally:
         own.put_back()
+        for name in {*sys.modules} - loaded:
+            if sys.modules[name] in own_modules():
+                forget_module(name)
         for definition in replaced():
             setattr(definition.holder, definition.name, definition.was)
         set_generator_states(generators)
@@ -44,6 +49,14 @@ def isolated() -> Iterator[None]:
         torch.set_float32_matmul_precision(switches["precision"])
         torch.backends.mkldnn.enabled = switches["mkldnn"]
         numpy.seterr(**switches["numpy"])
+
+
+def forget_module(name: str) -> None:
+    """The next import of it reads it again."""
+    parent, _, last = name.rpartition(".")
+    module = sys.modules.pop(name)
+    if vars(sys.modules.get(parent) or types).get(last) is module:
+        delattr(sys.modules[parent], last)
 
 
 class OwnState:

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import importlib.util
+import math
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -17,14 +18,12 @@ from torch import Tensor, nn
 
 from harness.errors import GET_ACCESS, ExperimentError, first_line, shortened
 from harness.identity import changed, remember
+from harness.model_checks import ROUNDING, blocks_of, check_blocks, check_weights, decoder
 from harness.packaged_model import smollm2_folder
 from harness.start import HERE
 from harness.steering import Steering, steered
 from harness.text import corpus_errors
 from harness.tokenizer import prepare_tokenizer, special_token_ids
-
-# How far the bridge may be from the model itself, as a part of a tensor's length.
-ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.2}
 
 
 def hook_name(hook: str, layer: int) -> str:
@@ -54,7 +53,7 @@ class LanguageModel:
             if not hasattr(block, "layer_of_steering"):
                 block.layer_of_steering = layer
                 block.__class__ = steered(type(block))
-        self.starts_late = check_blocks(self)
+        self.starts_late = check_blocks(hf, self.blocks, name)
         self.bridged = None if hook == "resid_post" else self.bridge()
 
     @torch.no_grad()
@@ -158,17 +157,18 @@ class LanguageModel:
             [*hooks, "what follows the last block"], [*streams, ours],
             [*(cache.cache_dict.get(hook) for hook in hooks), logits],
         ):  # fmt: skip
-            if y is None:
-                off = "nothing"
-            else:
+            off, to_do = "gives nothing", "choose another"
+            if y is not None:
                 error = float((x - y).float().norm() / x.float().norm().clamp(min=1e-9))
-                if error <= ROUNDING[self.hf.dtype]:
+                rounding = ROUNDING[self.hf.dtype]
+                if error <= rounding:
                     continue
-                off = f"what is off by {error:.2g} of its length"
+                off = f"is off by {error:.2g} of its length, more than rounding's {rounding:g}"
+                if not math.isfinite(error):
+                    off, to_do = "gives NaN or infinity", "look at its weights, or choose another"
             raise ExperimentError(
                 f"the language model {self.name!r} must be the same in transformers and in "
-                f"TransformerLens' bridge, which SAE-Bench calls, but {what} gives {off}: look "
-                "for NaN in its weights, or choose another"
+                f"TransformerLens' bridge, which SAE-Bench calls, but there {what} {off}: {to_do}"
             )
 
 
@@ -213,59 +213,6 @@ def plain_of(bridge: Any) -> LanguageModel | None:
     Weights that were changed, or hooks, are the bridge's; or it is read at another hook point.
     """
     return None if changed(bridge) else bridge.plain
-
-
-def decoder(hf: nn.Module) -> nn.Module:
-    """A model without its head."""
-    return hf.get_decoder()
-
-
-def blocks_of(hf: nn.Module, name: str) -> nn.ModuleList:
-    """The blocks, in the order of the layers: the list of as many as config.json says."""
-    n_layers = getattr(hf.config, "num_hidden_layers", None)
-    for module in decoder(hf).modules():
-        if isinstance(module, nn.ModuleList) and len(module) == n_layers:
-            return module
-    raise ExperimentError(
-        f"the language model {name!r} must have its blocks in one list, as many as the "
-        f"num_hidden_layers of its config.json, {n_layers}, but {type(hf).__name__} has none: "
-        "choose another"
-    )
-
-
-@torch.no_grad()
-def check_blocks(lm: LanguageModel) -> bool:
-    """Tries passes over a few tokens. Returns whether one can begin behind a block.
-
-    Raises:
-        ExperimentError: the blocks don't pass on one residual stream, or it is not causal.
-    """
-    if lm.hf.device.type == "meta":  # shapes alone
-        return True
-    tokens_BL = (torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]]) + 3) % lm.hf.config.vocab_size
-    layers, n_layers = range(len(lm.blocks)), len(lm.blocks)
-    with Steering(layers) as steering:
-        logits = lm.hf(input_ids=tokens_BL.to(lm.hf.device), use_cache=False).logits
-    streams = [steering.found.get(layer) for layer in layers]
-    shape = (*tokens_BL.shape, lm.d_model)
-    kind = f"the language model {lm.name!r} must"
-    if steering.passed != [*layers] or any(x is None or x.shape != shape for x in streams):
-        raise ExperimentError(
-            f"{kind} pass on one residual stream (tokens, {lm.d_model}) through {n_layers} blocks, "
-            f"one after another, but {type(lm.hf).__name__} does otherwise: choose another"
-        )
-    one, other = streams[-1][:, :-1].float()
-    if float((one - other).norm()) > 0.1 * ROUNDING[lm.hf.dtype] * float(one.norm()):
-        raise ExperimentError(
-            f"{kind} be causal, but what {type(lm.hf).__name__} computes of a token depends on "
-            "later ones, as an encoder's does: choose a model that predicts the next token"
-        )
-    middle = n_layers // 2
-    with contextlib.suppress(Exception):  # of a block that gives more than the stream
-        with Steering(at=middle, stream_BLD=streams[middle], late=True):
-            again = lm.hf(input_ids=tokens_BL.to(lm.hf.device), use_cache=False).logits
-        return torch.equal(again, logits)
-    return False
 
 
 def on_same_weights(hf: nn.Module) -> nn.Module:
@@ -388,7 +335,7 @@ def load_language_model(
                 "model.safetensors; a pickle such as pytorch_model.bin is not read, since it can "
                 "run code: choose a model with safetensors, or convert the weights"
             ) from error
-        check_weights(name, report)
+        check_weights(name, report, hf)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **gguf)
     if type(hf.config) is not type(text):
         hf = text_model(hf, text)
@@ -410,28 +357,3 @@ def text_model(hf: nn.Module, text: Any) -> nn.Module:
     setattr(alone, alone.base_model_prefix, hf.get_decoder())
     alone.set_output_embeddings(hf.get_output_embeddings())
     return alone
-
-
-def check_weights(name: str, report: dict[str, Any]) -> None:
-    """ExperimentError where the weights' file isn't what config.json describes.
-
-    transformers gives what it doesn't find random values, and leaves out what it doesn't know.
-
-    Args:
-        report: `from_pretrained`'s, with output_loading_info.
-    """
-    found = {
-        "lacks": report["missing_keys"],
-        "has in another shape": {key for key, *_ in report["mismatched_keys"]},
-        "also has": report["unexpected_keys"],
-    }
-    if not any(found.values()):
-        return
-    parts = [
-        f"{what} {min(keys)}" + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")
-        for what, keys in found.items() if keys
-    ]  # fmt: skip
-    raise ExperimentError(
-        f"the weights of the language model {name!r} must be those that its config.json describes, "
-        f"but the file {', '.join(parts)}: fetch the model again, or correct its config.json"
-    )

@@ -84,7 +84,14 @@ def check_probe_sets(settings: SettingsLike) -> None:
                     f"of {package}, probe_sets must name {' or '.join(groups)}, or one of their "
                     f"tasks ({', '.join(tasks)}), but names {name!r}: choose among these"
                 )
-        elif name not in known_to_sae_bench() and not Path(name).exists():
+        elif name in known_to_sae_bench() or Path(name).exists():
+            continue
+        elif form_of(name) or len(Path(name).parts) > 2:
+            raise ExperimentError(
+                f"the probing set {name!r} must be there, but there is no such file or folder: "
+                "look at probe_sets at the top of experiment.py"
+            )
+        else:
             shipped = ", ".join(f"{package}/A, {package}/B" for package in SHIPPED)
             raise ExperimentError(
                 "probe_sets must be data sets whose classes SAE-Bench knows "

@@ -9,6 +9,7 @@ import importlib
 import inspect
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 from harness import command
-from harness.call_graph import hash_definitions
+from harness.call_graph import files_of, hash_definitions
 from harness.checkpoints import Checkpoints
 from harness.command import check_out_dir, prepared_out_dir
 from harness.console import STAGE, Progress, print_line, redirect_output, rehearsal
@@ -36,7 +37,7 @@ from harness.isolation import isolated, own_digits
 from harness.language_model import LanguageModel, load_language_model
 from harness.ledger import LEDGER
 from harness.machine import choose_device, choose_train_dtype, make_reproducible
-from harness.observation import OBSERVED, now
+from harness.observation import OBSERVED, is_own, now
 from harness.partials import scratch_dir
 from harness.preflight import fit_core_batches, preflight
 from harness.provenance import config_record, write_config
@@ -310,6 +311,7 @@ def rehearse(main: Callable[[Run], None], run: Run) -> Run:
     if read != found["read"]:  # files, variables and the like that its code reads
         found = cached("rehearsal", key | {"read": read}, in_miniature)
     OBSERVED.restore(found)
+    import_seen()
     problems = problems_in(found)
     for problem in problems.values():
         print_line(problem)
@@ -319,6 +321,17 @@ def rehearse(main: Callable[[Run], None], run: Run) -> Run:
         keeps=run.keeps and not {"moved", "started"} & problems.keys(),
         warnings=tuple(problems.values()),
     )
+
+
+def import_seen() -> None:
+    """Imports the user's modules that were seen to be imported, before keys are made of them.
+
+    Whether the rehearsal that has seen it was of this attempt or is kept.
+    """
+    for name in sorted(set().union(*OBSERVED.imports.values())):
+        if name not in sys.modules and any(is_own(str(file)) for file in files_of(name)):
+            with contextlib.suppress(Exception):  # of a module that was tried for, as then
+                importlib.import_module(name)
 
 
 def import_evaluations() -> None:

@@ -62,17 +62,18 @@ CURRENT = threading.local()  # of each thread, the steering of the pass that it 
 def steered(kind: type) -> type:
     """The class of a block, its passes as this thread's `Steering` has them. Of the same name.
 
-    A class, since a copy of a module would take functions that stand on it along as they are.
+    A class, since a copy of a module would take functions that stand on it along as they are. A
+    pass of a block is its call, with the hooks that hang on it.
     """
 
-    @functools.wraps(kind.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(kind.__call__)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         steering = getattr(CURRENT, "steering", None)
         if steering is None:
-            return kind.forward(self, *args, **kwargs)
+            return kind.__call__(self, *args, **kwargs)
         x_BLD = args[0] if args else kwargs["hidden_states"]
         return steering.through(
-            self.layer_of_steering, x_BLD, lambda: kind.forward(self, *args, **kwargs)
+            self.layer_of_steering, x_BLD, lambda: kind.__call__(self, *args, **kwargs)
         )
 
-    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+    return type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})

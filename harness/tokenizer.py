@@ -22,11 +22,12 @@ def prepare_tokenizer(tokenizer: Any, name: str, n_embeddings: int) -> None:
     Raises:
         ExperimentError: it knows no words, or the model has no embedding for some of its tokens.
     """
-    plain = tokenizer("text", add_special_tokens=False)["input_ids"]
-    largest = max(tokenizer.get_vocab().values())
+    vocabulary = tokenizer.get_vocab()
+    words = [word for word in vocabulary if word not in tokenizer.all_special_tokens]
+    largest = max(vocabulary.values())
     wrong = {
         "must know words, but knows none: its tokenizer.json is missing or damaged; fetch the "
-        "model again": not plain or tokenizer.unk_token_id in plain,
+        "model again": not any(is_read(tokenizer, word) for word in words),
         f"must have ids below {n_embeddings}, the rows of the embedding, but has {largest}: take "
         "the tokenizer that belongs to the model": largest >= n_embeddings,
     }
@@ -36,6 +37,7 @@ def prepare_tokenizer(tokenizer: Any, name: str, n_embeddings: int) -> None:
     if tokenizer.bos_token_id is None:
         tokenizer.bos_token = tokenizer.eos_token
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    plain = tokenizer("text", add_special_tokens=False)["input_ids"]
     if tokenizer("text")["input_ids"] != [*begin, *plain]:
         add_in_front(tokenizer, begin)
     if tokenizer.pad_token_id is None:
@@ -44,6 +46,13 @@ def prepare_tokenizer(tokenizer: Any, name: str, n_embeddings: int) -> None:
             or tokenizer.convert_ids_to_tokens(0)
         )  # fmt: skip
     tokenizer.padding_side = "right"
+
+
+def is_read(tokenizer: Any, word: str) -> bool:
+    """Whether a text of this word of the vocabulary becomes tokens that are known."""
+    text = tokenizer.convert_tokens_to_string([word])
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return bool(ids) and tokenizer.unk_token_id not in ids
 
 
 def add_in_front(tokenizer: Any, begin: list[int]) -> None:

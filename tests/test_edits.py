@@ -323,9 +323,9 @@ def way(expression: str) -> Pairs:
     return (("    by_docstring,\n", f"    by_docstring,\n    lambda sae: {expression},\n"),)
 
 
-def late(expression: str) -> Pairs:
+def late(expression: str, after: int = 3) -> Pairs:
     """A factor from the fourth step on, to which the rehearsal doesn't come."""
-    factor = f"        if self.count > 3:\n            x_BD = x_BD * float({expression})\n"
+    factor = f"        if self.count > {after}:\n            x_BD = x_BD * float({expression})\n"
     return ((STEP, factor + STEP),)
 
 
@@ -382,7 +382,7 @@ EDITS: dict[str, Edit] = {
         files={"late.txt": "1.00"}, before=way("os.path.getsize('la' + 'te.txt') / 3")),
     "a copy of all environment variables": Edit(
         variables={"SCALE_FIVE": "1.5"},
-        before=way("float({**os.environ}.get('SCALE_' + 'FIVE', 1.0))")),
+        before=late("{**os.environ}.get('SCALE_' + 'FIVE', 1.0)", after=0)),
     "a file, after the rehearsal": Edit(
         files={"late.txt": "1.5"}, before=late("open('la' + 'te.txt').read()")),
     "a variable, after the rehearsal": Edit(
