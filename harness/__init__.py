@@ -23,6 +23,7 @@
     steering         what a forward pass does at a model's blocks
     tokenizer        how a text becomes token ids: one rule for training, core and probing
     text             from a data set to packed contexts
+    text_checks      local texts looked at before anything is paid for
     text_files       local files of texts
     probe_sets       what probing sets are: SAE-Bench's, tasks that ship here, files with labels
     command          one attempt: folder, lock, heartbeat, last words; knows nothing of SAEs

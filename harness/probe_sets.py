@@ -225,11 +225,14 @@ def split_files(path: str) -> dict[str, list[str]]:
     return files
 
 
-def unreadable(path: str, error: Exception, n: int | None = None) -> ExperimentError:
-    """What to raise where a file can't be read, after its first n rows."""
-    where = "" if n is None else f" behind row {n}"
+def unreadable(path: str, error: Exception) -> ExperimentError:
+    """What to raise where a file can't be read."""
+    if isinstance(error, UnicodeDecodeError):
+        return ExperimentError(
+            f"the probing set {path!r} must be UTF-8, but is not ({error}): convert it"
+        )
     return ExperimentError(
-        f"the probing set {path!r} can't be read{where} ({type(error).__name__}: "
+        f"the probing set {path!r} can't be read ({type(error).__name__}: "
         f"{first_line(error)}): look at its files, or take it out of probe_sets"
     )
 
@@ -256,7 +259,7 @@ def labelled_rows(file: str) -> list[tuple[str, str]]:
     except ExperimentError:
         raise
     except Exception as error:
-        raise unreadable(file, error, len(found)) from error
+        raise unreadable(file, error) from error
     if wrong:
         raise ExperimentError(
             f"each row of {file!r} must have a {wrong}: give it one, or leave the row out"

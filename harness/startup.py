@@ -47,7 +47,7 @@ from harness.rehearsal import TrainingPass, resume_problems
 from harness.settings import settings_of_run
 from harness.start import source_at_start
 from harness.store import cached
-from harness.text import look_at_texts
+from harness.text_checks import look_at_texts
 
 DESCRIPTION = "Train and score a parametric contrastive SAE."
 

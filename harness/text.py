@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import queue
 import random
 import sys
@@ -20,12 +19,9 @@ from torch import Tensor
 
 from harness.console import print_line
 from harness.errors import ExperimentError, first_line, is_connection_error
-from harness.interfaces import SettingsLike
-from harness.ledger import LEDGER
 from harness.store import cache_dir, pinned, sha256_file
 from harness.text_files import (
     BUILT_IN,
-    files_line,
     local_rows,
     local_text,
     no_column,
@@ -176,29 +172,6 @@ def hub_revision(name: str) -> str:
         return main.read_text().strip()
 
 
-def look_at_texts(settings: SettingsLike) -> None:
-    """Says which files local texts are read from; warns of files left out, and of one text twice.
-
-    Raises:
-        ExperimentError: a text that lies here can't be read.
-    """
-    training, core = settings.training_text, settings.core_text
-    files: dict[str, set[str]] = {}
-    for name in dict.fromkeys((training, core)):
-        with text_errors(name):
-            text = local_text(name)
-        if text is not None:
-            say = LEDGER.warns if text.left_out else print_line
-            say(files_line(name, text))
-            files[name] = {*map(os.path.realpath, text.read)}
-    same = core == training and core not in BUILT_IN
-    if same or files.get(core, set()) & files.get(training, set()):
-        LEDGER.warns(
-            f"core_text, {core!r}, is text that the SAEs are trained on, {training!r}: core "
-            "evaluation's figures are of what they may have seen"
-        )
-
-
 def text_stream(name: str) -> Any:
     """The split "train" of a local file or folder, or of a data set of the hub, streamed."""
     if (text := local_text(name)) is not None:
@@ -244,16 +217,21 @@ def text_rows(name: str, rows: Iterable[dict]) -> Iterator[dict]:
         ExperimentError: a row has no such column, or none of strings.
     """
     for number, row in enumerate(rows, 1):
-        if "text" not in row:
-            raise no_column(name, row)
-        text = row["text"]
-        if not isinstance(text, str | None):
-            raise ExperimentError(
-                f"the text {name!r} must have strings in its column 'text', but row {number} has "
-                f"{text!r:.60} ({type(text).__name__}): make each row one string"
-            )
-        if text and text.strip():
+        if text := text_of(name, row, number):
             yield {"text": text}  # alone: SAELens would take a column of tokens instead
+
+
+def text_of(name: str, row: dict, number: int) -> str:
+    """A row's text; empty where it has none but white space. See `text_rows`."""
+    if "text" not in row:
+        raise no_column(name, row)
+    text = row["text"]
+    if not isinstance(text, str | None):
+        raise ExperimentError(
+            f"the text {name!r} must have strings in its column 'text', but row {number} has "
+            f"{text!r:.60} ({type(text).__name__}): make each row one string"
+        )
+    return text if text and text.strip() else ""
 
 
 def text_error(name: str, error: Exception, failures: int = 1) -> ExperimentError:

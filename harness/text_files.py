@@ -10,6 +10,7 @@ import io
 import itertools
 import json
 import os
+import re
 import warnings
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 NOT_DATA = ("README.md", "config.json", "dataset_info.json", "dataset_infos.json", "state.json")
 BUILT_IN = ("tinylm", "smollm2")  # language models whose weights and texts lie in packages
 FIRST_ROWS = 1000  # of a JSON file, in one of which the column "text" must stand
+HALF_A_PAIR = re.compile("[\ud800-\udfff]")
 TEXT = (("text",),)  # the columns of a text, each by the names that it may have
 
 
@@ -164,7 +166,7 @@ def rows_of(
             elif form_of(file) == "parquet":
                 yield from parquet_rows(stream, name, columns)
             else:
-                yield from json_rows(stream, name, columns)
+                yield from json_rows(stream, file, name, columns)
 
 
 def read_zstd_whole() -> None:
@@ -202,6 +204,11 @@ def csv_rows(
             warnings.simplefilter("error", pandas.errors.ParserWarning)
             if (part := next(parts, None)) is None:
                 return
+        if len(part.columns) == 1 and {*part.columns[0]} & {*";|\t"}:
+            raise ExperimentError(
+                f"the columns of {name!r} must be divided by commas, or by tabs in a .tsv file, "
+                f"but its first line is {part.columns[0]!r:.60}: save it so"
+            )
         found = names_in(part.columns, columns, name)
         for values in zip(*(part[column] for column in found)):
             yield dict(zip(found, values))
@@ -219,31 +226,54 @@ def parquet_rows(
 
 
 def json_rows(
-    stream: Any, name: str, columns: tuple[tuple[str, ...], ...]
+    stream: Any, file: str, name: str, columns: tuple[tuple[str, ...], ...]
 ) -> Iterator[dict[str, Any]]:
-    """Of a JSON file: an object, or a string, by line; or a list of them."""
-    lines = io.TextIOWrapper(stream, encoding="utf-8-sig")
-    first = next((line for line in lines if line.strip()), "{}")
+    """Of a JSON file: an object, or a string, by line; or a list of them.
+
+    Raises:
+        ExperimentError: a line is no JSON, or what it holds can't be text.
+    """
+    lines = enumerate(io.TextIOWrapper(stream, encoding="utf-8-sig"), 1)
+    number, first = next(((n, line) for n, line in lines if line.strip()), (1, "{}"))
     if first.lstrip().startswith("["):
-        rows = iter(json.loads(first + lines.read()))
+        whole = first + "".join(line for _, line in lines)
+        rows = enumerate(json_value(whole, f"{file!r} must be JSON"), 1)
+        unit = "row"
     else:
-        rows = (json.loads(line) for line in itertools.chain([first], lines) if line.strip())
+        rows = ((n, json_value(line, f"line {n} of {file!r} must be JSON"))
+                for n, line in itertools.chain([(number, first)], lines) if line.strip())
+        unit = "line"
     there: set[str] = set()
     lacking = columns
-    for number, row in enumerate(rows):
+    for read, (number, row) in enumerate(rows):
         row = row if isinstance(row, dict) else {"text": row}
         if lacking:
             there |= row.keys()
             lacking = tuple(names for names in columns if not there & {*names})
-            if number == FIRST_ROWS and lacking:
+            if read == FIRST_ROWS and lacking:
                 break
         found = [next((n for n in names if n in row), names[0]) for names in columns]
         values = {column: row.get(column) for column in found}
-        for value in values.values():
-            if isinstance(value, str):
-                value.encode()  # half a surrogate pair is no text: an error here
+        for column, value in values.items():
+            if isinstance(value, str) and (half := HALF_A_PAIR.search(value)):
+                raise ExperimentError(
+                    f"{unit} {number} of {file!r} must have text in its column {column!r}, but has "
+                    f"half of a surrogate pair, {half[0]!r}: mend it, or leave it out"
+                )
         yield values
     names_in(there, columns, name)
+
+
+def json_value(text: str, must: str) -> Any:
+    """What JSON stands for; an ExperimentError, which begins with `must`, where it is none."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        at = f"line {error.lineno}, " if text.count("\n") > 1 else ""
+        what = error.msg.removesuffix(" at")
+        raise ExperimentError(
+            f"{must}, but is not ({what} at {at}character {error.colno}): mend it, or leave it out"
+        ) from error
 
 
 def names_in(there: Collection[str], columns: tuple[tuple[str, ...], ...], name: str) -> list[str]:

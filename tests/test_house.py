@@ -22,7 +22,7 @@ FLOORS = (
     ("store",),
     ("checkpoints", "rehearsal", "command", "text_files", "text", "probe_sets", "syntax",
      "identity", "isolation", "call_graph", "steering", "tokenizer"),
-    ("packaged_model", "model_checks"),
+    ("packaged_model", "model_checks", "text_checks"),
     ("language_model",),
     ("fused_model", "fingerprint", "preflight"),
     ("evaluation.shared_forward", "evaluation.probe_texts"),

@@ -17,8 +17,11 @@ import torch
 from sae_bench.sae_bench_utils.activation_collection import get_bos_pad_eos_mask
 from sae_lens.training.activations_store import ActivationsStore
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import ByteLevel, TemplateProcessing
-from transformers import AutoTokenizer, ByT5Tokenizer
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from experiment import ActivationBuffer
 from harness.errors import ExperimentError
@@ -77,8 +80,31 @@ def test_weights_that_config_json_does_not_describe_are_refused(
 def test_weights_that_are_no_numbers_are_refused(toy_model: Path, tmp_path: Path, dtype) -> None:
     broken = lambda w: w | {"model.norm.weight": w["model.norm.weight"] * math.nan}  # noqa: E731
     name = changed_model(toy_model, tmp_path / "changed", broken)
-    with pytest.raises(ExperimentError, match="the last block gives what is off by nan.* for NaN"):
+    with pytest.raises(ExperimentError, match="the last block gives NaN or infinity: look at "):
         load_language_model(name, dtype).bridge()
+
+
+def test_a_bridge_that_rounds_otherwise_is_not_told_as_nan(toy_lm, monkeypatch) -> None:
+    monkeypatch.setattr("harness.language_model.ROUNDING", {torch.float32: -1.0})
+    with pytest.raises(ExperimentError, match="is off by .* more than rounding's -1: choose anot"):
+        toy_lm.bridge()
+
+
+@pytest.mark.parametrize("words", [["red", "blue"], []])
+def test_a_tokenizer_is_known_by_its_own_words(words: list[str]) -> None:
+    """One that knows none is that of a damaged tokenizer.json."""
+    vocabulary = {word: n for n, word in enumerate(["<unk>", "<eos>", *words])}
+    backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", eos_token="<eos>"
+    )
+    if words:
+        prepare_tokenizer(tokenizer, "own", 4)
+        assert tokenizer("red blue text")["input_ids"] == [1, 2, 3, 0]
+    else:
+        with pytest.raises(ExperimentError, match="must know words, but knows none"):
+            prepare_tokenizer(tokenizer, "own", 4)
 
 
 def tokenizer_of(toy_model: Path, folder: Path, **changes) -> tuple[str, Any]:

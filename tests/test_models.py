@@ -275,6 +275,17 @@ def test_what_is_needed_is_known_of_every_architecture(model_of) -> None:
         assert parts["language model"] == 4 * sum(p.numel() for p in lm.hf.parameters())
 
 
+def test_a_block_s_own_hooks_are_in_what_is_kept_of_it(model_of) -> None:
+    lm, tokens_BL = model_of("llama"), contexts()
+    (plain_BLD,) = lm.activations(tokens_BL, (1,))
+    hook = lm.blocks[1].register_forward_hook(lambda block, given, out_BLD: 2 * out_BLD)
+    try:
+        for found in (lm.activations(tokens_BL, (1,)), lm.logits(tokens_BL, (1,))[1]):
+            assert torch.equal(found[0], 2 * plain_BLD)
+    finally:
+        hook.remove()
+
+
 # ---- What can't be
 
 
@@ -284,6 +295,7 @@ def other_config(kind: str) -> Any:
     sizes = dict(vocab_size=300, hidden_size=32, num_hidden_layers=2)
     return {
         "bert": lambda: hf.BertConfig(num_attention_heads=4, intermediate_size=64, **sizes),
+        "headless": lambda: other_config("bert"),
         "t5": lambda: hf.T5Config(d_model=32, d_ff=64, num_layers=2, num_heads=4, vocab_size=300),
         "vit": lambda: hf.ViTConfig(hidden_size=32, num_hidden_layers=2),
     }[kind]()
@@ -293,6 +305,7 @@ def other_config(kind: str) -> Any:
     ("kind", "message"),
     [
         ("bert", "must be causal, but what BertLMHeadModel computes of a token depends on later"),
+        ("headless", "must be causal, but what BertLMHeadModel computes of a token depends on la"),
         ("t5", "must be a causal language model, but 't5' is an encoder-decoder: set"),
         ("vit", "must be a causal language model, but 'vit' is none that transformers has: set"),
     ],
@@ -300,9 +313,13 @@ def other_config(kind: str) -> Any:
 def test_what_is_no_causal_language_model_is_one_sentence(
     toy_model: Path, tmp_path: Path, kind: str, message: str
 ) -> None:
+    from transformers import BertModel
+
     name, config = str(tmp_path / kind), other_config(kind)
     if kind == "bert":
         save_random(config, tmp_path / kind, toy_model)
+    elif kind == "headless":  # as the hub has it: transformers gives it a random head
+        BertModel(config).save_pretrained(name)
     else:
         config.save_pretrained(name)
     with pytest.raises(ExperimentError, match=message):

@@ -177,7 +177,9 @@ def test_what_stands_twice_counts_once_and_it_is_said(capsys) -> None:
         ("a.csv", b"text,label\n", "two classes or more, but has no rows"),
         ("a.csv", table(rows() + rows(3, ("so",))), "must have 10 different texts or more of each "
                                                     "class, but has 3 of 'so': add some"),
-        ("a.jsonl", lines(rows(1))[:-9], r"'a.jsonl' can't be read behind row 1 \(JSONDecodeErr"),
+        ("a.jsonl", lines(rows(1))[:-9], r"line 2 of 'a.jsonl' must be JSON, but is not \(Expe"),
+        ("a.csv", b"text;label\nx;y\n", "columns of 'a.csv' must be divided by commas"),
+        ("a.csv", table(rows()).decode().encode("utf-16"), "must be UTF-8, but is not .*: convert"),
         ("a.csv", b"text,label\nglad, or so,glad\n", r"can't be read .*\(ParserWarning: Length of"),
         ("a.csv", b"text,label\nx,y\nglad, or so,glad\n", "ParserError: .* 2 fields in line 3"),
         ("a.txt", b"text\n", "must be of files in one of the forms CSV, .* 'a.txt' is another"),
@@ -218,7 +220,8 @@ def test_names_in_records_are_the_files_and_tell_them_apart() -> None:
     [
         (("tinylm/C",), "of tinylm, probe_sets must name tinylm/A or tinylm/B, or one of their ta"),
         (("tinylm/B/package",), "but names 'tinylm/B/package'"),
-        (("gone.csv",), "or files and folders of texts with labels that are there, but one is '"),
+        (("gone.csv",), "set 'gone.csv' must be there, but there is no such file or folder"),
+        (("gone",), "or files and folders of texts with labels that are there, but one is 'gone'"),
         (("mood.csv", "./mood.csv"), "all different, but has 'mood.csv' twice"),
         (("tinylm/B", "tinylm/B/subject"), "but has 'tinylm/B/subject' twice"),
     ],

@@ -21,7 +21,8 @@ from harness.evaluation.core import core_text
 from harness.fingerprint import text_identity
 from harness.ledger import LEDGER
 from harness.provenance import write_config
-from harness.text import look_at_texts, streamed_texts
+from harness.text import streamed_texts
+from harness.text_checks import look_at_texts
 from harness.text_files import FIRST_ROWS
 from tests.conftest import ROOT, settings_of
 
@@ -117,16 +118,47 @@ def test_what_save_to_disk_left_is_read() -> None:
         ("train.csv", b"body\nx\n", r"must have a column 'text', but has \['body'\]"),
         ("train.csv", b'text\n"open\n', "can't be read"),
         ("train.csv", b"n,text\n1,not quoted, so two\n", "can't be read"),
-        ("train.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}\n', "can't be read"),
-        ("train.jsonl", b'{"text": "a"}\n{"text": "b', "can't be read"),
+        ("train.jsonl", b'\n{"text": "a"}\n{"text": "\\ud800"}\n', "line 3 of 'own/train.jsonl' "
+         "must have text in its column 'text', but has half of a surrogate pair"),
+        ("train.jsonl", b'\n{"text": "a"}\n{"text": "b\n', r"line 3 of 'own/train.jsonl' must be "
+         r"JSON, but is not \(Invalid control character at character 12\): mend it"),
+        ("train.json", json.dumps(rows_of(DATES), indent=1).encode()[:-4], "'own/train.json' must "
+         r"be JSON, but is not \(.* at line 10, character 1\)"),
+        ("train.csv", b"n;text\n1;x\n", "columns of .* by commas, .* its first line is 'n;text'"),
+        ("train.csv", "text\nx\n".encode("utf-16"), "must be UTF-8, but is not"),
     ],
 )
 def test_what_holds_no_texts_is_one_sentence(file: str, content: bytes, message: str) -> None:
+    """Before anything is loaded, and where it is read."""
     Path("own").mkdir()
     Path("own", file).write_bytes(content)
-    with pytest.raises(ExperimentError, match=message) as caught:
-        list(streamed_texts("own"))
-    assert "\n" not in str(caught.value)
+    for read in (look_at, lambda name: list(streamed_texts(name))):
+        with pytest.raises(ExperimentError, match=message) as caught:
+            read("own")
+        assert "\n" not in str(caught.value)
+
+
+def look_at(name: str) -> None:
+    look_at_texts(dataclasses.replace(settings_of(experiment, "run_1"), training_text=name))
+
+
+def test_every_row_is_looked_at_before_anything_is_paid_for(capsys, own_cache) -> None:
+    """In a folder of files, the file is named; rows without a text are told."""
+    Path("own").mkdir()
+    Path("own", "train-1.jsonl").write_bytes(lines([*rows_of(DATES), {"text": None}, {"id": 1}]))
+    Path("own", "train-2.jsonl").write_bytes(lines(rows_of(["x"] * 70)))
+    look_at("own")
+    assert "the text 'own' has no text in 2 of 75 rows: left out\n" in capsys.readouterr().out
+    Path("own", "train-2.jsonl").write_bytes(lines([*rows_of(["x"] * 70), {"text": 7}]))
+    with pytest.raises(ExperimentError, match="the text 'own/train-2.jsonl' .* row 71 has 7"):
+        look_at("own")
+    Path("own.txt").write_bytes(b"one\n\ntwo\n")
+    look_at("own.txt")
+    assert "has no text" not in capsys.readouterr().out
+    Path("own.txt").touch()
+    Path("own.txt").write_bytes(b"\n \n")
+    with pytest.raises(ExperimentError, match="'own.txt' must have texts, but has none in its 2 r"):
+        look_at("own.txt")
 
 
 def test_a_file_of_another_form_is_one_sentence() -> None:
