@@ -329,6 +329,7 @@ class Loss:
     reg: Tensor  # L_reg
     density: Tensor  # φ L_density
     selected: Codes  # the features that reconstruct
+    unselected: Codes  # those that are penalised
     residual_BD: Tensor  # x − x̂
 
 
@@ -349,7 +350,7 @@ def contrastive_loss(
             every active feature reconstructs, all but the strongest are penalised.
         loss_variant: "as_written" is the method as first written down, an ablation: no selection,
             tanh(f / τ_sel) averaged over tokens and features alike, reconstruction mean ‖x − x̂‖.
-        sparse: f holds the active features alone, where they are few (`Codes`). Sums over features
+        sparse: f or S holds the active features alone, where few (`Codes`). Sums over features
             are right in both layouts, means are not: `f.dense()` is always (B, F).
         cost_F: φ p, constants; None: no L_density.
     """
@@ -360,7 +361,7 @@ def contrastive_loss(
     elif k is None:
         selected, unselected = f, f.without(f.largest(1))
     else:
-        selected, unselected = f.split(select(f, k, sae.threshold))
+        selected, unselected = f.split(select(f, k, sae.threshold), sparse)
     residual_BD = x_BD - sae.decode(selected)
     # A division would have a backward of twice the passes.
     saturated = unselected.map(lambda acts: torch.tanh(acts * (1 / tau_sel)))
@@ -374,7 +375,7 @@ def contrastive_loss(
     if cost_F is not None:
         density = selected.weighted(cost_F).sum_over_features().mean()
     total = reconstruction + penalty + reg + density
-    return Loss(total, reconstruction, penalty, reg, density, selected, residual_BD)
+    return Loss(total, reconstruction, penalty, reg, density, selected, unselected, residual_BD)
 
 
 def k_at(settings: Settings, progress: float) -> int | None:
@@ -473,7 +474,7 @@ class Trainer:
         self.firing_rate_F = torch.zeros(**shape)
         self.generator = torch.Generator().manual_seed(seed)
         self.threshold_started = False
-        self.sparse: bool | None = None  # whether the loss may be sparse; None: not yet known
+        self.sparse: tuple[str, ...] | None = ()  # the layouts in which the loss is found right
 
     def dead(self) -> Tensor:
         """(F,) bool: features that reconstructed nothing for `dead_feature_window` tokens."""
@@ -486,8 +487,7 @@ class Trainer:
         x_BD = x_BD.to(sae.W_enc.dtype) * sae.norm_scaling_factor
         k = k_at(settings, progress)
         self.start_threshold(x_BD, k)
-        weight = settings.density_penalty
-        cost_F = weight * self.firing_rate_F if weight else None
+        cost_F = settings.density_penalty * self.firing_rate_F if settings.density_penalty else None
         given = k, settings.reg_lambda, settings.loss_variant
 
         def loss_of(sparse: bool) -> Loss:
@@ -506,7 +506,7 @@ class Trainer:
         self.move_threshold(loss, k)
         passes_F = self.n_forward_passes_since_fired + 1
         self.n_forward_passes_since_fired = torch.where(loss.selected.fired(), 0, passes_F)
-        if weight:
+        if cost_F is not None:
             self.firing_rate_F.lerp_(loss.selected.counts() / len(x_BD), 0.02)
         if settings.resample and progress < 1 - settings.lr_decay:
             self.resample(loss.residual_BD.detach())

@@ -1,7 +1,8 @@
 """Products with codes of which almost all are zero: torch and numpy, a plain form beside each.
 
 `Codes` are what an encoder makes of a batch, in one of two layouts: all features of each token, or
-the few that are active. What is written with its methods is right in both.
+the few that are active. What is written with its methods is right in both. Where most are active,
+those that are selected may still be few.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-# The sparse layout is taken where at most this part of the features is active: it is faster then.
-MAX_DENSITY = 0.125
+# The sparse layout is taken where at most this part of the features is in it: it is faster then.
+MAX_DENSITY = 0.08
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,16 @@ class Codes:
             return replace(self, acts=torch.where(chosen, 0.0, self.acts))
         return replace(self, acts=self.acts.scatter(-1, chosen, 0.0))
 
-    def split(self, chosen: Tensor) -> tuple[Codes, Codes]:
-        """`only` and `without`, faster: codes that add to these."""
-        first, second = _Split.apply(self.acts, chosen)
+    def split(self, chosen: Tensor, sparse: bool = False) -> tuple[Codes, Codes]:
+        """`only` and `without`, faster: codes that add to these.
+
+        With `sparse`, the chosen places of the dense layout are in the sparse one, where they are
+        few.
+        """
+        if sparse and self.indices is None and are_few(chosen, self.acts):
+            values, second = _Split.apply(self.acts, chosen, True)
+            return Codes(values, chosen, self.acts.shape[-1]), replace(self, acts=second)
+        first, second = _Split.apply(self.acts, chosen, False)
         return replace(self, acts=first), replace(self, acts=second)
 
     def sum_over_features(self) -> Tensor:
@@ -113,17 +121,26 @@ class _Split(torch.autograd.Function):
     """`Codes.split`: a backward of one pass, where autograd's has four."""
 
     @staticmethod
-    def forward(ctx: Any, acts: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, acts: Tensor, chosen: Tensor, sparse: bool) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(chosen)
-        codes = Codes(acts)
-        return codes.only(chosen).acts, codes.without(chosen).acts
+        ctx.sparse, codes = sparse, Codes(acts)
+        first = acts.gather(-1, chosen) if sparse else codes.only(chosen).acts
+        return first, codes.without(chosen).acts
 
     @staticmethod
-    def backward(ctx: Any, first: Tensor, second: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, first: Tensor, second: Tensor) -> tuple[Tensor, None, None]:
         (chosen,) = ctx.saved_tensors
         if chosen.dtype == torch.bool:
-            return torch.where(chosen, first, second), None
-        return second.scatter(-1, chosen, first.gather(-1, chosen)), None
+            return torch.where(chosen, first, second), None, None
+        values = first if ctx.sparse else first.gather(-1, chosen)
+        return second.scatter(-1, chosen, values), None, None
+
+
+def are_few(places: Tensor, acts: Tensor) -> bool:
+    """Whether places in rows are a small part of them, on a CPU."""
+    if places.dtype == torch.bool or acts.dim() != 2 or acts.device.type != "cpu":
+        return False
+    return places.shape[-1] <= MAX_DENSITY * acts.shape[-1]
 
 
 # ------------------------------------------------------------------------------------ encoding
@@ -278,6 +295,8 @@ def weighted_sums(
 
 # ------------------------------------------------------------------------- the check at run time
 
+WRONG = "contrastive_loss has other gradients in the sparse layout: the dense is used"
+
 
 def gradients_match(loss: Callable[[bool], Any], parameters: list[nn.Parameter]) -> bool:
     """Whether a loss and its gradients are the same in both layouts.
@@ -298,20 +317,31 @@ def gradients_match(loss: Callable[[bool], Any], parameters: list[nn.Parameter])
 
 
 def sparse_if_gradients_match(
-    allowed: bool | None, loss: Callable[[bool], Any], parameters: list[nn.Parameter]
-) -> tuple[Any, bool | None]:
-    """The loss, in the sparse layout if that has the gradients of the dense one, and `allowed`.
+    right: tuple[str, ...] | None, loss: Callable[[bool], Any], parameters: list[nn.Parameter]
+) -> tuple[Any, tuple[str, ...] | None]:
+    """The loss, in a sparse layout if that has the gradients of the dense one, and `right`.
 
     Args:
-        allowed: whether the sparse layout has been found right. None: not known; the first loss
-            that takes it decides.
-        loss: see `gradients_match`; its `selected` are `Codes`.
+        right: the layouts that were found right; each is tried when the loss first takes it. None:
+            one was wrong, and the dense one is taken ever after.
+        loss: see `gradients_match`; its `selected` and `unselected` are `Codes`.
     """
-    found = loss(allowed is not False)
-    if found.selected.indices is not None and allowed is None:
+    if right is None:
+        return loss(False), None
+    try:
+        found = loss(True)
+    except (RuntimeError, IndexError):  # codes of both layouts in one expression
+        found = loss(False)
+        print(WRONG)
+        return found, None
+    layout = " and ".join(
+        part for part in ("selected", "unselected") if getattr(found, part).indices is not None
+    )
+    if layout and layout not in right:
         with torch.autocast(parameters[0].device.type, enabled=False):
-            allowed = gradients_match(loss, parameters)
-        if not allowed:
-            print("contrastive_loss has other gradients in the sparse layout: the dense is used")
-            return loss(False), False
-    return found, allowed
+            match = gradients_match(loss, parameters)
+        if not match:
+            print(WRONG)
+            return loss(False), None
+        right = (*right, layout)
+    return found, right

@@ -401,9 +401,12 @@ def test_where_frequency_costs_no_feature_fires_as_often() -> None:
 
 def test_the_layout_is_sparse_only_where_few_features_are_active() -> None:
     sae, x = make_sae(d_in=16, d_sae=300), inputs(n=60, d_in=16)
-    assert contrastive_loss(sae, x, 3, 0.01, sparse=True).selected.indices is None
+    loss = contrastive_loss(sae, x, 3, 0.01, sparse=True)  # what is selected is few
+    assert loss.selected.indices is not None and loss.unselected.indices is None
+    assert contrastive_loss(sae, x, 60, 0.01, sparse=True).selected.indices is None
     few_active(sae, x, round(300 * sparse_ops.MAX_DENSITY) - 1)
-    assert contrastive_loss(sae, x, 3, 0.01, sparse=True).selected.indices is not None
+    loss = contrastive_loss(sae, x, 3, 0.01, sparse=True)
+    assert loss.selected.indices is not None and loss.unselected.indices is not None
     with torch.no_grad():
         sae.b_enc.fill_(-1e3)  # none at all
     loss = contrastive_loss(sae, x, 3, 0.01, sparse=True)
@@ -412,14 +415,15 @@ def test_the_layout_is_sparse_only_where_few_features_are_active() -> None:
     assert not sae.W_enc.grad.any()
 
 
-def test_training_in_the_sparse_layout_is_training(monkeypatch) -> None:
+@pytest.mark.parametrize("part, layout", [(0.5, "selected and unselected"), (0.1, "selected")])
+def test_training_in_the_sparse_layout_is_training(monkeypatch, part, layout) -> None:
     """The same steps as with all features, but for rounding; and the same again, bit for bit."""
     found = []
-    for few in (0.0, 0.5, 0.5):
+    for few in (0.0, part, part):
         monkeypatch.setattr(sparse_ops, "MAX_DENSITY", few)
         found.append(trained(small_settings(d_sae=64, lr_warmup=0.0, resample=False), steps=40))
     plain, fast, again = found
-    assert plain.sparse is None and fast.sparse
+    assert plain.sparse == () and fast.sparse == (layout,)
     assert torch.allclose(plain.sae.W_dec, fast.sae.W_dec, atol=1e-3)
     for one, other in zip(fast.sae.parameters(), again.sae.parameters()):
         assert torch.equal(one, other)
@@ -437,7 +441,7 @@ def test_a_loss_that_needs_all_features_gets_them(monkeypatch, capsys) -> None:
 
     monkeypatch.setattr(experiment, "contrastive_loss", edited)
     trainer = trained(small_settings(lr_warmup=0.0), steps=40)
-    assert trainer.sparse is False
+    assert trainer.sparse is None
     assert "other gradients in the sparse layout: the dense is used" in capsys.readouterr().out
 
 

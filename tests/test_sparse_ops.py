@@ -16,6 +16,12 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no GPU"))]  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An eighth of the features is few, of tens as of thousands."""
+    monkeypatch.setattr(sparse_ops, "MAX_DENSITY", 0.125)
+
+
 def random(*shape: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -127,14 +133,19 @@ def test_both_layouts_count_the_same() -> None:
         assert torch.equal(codes.dense(), f_BF)
 
 
+@pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("choose", [lambda c: c.largest(3), lambda c: c.above(0.5)])
-def test_split_is_only_and_without(choose, device) -> None:
+def test_split_is_only_and_without(choose, device, sparse, monkeypatch) -> None:
+    monkeypatch.setattr(sparse_ops, "MAX_DENSITY", 0.5)
     fast, plain = (
         random(N_TOKENS, N_FEATURES, seed=7).to(device).requires_grad_() for _ in range(2)
     )
     chosen = choose(Codes(fast))
-    parts = [codes.acts for codes in Codes(fast).split(chosen)]
+    codes = Codes(fast).split(chosen, sparse)
+    alone = sparse and chosen.dtype != torch.bool and device == "cpu"
+    assert (codes[0].indices is not None) is alone and codes[1].indices is None
+    parts = [part.dense() for part in codes]
     plain_parts = [Codes(plain).only(chosen).acts, Codes(plain).without(chosen).acts]
     agree(tuple(parts), tuple(plain_parts), [fast], [plain])
     assert torch.equal(parts[0] + parts[1], fast)
@@ -148,7 +159,7 @@ def test_largest_are_the_largest_and_never_more_than_there_are() -> None:
     assert Codes(acts).only(Codes(acts).largest(1)).acts.tolist() == [
         [0.0, acts[0, 1], 0.0], [0.0, 0.0, acts[1, 2]]
     ]  # fmt: skip
-    first, second = Codes(acts).split(Codes(acts).largest(7))
+    first, second = Codes(acts).split(Codes(acts).largest(7), sparse=True)
     assert torch.equal(first.acts, acts) and not second.acts.any()
 
 
@@ -178,9 +189,12 @@ def test_weighted_sums(n_groups) -> None:
     assert torch.allclose(found, plain) and found.shape == plain.shape
 
 
+BOTH = ("selected and unselected",)
+
+
 class Result:
-    def __init__(self, selected: Codes, total: Tensor) -> None:
-        self.selected, self.total = selected, total
+    def __init__(self, selected: Codes, unselected: Codes, total: Tensor) -> None:
+        self.selected, self.unselected, self.total = selected, unselected, total
 
 
 def a_loss(
@@ -190,7 +204,7 @@ def a_loss(
         calls.append(sparse)
         codes = sparse_ops.preactivations(inputs(), *parameters, positive if sparse else None)
         f = codes.map(torch.relu)
-        return Result(f, f.map(torch.tanh).sum_over_features().mean() + edit(f))
+        return Result(f, f, f.map(torch.tanh).sum_over_features().mean() + edit(f))
 
     return loss
 
@@ -210,17 +224,59 @@ def test_the_first_sparse_loss_decides_whether_the_layout_is_right(edit, right, 
     loss = a_loss(parameters, edit, calls)
     assert gradients_match(loss, parameters) == right
     calls.clear()
-    found, allowed = sparse_if_gradients_match(None, loss, parameters)
-    assert allowed is right and (found.selected.indices is not None) is right
+    found, allowed = sparse_if_gradients_match((), loss, parameters)
+    assert allowed == (BOTH if right else None) and (found.selected.indices is not None) is right
     assert ("other gradients in the sparse layout" in capsys.readouterr().out) == (not right)
     calls.clear()
     found, allowed = sparse_if_gradients_match(allowed, loss, parameters)
-    assert calls == [right] and allowed is right  # it is asked once
+    assert calls == [right] and allowed == (BOTH if right else None)  # it is asked once
     assert torch.equal(found.total, loss(right).total)
 
 
 def test_a_loss_that_never_was_sparse_has_decided_nothing() -> None:
     parameters = weights(bias=1.0)
     loss = a_loss(parameters, lambda f: f.acts.mean(), [])
-    found, allowed = sparse_if_gradients_match(None, loss, parameters)
-    assert allowed is None and found.selected.indices is None
+    found, allowed = sparse_if_gradients_match((), loss, parameters)
+    assert allowed == () and found.selected.indices is None
+
+
+@pytest.mark.parametrize("bias, edit", [
+    (1.0, lambda selected, unselected: selected.acts.mean()),
+    (-1.0, lambda selected, unselected: unselected.acts.mean()),
+    (1.0, lambda selected, unselected: (selected.acts * unselected.acts).sum()),
+])  # fmt: skip
+def test_what_is_selected_is_sparse_by_itself_and_each_layout_is_tried(
+    bias, edit, capsys, monkeypatch
+) -> None:
+    """An edit that is wrong, or fails, in one of them is served with all features."""
+    monkeypatch.setattr(sparse_ops, "MAX_DENSITY", 0.5)
+
+    def loss_with(parameters: list[Tensor], edited: bool) -> Callable[[bool], Result]:
+        def loss(sparse: bool) -> Result:
+            codes = sparse_ops.preactivations(inputs(), *parameters, positive if sparse else None)
+            f = codes.map(torch.relu)
+            selected, unselected = f.split(f.largest(3), sparse)
+            total = (selected.sum_over_features() + unselected.sum_over_features()).mean()
+            total = total + edit(selected, unselected) if edited else total
+            return Result(selected, unselected, total)
+
+        return loss
+
+    layouts = {1.0: ("selected",), -1.0: BOTH}
+    parameters, others = weights(bias=bias), weights(bias=-bias)
+    found, right = sparse_if_gradients_match((), loss_with(others, False), others)
+    assert right == layouts[-bias]
+    found, right = sparse_if_gradients_match(right, loss_with(parameters, False), parameters)
+    assert right == (*layouts[-bias], *layouts[bias]) and not capsys.readouterr().out
+    edited = loss_with(parameters, True)
+    found, right = sparse_if_gradients_match(layouts[-bias], edited, parameters)
+    assert right is None and "the dense is used" in capsys.readouterr().out
+    assert found.selected.indices is None and found.unselected.indices is None
+
+
+def test_a_loss_that_fails_in_every_layout_fails() -> None:
+    def loss(sparse: bool) -> Result:
+        raise RuntimeError("shapes")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        sparse_if_gradients_match((), loss, [])
