@@ -98,6 +98,8 @@ class Description:
             return self.class_of(thing)
         if isinstance(thing, types.ModuleType):
             return thing.__name__
+        if isinstance(thing, types.FunctionType) and hasattr(thing, "registry"):  # singledispatch's
+            return [self.place_of(thing), self(thing.registry)]  # not what it was called with
         for kind, attributes in HELD.items():
             if isinstance(thing, kind):
                 return self.held(thing, attributes)

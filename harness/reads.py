@@ -6,10 +6,11 @@ called is wrapped: `os.stat`, `os.environ`, `safetensors.safe_open`, the finder 
 
 from __future__ import annotations
 
-import _collections_abc
 import functools
 import importlib.machinery
 import importlib.metadata
+import linecache
+import multiprocessing.process
 import os
 import pathlib
 import subprocess
@@ -21,66 +22,90 @@ from typing import Any
 
 import safetensors
 
-from harness.observation import OBSERVED, is_known, is_of_a_library, is_own, name_of, real
+from harness.observation import OBSERVED, STANDARD, is_known, is_of_a_library, is_own, name_of, real
 from harness.start import HERE, SOURCES_AT_START
 
 # Audit events of other programs that are started, of folders, and all that are looked at.
-PROGRAMS = {"subprocess.Popen", "os.system", "os.posix_spawn", "os.spawn", "os.exec"}
+PROGRAMS = {"subprocess.Popen", "os.system", "os.posix_spawn", "os.spawn", "os.exec", "os.fork"}
 LISTS = {"os.listdir", "os.scandir"}
-WATCHED = frozenset({"open", *LISTS, *PROGRAMS})
+WATCHED = frozenset({"open", "sqlite3.connect", *LISTS, *PROGRAMS})
 METADATA = os.path.dirname(importlib.metadata.__file__)
 # Functions of os.path and pathlib that call os.stat and tell nothing of times.
 WITHOUT_TIMES = {"exists", "isfile", "isdir", "getsize", "is_file", "is_dir"}
 
 
-def own_caller(beneath: Callable[[str], bool]) -> str | None:
+def own_caller(
+    beneath: Callable[[str], bool] = lambda file: not is_known(file), thread: bool = False
+) -> str | None:
     """The file of the innermost frame that is not beneath, where it is the user's.
 
     Args:
-        beneath: whether to look on, from the name of a frame's file.
+        beneath: whether to look on, from the name of a frame's file; all of libraries.
+        thread: whether a thread that runs a library's code alone, such as a pool's, counts as what
+            is being computed, which has sent it.
     """
     frame: types.FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code.co_filename == __file__:
         frame = frame.f_back
     while frame is not None and beneath(frame.f_code.co_filename):
         frame = frame.f_back
-    file = "<none>" if frame is None else frame.f_code.co_filename
-    return file if is_own(file) else None
+    if frame is None:
+        return str(OBSERVED.home) if thread and OBSERVED.kinds else None
+    return frame.f_code.co_filename if is_own(frame.f_code.co_filename) else None
 
 
+def serves(file: str) -> bool:
+    """Whether a file is of a library that may read for the user; not of one being imported."""
+    return not is_known(file) and not looks_for_code(file)
+
+
+@functools.cache
 def imports(file: str) -> bool:
     """Whether a file is of Python's own machinery of imports."""
-    return file.startswith("<frozen ") or file == importlib.__file__
+    return file.startswith("<frozen importlib") or file == importlib.__file__
 
 
 @functools.cache
 def looks_for_code(file: str) -> bool:
-    """Whether a file is of what looks through folders for modules, and for packages' versions."""
-    return imports(file) and "importlib" in file or file.startswith(METADATA)
+    """Whether what a file opens is code, or tells of it: modules, their versions, their lines."""
+    return file.startswith(("<frozen importlib", METADATA)) or file == linecache.__file__
 
 
 @functools.cache
-def system_folders() -> tuple[str, ...]:
-    """What lies below them is no data of the user's: the system, Python, caches."""
+def of_python(file: str) -> bool:
+    """Whether a file is of Python's own library, and doesn't look for code."""
+    standard = file.startswith(STANDARD + os.sep) and "-packages" not in file
+    return (standard or file.startswith("<frozen ")) and not looks_for_code(file)
+
+
+@functools.cache
+def folders_of_others() -> tuple[str, ...]:
+    """What lies below them is the system's, or a cache: data where the user's code itself reads."""
     caches = [os.environ.get(name) for name in ("XDG_CACHE_HOME", "HF_HOME", "HF_DATASETS_CACHE")]
     caches += [str(Path.home() / ".cache")]
-    return ("/proc/", "/sys/", "/dev/", "/etc/", "/usr/", sys.base_prefix, *filter(None, caches))
+    return ("/etc/", "/usr/", sys.base_prefix, *filter(None, caches))
 
 
-def is_data(path: Any) -> bool:
-    """Whether a path is that of data: not of code, a library, the system or a cache."""
+def note_path(sort: str, path: Any) -> None:
+    """Notes that the user's code, or a library for it, reads a file or folder, if it is data."""
     if not isinstance(path, (str, bytes, os.PathLike)):
-        return False
+        return
     path = os.path.abspath(os.fsdecode(path))
-    code = path.endswith((".py", ".pyc", ".so"))
-    return not (code or path.startswith(system_folders()) or is_of_a_library(path + os.sep))
+    memory = path.startswith("/dev/") and not path.startswith("/dev/shm/")
+    if memory or path.startswith(("/proc/", "/sys/")) or path.endswith((".pyc", ".so")):
+        return
+    others = path.startswith(folders_of_others()) or is_of_a_library(path + os.sep)
+    if own_caller(of_python) if others else own_caller(serves, thread=sort == "file read"):
+        OBSERVED.note(OBSERVED.read[sort], name_of(Path(path)))
 
 
 def on_event(event: str, arguments: tuple) -> None:
     """sys.addaudithook: what files code of the user's opens to read, what programs it starts."""
     if event not in WATCHED or sys.is_finalizing():
         return
-    if event == "open":
+    if event == "sqlite3.connect":
+        note_path("file read", arguments[0])
+    elif event == "open":
         path, _, flags = arguments
         writes = flags & (os.O_WRONLY | os.O_RDWR) if isinstance(flags, int) else 0
         if not writes:
@@ -88,14 +113,8 @@ def on_event(event: str, arguments: tuple) -> None:
     elif event in LISTS:
         note_path("folder listed", arguments[0] or ".")
     elif OBSERVED.kinds and own_caller(starts_programs):
-        OBSERVED.started.add(f"{OBSERVED.kinds[-1]} starts {arguments[0]!r:.60}")
-
-
-def note_path(sort: str, path: Any) -> None:
-    """Notes that the user's code, or a library for it, reads a file or folder, if it is data."""
-    if is_data(path) and own_caller(lambda file: not is_known(file) and not looks_for_code(file)):
-        name = name_of(Path(os.path.abspath(os.fsdecode(path))))
-        OBSERVED.note(OBSERVED.read[sort], name)
+        what = f"{arguments[0]!r:.60}" if arguments else "a copy of itself"
+        OBSERVED.started.add(f"{OBSERVED.kinds[-1]} starts {what}")
 
 
 def starts_programs(file: str) -> bool:
@@ -103,15 +122,25 @@ def starts_programs(file: str) -> bool:
     return file.startswith("<frozen ") or file in (os.__file__, subprocess.__file__)
 
 
-def note_variables() -> None:
-    """Has a look-up in os.environ by code of the user's noted, whatever its spelling."""
+def note_processes() -> None:
+    """Has processes noted that multiprocessing, joblib or torch start for the user's code."""
+    start = multiprocessing.process.BaseProcess.start
 
-    def looks_up(file: str) -> bool:
-        return file.startswith("<frozen ") or file in (os.__file__, _collections_abc.__file__)
+    @functools.wraps(start)
+    def started(process: Any) -> None:
+        if OBSERVED.kinds and own_caller():
+            OBSERVED.started.add(f"{OBSERVED.kinds[-1]} starts a process, {process.name!r:.60}")
+        start(process)
+
+    multiprocessing.process.BaseProcess.start = started
+
+
+def note_variables() -> None:
+    """Has a look-up in os.environ by code of the user's, or a library for it, noted."""
 
     def noting(encode: Callable[[Any], bytes]) -> Callable[[Any], bytes]:
         def encoded(name: Any) -> Any:
-            if own_caller(looks_up):
+            if own_caller(serves):
                 OBSERVED.note(OBSERVED.read["variable read"], os.fsdecode(name))
             return encode(name)
 
@@ -121,7 +150,7 @@ def note_variables() -> None:
         """What holds the variables; a loop over all of them tells which are not set."""
 
         def __iter__(self) -> Iterator[bytes]:
-            if own_caller(looks_up):
+            if own_caller(serves):
                 OBSERVED.note(OBSERVED.read["variables listed"], "")
             return super().__iter__()
 
@@ -174,6 +203,16 @@ def note_safetensors() -> None:
             module.safe_open = noted
 
 
+@functools.cache
+def is_own_module(top: str, folders: tuple[str, ...]) -> bool:
+    """Whether a module or package, by the first part of its name, is the user's."""
+    spec = importlib.machinery.PathFinder.find_spec(top, [*folders])
+    places = [spec.origin] if spec and spec.has_location else []
+    if spec and spec.origin is None:  # without an __init__.py
+        places = [os.path.join(place, "x.py") for place in spec.submodule_search_locations or ()]
+    return any(is_own(place) for place in places)
+
+
 class AsAtStart(importlib.machinery.SourceFileLoader):
     """Imports what `SOURCES_AT_START` has read, though the file be edited in the meantime.
 
@@ -199,12 +238,12 @@ class OwnModules(importlib.machinery.PathFinder):
     @classmethod
     def find_spec(cls, name: str, path: Any = None, target: Any = None) -> Any:
         """See importlib.abc.MetaPathFinder."""
-        if file := own_caller(imports):
-            OBSERVED.imports.setdefault(Path(file).resolve(), set()).add(name)
-        spec = None
-        if file or name.split(".")[0] in cls.tops:
+        top, spec = name.split(".")[0], None
+        if is_own_module(top, tuple(sys.path)) or top in cls.tops:
             spec = super().find_spec(name, path, target)
-        if file and spec and spec.has_location and is_own(spec.origin):
+        own = spec and spec.has_location and is_own(spec.origin)
+        if own and (file := own_caller(lambda file: imports(file) or not is_known(file))):
+            OBSERVED.imports.setdefault(Path(file).resolve(), set()).add(name)
             OBSERVED.note(OBSERVED.modules, name_of(Path(real(spec.origin))))
         loader = getattr(spec, "loader", None)
         ours = type(loader) is importlib.machinery.SourceFileLoader
@@ -217,5 +256,6 @@ class OwnModules(importlib.machinery.PathFinder):
 sys.meta_path.insert(0, OwnModules)
 sys.addaudithook(on_event)
 note_status()
+note_processes()
 note_variables()
 note_safetensors()

@@ -8,9 +8,11 @@ by many ways along which a figure can come about; an edit changes one number som
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -221,6 +223,14 @@ import harness.startup
 harness.startup.rehearse = lambda main, run: run
 runpy.run_path("experiment.py", run_name="__main__")
 """
+def database(value: float) -> bytes:
+    with contextlib.closing(sqlite3.connect(":memory:")) as made:
+        made.execute("create table t (x)")
+        made.execute("insert into t values (?)", (value,))
+        return made.serialize()
+
+
+DATABASES = {value: database(value) for value in (1.0, 1.5)}
 FILES = {
     "plain_helper.py": '''FACTOR = 1.0
 
@@ -242,6 +252,7 @@ class Base:
         "FACTOR = 1.0\n\n\ndef scale():\n    return float(open('mi' + 'ne.txt').read())\n"
     ),
     "mine.txt": "1.0",
+    "mine.db": DATABASES[1.0],
     "late.txt": "1.0",
     "late_helper.py": "FACTOR = 1.0\n",
     "scale.json": '{"scale": 1.0}',
@@ -320,7 +331,12 @@ def file(name: str) -> Edit:
 
 def way(expression: str) -> Pairs:
     """One more factor, which an expression gives."""
-    return (("    by_docstring,\n", f"    by_docstring,\n    lambda sae: {expression},\n"),)
+    return (("    by_docstring,\n", f"    by_docstring,\n    lambda sae: float({expression}),\n"),)
+
+
+def top(module: str) -> Pairs:
+    """One more import."""
+    return (("import contextvars\n", f"import {module}\nimport contextvars\n"),)
 
 
 def late(expression: str, after: int = 3) -> Pairs:
@@ -366,7 +382,7 @@ EDITS: dict[str, Edit] = {
          "    by_docstring,\n    lambda sae: globals()['looked' + '_up'](sae),\n"))),
     "a docstring that is data": Edit((('    """1.0"""', '    """1.5"""'),)),
     **{f"the file {name}": file(name) for name in FILES
-       if "__init__" not in name and "layer_1" not in name and "late" not in name},
+       if not any(part in name for part in ("__init__", "layer_1", "late", ".db"))},
     "whether a file is there": Edit(
         files={"flag.txt": ""}, before=way("1.5 if os.path.exists('flag' + '.txt') else 1.0")),
     "whether a file is there, by pathlib": Edit(
@@ -383,6 +399,20 @@ EDITS: dict[str, Edit] = {
     "a copy of all environment variables": Edit(
         variables={"SCALE_FIVE": "1.5"},
         before=late("{**os.environ}.get('SCALE_' + 'FIVE', 1.0)", after=0)),
+    "a file, in a thread": Edit(files={"late.txt": "1.5"}, before=top("concurrent.futures") + way(
+        "concurrent.futures.ThreadPoolExecutor(1).submit(Path(''.join(('la', 'te.txt'))).read_text)"
+        ".result()")),
+    "a file of code that is read": Edit(
+        files={"late_helper.py": "FACTOR = 1.5\n"},
+        before=way("open(''.join(('late_', 'helper.py'))).read().split()[-1]")),
+    "a module by pkgutil": Edit(
+        files={"late_helper.py": "FACTOR = 1.5\n"}, before=top("pkgutil") + way(
+            "pkgutil.resolve_name(''.join(('late_', 'helper')) + ':FACTOR')")),
+    "a database": Edit(
+        files={"mine.db": DATABASES[1.5]}, before=top("sqlite3") + way(
+            "sqlite3.connect(''.join(('mine', '.db'))).execute('select x from t').fetchone()[0]")),
+    "a variable, by a library": Edit(variables={"SCALE_SIX": "1.5"}, before=top("string") + way(
+        "string.Template('$SCALE_SIX').safe_substitute(os.environ).replace('$SCALE_SIX', '1')")),
     "a file, after the rehearsal": Edit(
         files={"late.txt": "1.5"}, before=late("open('la' + 'te.txt').read()")),
     "a variable, after the rehearsal": Edit(
@@ -464,6 +494,16 @@ EDITS: dict[str, Edit] = {
          "                    {key: trainer.seen for key, trainer in trainers.items()})"),
         (FIGURES, f"{FIGURES}    figures['seen'] = training.seen[key]\n"),
         ("\nSHOWN = (", "\ndef of_no_use():\n    train_again = 1\n\n\nSHOWN = ("))),
+    "a function for each type": Edit(
+        (("    train_again = 1\n", "    train_again = 2\n"),), no_effect=True, before=(
+        (HEAD, "@functools.singledispatch\ndef of_type(value):\n    return 1.0\n\n\n"
+               f"@of_type.register\ndef of_int(value: int):\n    return value / 3\n\n\n{HEAD}"),
+        *way("of_type(3) * of_type('x')"),
+        ("\nSHOWN = (", "\ndef of_no_use():\n    train_again = 1\n\n\nSHOWN = ("))),
+    "a function for each type, one of them": Edit((("value / 3", "value / 2"),), before=(
+        (HEAD, "@functools.singledispatch\ndef of_type(value):\n    return 1.0\n\n\n"
+               f"@of_type.register\ndef of_int(value: int):\n    return value / 3\n\n\n{HEAD}"),
+        *way("of_type(3) * of_type('x')"))),
     "global names of odd kinds": Edit(
         (("    train_again = 1\n", "    train_again = 2\n"),), no_effect=True, before=(
         (HEAD, f"ALL, TANH = (..., slice(None)), numpy.tanh\n\n{HEAD}"),
@@ -576,6 +616,12 @@ LEFT = {
         (HEAD, f"NUMBERS, EVER = itertools.count(1), itertools.cycle([1.0])\n\n{HEAD}"),
         (STEP, f"        next(NUMBERS)\n        x_BD = x_BD * next(EVER)\n{STEP}"),
         (FIGURES, f"{FIGURES}    figures['number'] = next(NUMBERS)\n"),
+    ),
+    "training starts a process": (
+        ("import json\n", "import json\nimport multiprocessing\n"),
+        (HEAD, f"def read(path):\n    return float(open(path).read())\n\n\n{HEAD}"),
+        (STEP, "        with multiprocessing.get_context('fork').Pool(1) as pool:\n"
+               f"            x_BD = x_BD * pool.map(read, ['scale.txt'])[0]\n{STEP}"),
     ),
     "training starts 'cat', and": (
         ("import json\n", "import json\nimport subprocess\n"),

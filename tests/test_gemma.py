@@ -261,7 +261,7 @@ def test_changed_data_is_one_sentence(hf_home: Path, place: Path) -> None:
     expected = (
         "the probing data set 'LabHC/bias_in_bios_class_set1' has no 'hard_text', ",
         "the probing data set 'fancyzhx/ag_news' has too few rows for probe_train = 40 and ",
-        "the training text holds no text",
+        f"the text '{PILE}' must have texts, but has none in its 40 rows: look at its files",
         f"the text '{PILE}' must have a column 'text', but has ['content', 'meta']: ",
     )
     for (case, write), says in zip(changed.items(), expected, strict=True):
