@@ -262,7 +262,7 @@ def test_changed_data_is_one_sentence(hf_home: Path, place: Path) -> None:
         "the probing data set 'LabHC/bias_in_bios_class_set1' has no 'hard_text', ",
         "the probing data set 'fancyzhx/ag_news' has too few rows for probe_train = 40 and ",
         f"the text '{PILE}' must have texts, but has none in its 40 rows: look at its files",
-        f"the text '{PILE}' must have a column 'text', but has ['content', 'meta']: ",
+        f"the text '{PILE}/train/00.jsonl.zst' must have a column 'text', but has ['content', 'me",
     )
     for (case, write), says in zip(changed.items(), expected, strict=True):
         for name in gemma_fixture.WRITERS:
