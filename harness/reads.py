@@ -129,7 +129,7 @@ def note_processes() -> None:
     @functools.wraps(start)
     def started(process: Any) -> None:
         if OBSERVED.kinds and own_caller():
-            OBSERVED.started.add(f"{OBSERVED.kinds[-1]} starts a process, {process.name!r:.60}")
+            OBSERVED.started.add(f"{OBSERVED.kinds[-1]} starts a process")
         start(process)
 
     multiprocessing.process.BaseProcess.start = started
@@ -186,8 +186,8 @@ def asks_for_time(frame: types.FrameType) -> bool:
     """Whether what calls os.stat may look at times: not os.path.exists, Path.is_file, …"""
     if frame.f_code.co_filename == pathlib.__file__ and frame.f_code.co_name == "stat":
         frame = frame.f_back
-    of_python = frame.f_code.co_filename in ("<frozen genericpath>", pathlib.__file__)
-    return not (of_python and frame.f_code.co_name in WITHOUT_TIMES)
+    of_paths = frame.f_code.co_filename in ("<frozen genericpath>", pathlib.__file__)
+    return not (of_paths and frame.f_code.co_name in WITHOUT_TIMES)
 
 
 def note_safetensors() -> None:
