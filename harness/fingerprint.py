@@ -73,11 +73,10 @@ def result_key(
         named = {field for field in fields if f".{field}" in code.names}
         fields = named | OBSERVED.settings.get(kind, set())
     files = files_named(code.strings)
-    reads = code.strings if code.names & LOOK_UP else set()
     OBSERVED.key_made(
         kind,
         *(("file read", name_of(Path(os.path.abspath(file)))) for file in files),
-        *(("variable read", name) for name in reads),
+        *(("variable read", name) for name in looked_up(code)),
         *(("module imported", file) for file in code.files),
     )
     return {
@@ -104,6 +103,11 @@ def not_json(value: Any) -> bool:
     )
 
 
+def looked_up(code: Code) -> set[str]:
+    """What code may look up among the environment variables: all strings in it, where it does."""
+    return code.strings if code.names & LOOK_UP else set()
+
+
 def files_named(strings: set[str]) -> dict[str, str | None]:
     """The content of files that strings in code name, from here or from the project's folder."""
     found = {}
@@ -121,7 +125,7 @@ def environment_fingerprint(
 ) -> dict[str, Any]:
     """What else results depend on, bit for bit: other files, model, versions, the machine."""
     on_gpu = torch.device(device).type == "cuda"
-    reads = code.strings if code.names & LOOK_UP else ()
+    reads = looked_up(code)
     return {
         "file": code.files,
         "model": model_identity(settings.model),

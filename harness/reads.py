@@ -60,12 +60,6 @@ def serves(file: str) -> bool:
 
 
 @functools.cache
-def imports(file: str) -> bool:
-    """Whether a file is of Python's own machinery of imports."""
-    return file.startswith("<frozen importlib") or file == importlib.__file__
-
-
-@functools.cache
 def looks_for_code(file: str) -> bool:
     """Whether what a file opens is code, or tells of it: modules, their versions, their lines."""
     return file.startswith(("<frozen importlib", METADATA)) or file == linecache.__file__
@@ -100,7 +94,7 @@ def note_path(sort: str, path: Any) -> None:
 
 
 def on_event(event: str, arguments: tuple) -> None:
-    """sys.addaudithook: what files code of the user's opens to read, what programs it starts."""
+    """sys.addaudithook: what the user's code opens to read, lists, and which programs it starts."""
     if event not in WATCHED or sys.is_finalizing():
         return
     if event == "sqlite3.connect":
@@ -242,7 +236,7 @@ class OwnModules(importlib.machinery.PathFinder):
         if is_own_module(top, tuple(sys.path)) or top in cls.tops:
             spec = super().find_spec(name, path, target)
         own = spec and spec.has_location and is_own(spec.origin)
-        if own and (file := own_caller(lambda file: imports(file) or not is_known(file))):
+        if own and (file := own_caller()):
             OBSERVED.imports.setdefault(Path(file).resolve(), set()).add(name)
             OBSERVED.note(OBSERVED.modules, name_of(Path(real(spec.origin))))
         loader = getattr(spec, "loader", None)

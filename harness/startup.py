@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from harness import command
-from harness.call_graph import files_of, hash_definitions
+from harness.call_graph import hash_definitions
 from harness.checkpoints import Checkpoints
 from harness.command import check_out_dir, prepared_out_dir
 from harness.console import STAGE, Progress, print_line, redirect_output, rehearsal
@@ -37,7 +37,7 @@ from harness.isolation import isolated, own_digits
 from harness.language_model import LanguageModel, load_language_model
 from harness.ledger import LEDGER
 from harness.machine import choose_device, choose_train_dtype, make_reproducible
-from harness.observation import OBSERVED, is_own, now
+from harness.observation import OBSERVED, now
 from harness.partials import scratch_dir
 from harness.preflight import fit_core_batches, preflight
 from harness.provenance import config_record, write_config
@@ -329,7 +329,7 @@ def import_seen() -> None:
     Whether the rehearsal that has seen it was of this attempt or is kept.
     """
     for name in sorted(set().union(*OBSERVED.imports.values())):
-        if name not in sys.modules and any(is_own(str(file)) for file in files_of(name)):
+        if name not in sys.modules:
             with contextlib.suppress(Exception):  # of a module that was tried for, as then
                 importlib.import_module(name)
 

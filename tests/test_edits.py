@@ -345,6 +345,11 @@ def late(expression: str, after: int = 3) -> Pairs:
     return ((STEP, factor + STEP),)
 
 
+BY_TYPE = (
+    (HEAD, "@functools.singledispatch\ndef of_type(value):\n    return 1.0\n\n\n"
+           f"@of_type.register\ndef of_int(value: int):\n    return value / 3\n\n\n{HEAD}"),
+    *way("of_type(3) * of_type('x')"),
+)  # fmt: skip
 LOADED = '''
 import harness.startup
 
@@ -496,14 +501,9 @@ EDITS: dict[str, Edit] = {
         ("\nSHOWN = (", "\ndef of_no_use():\n    train_again = 1\n\n\nSHOWN = ("))),
     "a function for each type": Edit(
         (("    train_again = 1\n", "    train_again = 2\n"),), no_effect=True, before=(
-        (HEAD, "@functools.singledispatch\ndef of_type(value):\n    return 1.0\n\n\n"
-               f"@of_type.register\ndef of_int(value: int):\n    return value / 3\n\n\n{HEAD}"),
-        *way("of_type(3) * of_type('x')"),
+        *BY_TYPE,
         ("\nSHOWN = (", "\ndef of_no_use():\n    train_again = 1\n\n\nSHOWN = ("))),
-    "a function for each type, one of them": Edit((("value / 3", "value / 2"),), before=(
-        (HEAD, "@functools.singledispatch\ndef of_type(value):\n    return 1.0\n\n\n"
-               f"@of_type.register\ndef of_int(value: int):\n    return value / 3\n\n\n{HEAD}"),
-        *way("of_type(3) * of_type('x')"))),
+    "a function for each type, one of them": Edit((("value / 3", "value / 2"),), before=BY_TYPE),
     "global names of odd kinds": Edit(
         (("    train_again = 1\n", "    train_again = 2\n"),), no_effect=True, before=(
         (HEAD, f"ALL, TANH = (..., slice(None)), numpy.tanh\n\n{HEAD}"),
