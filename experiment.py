@@ -13,7 +13,7 @@ import copy
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import harness.reads  # isort: skip (first: it sees what is read) # noqa: F401
 
@@ -27,15 +27,17 @@ from harness.evaluation.export import export_to_saelens
 from harness.evaluation.extra import extra_evaluations
 from harness.evaluation.probing import sparse_probing
 from harness.generators import seed_generators
+from harness.gpu import compiled
 from harness.language_model import hook_name
 from harness.machine import in_order, trim_memory
 from harness.records import check_results, write_records
 from harness.settings import checked, must_hold
 from harness.startup import Run, launch
+from harness.steps import numbers, replace_entries, take_steps
 from harness.text import TokenStream, documents
 from harness.tokenizer import counted
-from harness.training import ActivationCache, ActivationStats, TrainingLog, run_side_by_side
-from sparse_ops import Codes, preactivations, sparse_if_gradients_match
+from harness.training import ActivationCache, ActivationStats, TrainingLog
+from sparse_ops import Codes, fast_if_gradients_match, on_gpu, preactivations
 
 # ---- SETTINGS AND PLAN: edit these directly -----------------------------------------------------
 
@@ -86,6 +88,7 @@ class Settings:
     theta_lr: PositiveFloat = 1e-2  # learning rate of θ: no warm-up, no decay
     dead_feature_window: PositiveInt = 10_000  # tokens without firing that make a feature dead
     resample: bool = True  # bring dead features back, until the learning rate decays
+    resample_every: PositiveInt = 1  # steps between two looks for them
     buffer_tokens: PositiveInt = 262_144  # activations per layer held, and shuffled, at once
     harvest_contexts: PositiveInt = 16  # contexts per forward pass of the language model
     log_every: PositiveInt = 20  # steps between lines of train_log.jsonl
@@ -136,8 +139,9 @@ PROFILES: dict[str, dict[str, Any]] = {  # under a run's name: what that run has
         model="google/gemma-2-2b", lm_dtype="bfloat16", layers=(5, 12, 19), budget_minutes=110.0,
         training_text="monology/pile-uncopyrighted", training_tokens=50_000_000, d_sae=2304,
         k_min=64, k_start_factor=4.0, curriculum_fraction=0.3, batch=2048, lr=3e-4, lr_warmup=0.02,
-        dead_feature_window=2_500_000, harvest_contexts=64, core_sparsity_batches=2000,
-        core_text="Skylion007/openwebtext", core_reconstruction_batches=200, log_every=100,
+        dead_feature_window=2_500_000, resample_every=20, harvest_contexts=64, log_every=100,
+        core_text="Skylion007/openwebtext", core_reconstruction_batches=200,
+        core_sparsity_batches=2000,
         probe_sets=(*(f"LabHC/bias_in_bios_class_set{n}" for n in (1, 2, 3)),
             "canrager/amazon_reviews_mcauley_1and5",
             "canrager/amazon_reviews_mcauley_1and5_sentiment",
@@ -221,7 +225,7 @@ class CustomSAE(BaseSAE):
     def scalar(self, name: str) -> Tensor:
         """tau_sel, tau_pen or gamma: differentiable in its θ unless it is fixed."""
         if name in self.fixed:
-            return self.W_enc.new_tensor(self.fixed[name])
+            return self.W_enc.new_full((), self.fixed[name])
         theta, low, width = LEARNED_SCALARS[name]
         return low + width * torch.sigmoid(getattr(self, theta))
 
@@ -230,12 +234,13 @@ class CustomSAE(BaseSAE):
         names = [theta for name, (theta, *_) in LEARNED_SCALARS.items() if name not in self.fixed]
         return [getattr(self, theta) for theta in names]
 
-    def learned_scalars(self) -> dict[str, float | None]:
+    @torch.no_grad()
+    def learned_scalars(self) -> dict[str, Tensor | None]:
         """tau_sel, tau_pen, gamma, their w = γ τ_pen, and the θ (None where there is none)."""
-        record = {name: self.scalar(name).item() for name in LEARNED_SCALARS}
-        record["w"] = record["gamma"] * record["tau_pen"]
+        record = {name: self.scalar(name) for name in LEARNED_SCALARS}
+        record["w"] = record["gamma"].double() * record["tau_pen"].double()
         thetas = {theta: getattr(self, theta) for theta, *_ in LEARNED_SCALARS.values()}
-        return record | {name: None if p is None else p.item() for name, p in thetas.items()}
+        return record | {name: None if p is None else p.clone() for name, p in thetas.items()}
 
     @torch.no_grad()
     def initialize(self, seed: int, mean_D: Tensor) -> None:
@@ -459,56 +464,74 @@ Key = tuple[int, int]  # layer and seed
 sae_name = "layer_{}_seed_{}".format  # of layer and seed: what an SAE is called in results
 
 
+class Schedule(NamedTuple):
+    """All that a step is given beside its batch: what depends on how far training is."""
+
+    lr: float | Tensor  # of weights and biases
+    k: int | None  # k_t
+    resample: bool  # look for dead features
+
+
 class Trainer:
-    """One SAE, in float32, and what its training needs; `autocast`: products in bfloat16."""
+    """One SAE, in float32, and what its training needs; `autocast`: products in bfloat16.
+
+    On a GPU a step is captured as a graph, which repeats what it launched (`CapturedSteps`): there
+    it reads no value back, no shape depends on the data, and what changes is changed in place.
+    """
 
     def __init__(self, sae: CustomSAE, settings: Settings, seed: int, autocast: bool = False):
         self.sae, self.settings, self.autocast = sae, settings, autocast
         groups = [{"params": [sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec], "lr": settings.lr}]
         if sae.thetas():
             groups.append({"params": sae.thetas(), "lr": settings.theta_lr})
-        self.optimizer = torch.optim.Adam(groups, fused=True)
-        shape = dict(size=(sae.cfg.d_sae,), device=sae.W_enc.device)
+        device = sae.W_enc.device
+        self.optimizer = torch.optim.Adam(groups, fused=True, capturable=on_gpu(sae.W_enc))
+        shape = dict(size=(sae.cfg.d_sae,), device=device)
         self.n_forward_passes_since_fired = torch.zeros(**shape, dtype=torch.int64)
         # How often each feature fires, over the last 50 steps or so, where that has a cost.
         self.firing_rate_F = torch.zeros(**shape)
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator(device).manual_seed(seed)
         self.threshold_started = False
-        self.sparse: tuple[str, ...] | None = ()  # the layouts in which the loss is found right
+        self.fast: tuple[str, ...] | None = ()  # the forms in which the loss is found right
 
     def dead(self) -> Tensor:
         """(F,) bool: features that reconstructed nothing for `dead_feature_window` tokens."""
         n_tokens_F = self.n_forward_passes_since_fired * self.settings.batch
         return n_tokens_F >= self.settings.dead_feature_window
 
-    def step(self, x_BD: Tensor, progress: float, log: bool) -> tuple[Tensor, dict | None]:
+    def at(self, step: int, n_steps: int) -> Schedule:
+        """What step number `step` of `n_steps` is given."""
+        s, progress = self.settings, step / n_steps
+        resample = s.resample and progress < 1 - s.lr_decay and step % s.resample_every == 0
+        lr = s.lr * lr_factor(progress, s.lr_warmup, s.lr_decay)
+        return Schedule(lr, k_at(s, progress), resample)
+
+    def step(self, x_BD: Tensor, at: Schedule, log: bool) -> tuple[Tensor, dict | None]:
         """One step on raw activations (B, D); the loss, and the step's record if `log`."""
         settings, sae = self.settings, self.sae
         x_BD = x_BD.to(sae.W_enc.dtype) * sae.norm_scaling_factor
-        k = k_at(settings, progress)
-        self.start_threshold(x_BD, k)
+        self.start_threshold(x_BD, at.k)
         cost_F = settings.density_penalty * self.firing_rate_F if settings.density_penalty else None
-        given = k, settings.reg_lambda, settings.loss_variant
+        given = at.k, settings.reg_lambda, settings.loss_variant
 
-        def loss_of(sparse: bool) -> Loss:
-            return contrastive_loss(sae, x_BD, *given, sparse, cost_F)
+        def loss_of(fast: bool) -> Loss:
+            loss = compiled(contrastive_loss, x_BD.device) if fast else contrastive_loss
+            return loss(sae, x_BD, *given, fast, cost_F)
 
         with torch.autocast(x_BD.device.type, torch.bfloat16, enabled=self.autocast):
-            loss, self.sparse = sparse_if_gradients_match(self.sparse, loss_of, [*sae.parameters()])
+            loss, self.fast = fast_if_gradients_match(self.fast, loss_of, [*sae.parameters()])
         self.optimizer.zero_grad()
         loss.total.backward()
         sae.remove_parallel_gradient()
-        lr = settings.lr * lr_factor(progress, settings.lr_warmup, settings.lr_decay)
-        self.optimizer.param_groups[0]["lr"] = lr
-        record = self.record(loss, x_BD, k, lr) if log else None
+        self.optimizer.param_groups[0]["lr"] = at.lr
+        record = self.record(loss, x_BD, at) if log else None
         self.optimizer.step()
         sae.normalize_decoder()
-        self.move_threshold(loss, k)
-        passes_F = self.n_forward_passes_since_fired + 1
-        self.n_forward_passes_since_fired = torch.where(loss.selected.fired(), 0, passes_F)
+        self.move_threshold(loss, at.k)
+        self.n_forward_passes_since_fired.add_(1).masked_fill_(loss.selected.fired(), 0)
         if cost_F is not None:
             self.firing_rate_F.lerp_(loss.selected.counts() / len(x_BD), 0.02)
-        if settings.resample and progress < 1 - settings.lr_decay:
+        if at.resample:
             self.resample(loss.residual_BD.detach())
         return loss.total.detach(), record
 
@@ -542,46 +565,41 @@ class Trainer:
         threshold they get the others' mean bias: without one they are above it on many tokens, and
         it rises to hold L0 and silences others, which are resampled in turn.
         """
-        dead_F = self.dead()
-        dead_N = dead_F.nonzero()[:, 0]
-        if not len(dead_N):
+        sae, dead_F, n_at_once = self.sae, self.dead(), len(residual_BD)
+        if not on_gpu(dead_F) and not (n_at_once := min(int(dead_F.sum()), n_at_once)):
             return
-        odds_B = residual_BD.pow(2).sum(-1).pow(2).cpu()
-        if not odds_B.isfinite().all():
-            return  # the loss isn't either, and take_steps says so
-        dead_N = dead_N[: len(odds_B)]
-        rows_N = torch.multinomial(odds_B, len(dead_N), generator=self.generator)
-        directions_ND = residual_BD[rows_N.to(residual_BD.device)]
+        at_N = (~dead_F).byte().argsort(stable=True)[:n_at_once]  # dead ones first
+        dead_N, odds_B = dead_F[at_N], residual_BD.pow(2).sum(-1).pow(2)
+        # As torch.multinomial draws without replacement.
+        odds_B = odds_B / torch.empty_like(odds_B).exponential_(generator=self.generator)
+        directions_ND = residual_BD[odds_B.topk(len(at_N)).indices]
         directions_ND = directions_ND / directions_ND.norm(dim=1, keepdim=True)
-        sae = self.sae
-        sae.W_dec[dead_N] = directions_ND
-        sae.W_enc[:, dead_N] = directions_ND.T * sae.W_enc.norm(dim=0).mean()
-        alike = sae.threshold is not None and not dead_F.all()
-        sae.b_enc[dead_N] = sae.b_enc[~dead_F].mean() if alike else 0.0
-        for parameter, index in (
-            (sae.W_dec, (dead_N,)), (sae.W_enc, (slice(None), dead_N)), (sae.b_enc, (dead_N,))
-        ):  # fmt: skip
-            for moment in self.optimizer.state[parameter].values():
-                if moment.shape == parameter.shape:
-                    moment[index] = 0.0
-        self.n_forward_passes_since_fired[dead_N] = 0
+        encoder_DN = directions_ND.T * sae.W_enc.norm(dim=0).mean()
+        bias = torch.zeros_like(sae.b_enc[0])
+        if sae.threshold is not None:
+            bias = sae.b_enc.where(~dead_F, 0.0).sum() / (~dead_F).sum().clamp(min=1)
+        replace_entries(self.optimizer, sae.W_dec, (at_N,), dead_N[:, None], directions_ND)
+        replace_entries(self.optimizer, sae.W_enc, (slice(None), at_N), dead_N, encoder_DN)
+        replace_entries(self.optimizer, sae.b_enc, (at_N,), dead_N, bias)
+        passes_N = self.n_forward_passes_since_fired[at_N]
+        self.n_forward_passes_since_fired[at_N] = torch.where(dead_N, 0, passes_N)
 
     @torch.no_grad()
-    def record(self, loss: Loss, x_BD: Tensor, k: int | None, lr: float) -> dict[str, Any]:
-        """What train_log.jsonl says of this batch, before its step."""
+    def record(self, loss: Loss, x_BD: Tensor, at: Schedule) -> dict[str, Any]:
+        """What train_log.jsonl says of this batch, before its step: numbers, or tensors of one."""
         parts = ["reconstruction", "penalty", "reg"]
         parts += ["density"] if self.settings.density_penalty else []
         threshold, variance = self.sae.threshold, (x_BD - x_BD.mean(0)).pow(2).sum()
         return {
-            "loss": float(loss.total),
-            **{f"loss_{part}": float(getattr(loss, part)) for part in parts},
+            "loss": loss.total,
+            **{f"loss_{part}": getattr(loss, part) for part in parts},
             **self.sae.learned_scalars(),
-            "k_t": k,
-            **({} if threshold is None else {"threshold": float(threshold)}),
-            "l0": float(loss.selected.n_active().float().mean()),
-            "fvu": float(loss.residual_BD.pow(2).sum() / variance),
-            "dead_fraction": float(self.dead().float().mean()),
-            "lr": lr,
+            "k_t": at.k,
+            **({} if threshold is None else {"threshold": threshold.clone()}),
+            "l0": loss.selected.n_active().float().mean(),
+            "fvu": loss.residual_BD.pow(2).sum() / variance,
+            "dead_fraction": self.dead().float().mean(),
+            "lr": at.lr,
         }
 
 
@@ -667,25 +685,6 @@ def train(
                 }
                 checkpoints.save(state, log.part, trainers=trainers, shuffles=shuffles)
     return Training({key: trainer.sae for key, trainer in trainers.items()}, stats, log)
-
-
-def take_steps(
-    settings: Settings, trainers: dict[Key, Trainer], acts_LND: Tensor,
-    shuffles: dict[int, torch.Generator], steps: range, log: TrainingLog,
-) -> None:  # fmt: skip
-    """Every trainer's steps on one filling of the buffer, each seed in an order of its own."""
-    n, size = acts_LND.shape[1], settings.batch
-    orders = {seed: torch.randperm(n, generator=shuffle) for seed, shuffle in shuffles.items()}
-
-    def batch(key: Key, step: int) -> Tensor:
-        layer, seed = key
-        rows = orders[seed][(step - steps.start) * size :][:size]
-        return acts_LND[settings.layers.index(layer)][rows.to(acts_LND.device)]
-
-    def take_step(key: Key, step: int) -> tuple[Tensor, dict[str, Any] | None]:
-        return trainers[key].step(batch(key, step), step / log.n_steps, log.is_due(step))
-
-    log.add(steps, run_side_by_side(trainers, take_step, batch, steps, log, acts_LND))
 
 
 # ---- EVALUATION, by SAE-Bench -------------------------------------------------------------------
@@ -780,7 +779,7 @@ def export(run: Run, training: Training) -> None:
     """Writes each SAE, folded, as SAELens stores it, with θ and what follows in theta.json."""
     for (layer, seed), sae in training.saes.items():
         kind = "jumprelu" if sae.threshold is not None else "standard" if sae.k is None else "topk"
-        theta = {**sae.learned_scalars(), "scale": sae.norm_scaling_factor}
+        theta = numbers(sae.learned_scalars()) | {"scale": sae.norm_scaling_factor}
         raw, folder = sae.fold_activation_norm_scaling(), f"sae/layer_{layer}/seed_{seed}"
         export_to_saelens(run, raw, run.out_dir / folder, kind, k=sae.k, theta=theta)
 

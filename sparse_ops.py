@@ -19,6 +19,11 @@ from torch import Tensor, nn
 MAX_DENSITY = 0.08
 
 
+def on_gpu(x: Tensor) -> bool:
+    """Whether what x computes is launched on a GPU: then no shape may depend on values."""
+    return x.device.type == "cuda"
+
+
 @dataclass(frozen=True)
 class Codes:
     """Features of a batch of tokens: all F of each, or M of each and which features these are.
@@ -50,9 +55,13 @@ class Codes:
         return replace(self, acts=self.acts * at)
 
     def largest(self, k: int) -> Tensor:
-        """(…, k) int64: the places of the k largest entries of each row of `acts`."""
-        n_places = self.acts.shape[-1]
-        return self.acts.detach().topk(min(k, n_places), dim=-1, sorted=False).indices
+        """(…, k) int64: the places of the k largest entries of each row; on a GPU their mask."""
+        acts = self.acts.detach()
+        places = acts.topk(min(k, acts.shape[-1]), dim=-1, sorted=False).indices
+        if not on_gpu(acts):
+            return places
+        # A mask saves writing by places, which takes a sort where it has to be reproducible.
+        return torch.zeros_like(acts, dtype=torch.bool).scatter(-1, places, True)
 
     def above(self, threshold: Tensor | float) -> Tensor:
         """Bool, of the shape of `acts`: the entries above a number."""
@@ -138,7 +147,7 @@ class _Split(torch.autograd.Function):
 
 def are_few(places: Tensor, acts: Tensor) -> bool:
     """Whether places in rows are a small part of them, on a CPU."""
-    if places.dtype == torch.bool or acts.dim() != 2 or acts.device.type != "cpu":
+    if places.dtype == torch.bool or acts.dim() != 2 or on_gpu(acts):
         return False
     return places.shape[-1] <= MAX_DENSITY * acts.shape[-1]
 
@@ -186,7 +195,7 @@ class Nonzero(NamedTuple):
 
 def nonzero_codes(active_BF: Tensor) -> Nonzero | None:
     """Where a mask is true; None if it is in many places, or on a GPU (unmeasured)."""
-    if active_BF.device.type != "cpu":
+    if on_gpu(active_BF):
         return None
     mask_BF = active_BF.numpy()  # numpy counts and finds in a quarter of torch's time
     if np.count_nonzero(mask_BF) > MAX_DENSITY * mask_BF.size:
@@ -295,20 +304,23 @@ def weighted_sums(
 
 # ------------------------------------------------------------------------- the check at run time
 
-WRONG = "contrastive_loss has other gradients in the sparse layout: the dense is used"
+
+def not_fast(why: str) -> None:
+    """Says that a loss is taken in its plain form."""
+    print(f"contrastive_loss in its fast form {why}: the plain one is taken", flush=True)
 
 
 def gradients_match(loss: Callable[[bool], Any], parameters: list[nn.Parameter]) -> bool:
-    """Whether a loss and its gradients are the same in both layouts.
+    """Whether a loss and its gradients are the same in both forms.
 
-    An edit may be written for the dense layout alone: a mean over features, say.
+    An edit may be written for the plain form alone: a mean over features, say.
 
     Args:
-        loss: from whether the sparse layout may be taken to what has the loss as its `total`.
+        loss: from whether the fast form may be taken to what has the loss as its `total`.
     """
 
-    def total_and_gradients(sparse: bool) -> list[Tensor]:
-        total = loss(sparse).total
+    def total_and_gradients(fast: bool) -> list[Tensor]:
+        total = loss(fast).total
         gradients = torch.autograd.grad(total, parameters, materialize_grads=True)
         return [total.detach(), *gradients]
 
@@ -316,32 +328,34 @@ def gradients_match(loss: Callable[[bool], Any], parameters: list[nn.Parameter])
     return all(float((a - b).norm()) <= 1e-3 * float(b.norm()) + 1e-9 for a, b in pairs)
 
 
-def sparse_if_gradients_match(
+def fast_if_gradients_match(
     right: tuple[str, ...] | None, loss: Callable[[bool], Any], parameters: list[nn.Parameter]
 ) -> tuple[Any, tuple[str, ...] | None]:
-    """The loss, in a sparse layout if that has the gradients of the dense one, and `right`.
+    """The loss in its fast form if that has the gradients of the plain one, and `right`.
+
+    On a CPU the fast form has sparse layouts, where these are faster; on a GPU it is compiled.
 
     Args:
-        right: the layouts that were found right; each is tried when the loss first takes it. None:
-            one was wrong, and the dense one is taken ever after.
+        right: the forms that were found right; each is tried when the loss first takes it. None:
+            one was wrong, and the plain one is taken ever after.
         loss: see `gradients_match`; its `selected` and `unselected` are `Codes`.
     """
     if right is None:
         return loss(False), None
     try:
         found = loss(True)
-    except (RuntimeError, IndexError):  # codes of both layouts in one expression
+    except (RuntimeError, IndexError) as error:  # codes of both layouts in one expression, say
         found = loss(False)
-        print(WRONG)
+        not_fast(f"fails ({str(error).partition(chr(10))[0]})")
         return found, None
-    layout = " and ".join(
-        part for part in ("selected", "unselected") if getattr(found, part).indices is not None
-    )
-    if layout and layout not in right:
+    parts = ["selected", "unselected"]
+    parts = [part for part in parts if getattr(found, part).indices is not None]
+    form = "compiled" if on_gpu(parameters[0]) else " and ".join(parts)
+    if form and form not in right:
         with torch.autocast(parameters[0].device.type, enabled=False):
             match = gradients_match(loss, parameters)
         if not match:
-            print(WRONG)
+            not_fast("has other gradients")
             return loss(False), None
-        right = (*right, layout)
+        right = (*right, form)
     return found, right

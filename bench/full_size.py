@@ -38,6 +38,7 @@ from harness.evaluation.core import prepare_for_sae_bench, shared_core_evals
 from harness.fingerprint import versions
 from harness.language_model import LanguageModel
 from harness.machine import n_cores, peak_memory_gb, processor_name
+from harness.steps import take_steps
 from harness.training import ActivationStats, TrainingLog
 
 PAD, EOS, BOS = 0, 1, 2
@@ -265,7 +266,7 @@ def measure(
         for steps in (range(1), *parts):  # the first step is taken twice: it sets up
             if steps is parts[0]:
                 started = now(device)
-            experiment.take_steps(settings, trainers, acts_LND, shuffles, steps, log)
+            take_steps(settings, trainers, acts_LND, shuffles, steps, log)
         seconds = now(device) - started
     flops = len(keys) * n_steps * step_flops(settings, config.hidden_size)
     stages.add("SAE steps", seconds, n_learned, flops)

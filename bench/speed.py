@@ -87,6 +87,7 @@ from harness.evaluation.core import core_evaluation, core_text
 from harness.evaluation.probe_texts import known_to_stock, read_probe_texts
 from harness.evaluation.probing import sparse_probing
 from harness.fingerprint import versions
+from harness.gpu import CapturedSteps
 from harness.language_model import LanguageModel, load_language_model
 from harness.machine import (
     choose_train_dtype,
@@ -346,15 +347,23 @@ def state_of(settings: Settings, x_NBD: Tensor, name: str) -> tuple[Tensor, Row]
 def our_step(
     settings: Settings, x_NBD: Tensor, autocast: bool, name: str, b_enc: Tensor
 ) -> Call:
-    """This project's Trainer.step in one of PHASES, with a record every `log_every` steps."""
+    """This project's Trainer.step in one of PHASES, with records and looks for dead features.
+
+    On a GPU it is taken as in a run: as a graph, where that can be.
+    """
     trainer = new_trainer(settings, x_NBD, autocast)
     trainer.sae.b_enc.data.copy_(b_enc)
-    progress, _ = phase(settings, name)
-    steps = itertools.count()
+    key, n_steps = (0, 0), 10**9  # so many steps that those measured are all of one state
+    captured = CapturedSteps({key: trainer}, None)
+    first, steps = round(n_steps * phase(settings, name)[0]), itertools.count()
 
     def call() -> float:
         step = next(steps)
-        trainer.step(x_NBD[step % len(x_NBD)], progress, step % settings.log_every == 0)
+        x_BD, at = x_NBD[step % len(x_NBD)], trainer.at(first + step, n_steps)
+        if x_BD.is_cuda:
+            captured.step({key: x_BD}, {key: at}, step % settings.log_every == 0)
+        else:
+            trainer.step(x_BD, at, step % settings.log_every == 0)
         return settings.batch
 
     return call

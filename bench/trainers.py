@@ -69,7 +69,10 @@ class PeerTrainer:
         )  # fmt: skip
         self.trainer = SAETrainer(config, self.sae, data_provider=iter(()))
 
-    def step(self, x_BD: Tensor, progress: float, log: bool) -> tuple[Tensor, dict | None]:
+    def at(self, step: int, n_steps: int) -> None:
+        """SAELens' trainer has its own."""
+
+    def step(self, x_BD: Tensor, at: None, log: bool) -> tuple[Tensor, dict | None]:
         """One step on raw activations (B, D); the loss, and the step's record if `log`."""
         x_BD = x_BD.float() * self.sae.norm_scaling_factor
         out = self.trainer.step(x_BD)

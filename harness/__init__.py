@@ -2,7 +2,9 @@
 
     startup          from settings to a Run that can be run: pre-flight, models, texts, rehearsal
     preflight        what a run needs: access, data sets, disk and memory
-    training         a training's log and budget; trainers that advance side by side
+    steps            the steps of several trainers: side by side on a CPU, one graph on a GPU
+    training         a training's log and budget; activations that are kept for the next one
+    gpu              losses that are compiled, and steps that are captured as one graph
     provenance       what ran and where: config.json
     records          what a run writes, and the checks that it can be right
     evaluation/      core, probing: SAE-Bench's figures, each pass of the language model made once;
@@ -19,6 +21,7 @@
     language_model   any causal language model: itself, and TransformerLens' bridge to it
     model_checks     whether a model is what it has to be
     packaged_model   smollm2's weights, converted once
+    compiled_model   a language model's passes on a GPU, compiled
     fused_model      a language model's passes on a CPU, faster
     steering         what a forward pass does at a model's blocks
     tokenizer        how a text becomes token ids: one rule for training, core and probing
@@ -55,12 +58,14 @@ PUBLIC = {
     "evaluation.extra": ("extra_evaluations",),
     "evaluation.probing": ("sparse_probing",),
     "generators": ("seed_generators",),
+    "gpu": ("compiled",),
     "language_model": ("hook_name",),
     "machine": ("in_order", "trim_memory"),
     "records": ("check_results", "write_records"),
     "settings": ("checked", "must_hold"),
     "startup": ("Run", "launch"),
+    "steps": ("numbers", "replace_entries", "take_steps"),
     "text": ("TokenStream", "documents"),
     "tokenizer": ("counted",),
-    "training": ("ActivationCache", "ActivationStats", "TrainingLog", "run_side_by_side"),
+    "training": ("ActivationCache", "ActivationStats", "TrainingLog"),
 }

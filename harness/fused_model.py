@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harness.compiled_model import CompiledLanguageModel
 from harness.identity import AS_LOADED, changed
 from harness.language_model import LanguageModel
 
@@ -151,18 +152,18 @@ class FusedLanguageModel:
 
 def for_harvest(
     lm: LanguageModel, dtype: str, contexts: int, context: int
-) -> LanguageModel | FusedLanguageModel:
+) -> LanguageModel | FusedLanguageModel | CompiledLanguageModel:
     """The language model in the precision and the form in which its passes take least time.
 
-    On a CPU the fused form, where oneDNN has what it needs, the model is small enough to be held
-    twice, and its activations are as near to the model's as the plain form's: a context is passed
-    through each.
+    On a GPU the compiled form. On a CPU the fused one, where oneDNN has what it needs and the model
+    is small enough to be held twice. Either where its activations are as near to the model's as
+    the plain form's: a context is passed through each.
     """
     plain = lm.cast(dtype)
-    config = plain.hf.config
+    config, on_gpu = plain.hf.config, plain.hf.device.type == "cuda"
     small = sum(parameter.nbytes for parameter in plain.hf.parameters()) < 1e9
     known = has_known_blocks(config, context)
-    if plain.hf.device.type != "cpu" or not small or not known or plain.hook != "resid_post":
+    if plain.hook != "resid_post" or not on_gpu and not (small and known):
         return plain
     last = (config.num_hidden_layers - 1,)
     # Not the first ones: those may be reserved, never trained and all alike.
@@ -170,9 +171,10 @@ def for_harvest(
     tokens_BL = torch.randint(3, config.vocab_size, (1, context), generator=random)
     exact_BLD = lm.activations(tokens_BL, last)[0]
     try:
-        fused = FusedLanguageModel(plain, contexts, context)
+        given = (plain, context) if on_gpu else (plain, contexts, context)
+        fused = (CompiledLanguageModel if on_gpu else FusedLanguageModel)(*given)
         fused_BLD = fused.activations(tokens_BL, last)[0]
-    except (AttributeError, RuntimeError):  # an operator that this build of torch doesn't have
+    except (AttributeError, RuntimeError):  # an operator or compiler that isn't there
         return plain
     allowed = 1e-4
     if dtype != "float32":

@@ -1,4 +1,4 @@
-"""A training's log, budget and checkpoints, and trainers that advance side by side."""
+"""A training's log and budget, and the activations that are kept for the next one."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import contextlib
 import functools
 import json
 import math
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,27 +15,16 @@ import torch
 from torch import Tensor
 
 from harness.console import Progress, print_line
-from harness.errors import ExperimentError, error_context, first_line
 from harness.fingerprint import result_key, text_identity
-from harness.fused_model import FusedLanguageModel
-from harness.generators import (
-    States,
-    TorchDraws,
-    generator_states,
-    generators_of,
-    same_states,
-    set_generator_states,
-)
-from harness.interfaces import RunLike, SettingsLike, TrainerLike
+from harness.generators import States, generators_of
+from harness.gpu import CapturedSteps
+from harness.interfaces import RunLike, SettingsLike
 from harness.ledger import LEDGER
-from harness.machine import in_threads, n_at_once, retain_memory_for_steps
-from harness.object_state import Unsavable, restore, state_of
 from harness.observation import OBSERVED
-from harness.store import ACTIVATIONS_GB, TensorCache, place_for
+from harness.store import ACTIVATIONS_GB, TensorCache
 from harness.text import TokenStream
 
 Key = tuple[int, int]  # layer and seed
-TakeStep = Callable[[Key, int], tuple[Tensor, dict[str, Any] | None]]
 PASSES = 8  # of the language model whose activations are stored in one file
 
 
@@ -61,6 +49,7 @@ class TrainingLog:
         self.settings, self.path, self.given = settings, path, given
         self.in_turn = False  # a step was seen to draw from the process's own generators
         self.looked = False  # the first one was looked at for that
+        self.captured: CapturedSteps | None = None  # what takes the others, on a GPU
         self.generators: dict[tuple, States] = {}  # theirs, by what draws: see `generators_of`
         self.done, self.n_steps = 0, settings.training_tokens // settings.batch
         self.timed = settings.budget_minutes is None
@@ -125,6 +114,12 @@ class TrainingLog:
         """By layer and seed, the last record."""
         return {(record["layer"], record["seed"]): record for record in self.records}
 
+    def located(self, key: Key, step: int, record: dict[str, Any]) -> dict[str, Any]:
+        """A record with what it is of, and how fast the training is so far."""
+        tokens = step * self.settings.batch
+        where = {"step": step, "tokens": tokens, "layer": key[0], "seed": key[1]}
+        return where | record | {"tokens_per_second": tokens / self.progress.seconds()}
+
     def is_budget_due(self) -> bool:
         """Whether the length is to be decided now: once, after 5% of it."""
         return not self.timed and self.done >= 0.05 * self.n_steps
@@ -137,117 +132,6 @@ class TrainingLog:
             self.n_steps, self.done, spent, evaluation, budget
         )
         self.progress.total = self.n_steps * self.per_step
-
-
-def run_side_by_side(
-    trainers: dict[Key, TrainerLike],
-    take_step: TakeStep,
-    batch_of: Callable[[Key, int], Tensor],
-    steps: range,
-    log: TrainingLog,
-    acts_LND: Tensor,
-) -> list[dict[str, Any]]:
-    """Takes the steps of several trainers; their records, in order of steps.
-
-    On a CPU they advance side by side, each on its own cores: a step's operations are too small
-    to be worth sharing. What a trainer computes does not depend on when the others run. Where a
-    step draws from the process's own generators that takes turns, in which each trainer has
-    states of its own: then all go back to where this filling of the buffer began.
-
-    Args:
-        trainers: by layer and seed.
-        take_step: of a layer and seed and the number of a step: its loss, its record or None.
-        batch_of: the activations (B, D) of a layer and seed at a step, for what goes wrong.
-        steps: the numbers of the steps to take. log: of what came before.
-        acts_LND: the activations that the batches are drawn from.
-    Raises:
-        ExperimentError: a loss is not finite.
-    """
-    given = trainers, take_step, batch_of, steps, log, acts_LND
-    if log.in_turn or n_at_once(len(trainers), acts_LND.device) == 1:
-        return advance(*given, in_turn=True)
-    try:
-        before = state_of(log.given, copied=True, trainers=trainers)
-    except Unsavable:  # no way back
-        return advance(*given, in_turn=True)
-    stood, done = generator_states(), log.progress.done
-    try:
-        return advance(*given, in_turn=False)
-    except Drawn:
-        log.in_turn = True
-    restore(before, log.given, trainers=trainers)
-    set_generator_states(stood)
-    log.progress.done = done
-    return advance(*given, in_turn=True)
-
-
-class Drawn(Exception):
-    """While several trainers were at their steps, one drew from the process's own generators."""
-
-
-def check_nothing_drawn(stood: States, looked: list[TorchDraws]) -> None:
-    """Raises `Drawn` where the generators don't stand where they `stood`, or a look saw one."""
-    if any(draws.seen for draws in looked) or not same_states(stood, generator_states()):
-        raise Drawn
-
-
-def advance(
-    trainers: dict[Key, TrainerLike],
-    take_step: TakeStep,
-    batch_of: Callable[[Key, int], Tensor],
-    steps: range,
-    log: TrainingLog,
-    acts_LND: Tensor,
-    in_turn: bool,
-) -> list[dict[str, Any]]:
-    """See `run_side_by_side`. `in_turn`: one at a time, and each draws from states of its own.
-
-    Raises:
-        Drawn: it was not to be in turn, and has to be.
-    """
-    batch, stood = log.settings.batch, generator_states()
-    last: dict[Key, dict[str, Any]] = {key: {} for key in trainers}
-    draws: dict[Key, TorchDraws] = {}
-
-    def some_steps(key: Key, part: range) -> list[dict[str, Any]]:
-        layer, seed = key
-        records, losses, looking = [], [], contextlib.nullcontext()
-        if in_turn:
-            looking = generators_of("steps", layer, seed, kept=log.generators)
-        elif not log.looked and part is parts[0]:
-            looking = draws[key] = TorchDraws()
-        with error_context(f"layer {layer}, seed {seed}"), looking:
-            for step in part:
-                loss, record = take_step(key, step)
-                losses.append(loss)
-                if record:
-                    tokens = step * batch
-                    where = {"step": step, "tokens": tokens, "layer": layer, "seed": seed}
-                    speed = {"tokens_per_second": tokens / log.progress.seconds()}
-                    records.append(where | record | speed)
-            # Looked at once in a while: a GPU would have to wait for each step otherwise.
-            if len(wrong := (~torch.stack(losses).isfinite()).nonzero()):
-                step, so_far = part[int(wrong[0])], losses[: int(wrong[0]) + 1]
-                records = [last[key], *(r for r in records if r["step"] < step)]
-                x_BD, values = batch_of(key, step), [float(loss) for loss in so_far]
-                raise broken_loss(values, step, x_BD, records[-1], log.path.parent.name)
-        last[key] = records[-1] if records else last[key]
-        return records
-
-    records: list[dict[str, Any]] = []
-    # The first step alone: it shows most of what draws.
-    parts = [steps[:1], *(steps[i : i + 32] for i in range(1, len(steps), 32))]
-    calls = in_threads(some_steps, list(trainers), parts, acts_LND.device, in_turn)
-    with retain_memory_for_steps(log.settings, acts_LND.shape[-1]), contextlib.closing(calls):
-        for _, part, found in calls:
-            if not in_turn:
-                check_nothing_drawn(stood, list(draws.values()))
-            records += found
-            note = "fvu " + "/".join(f"{r['fvu']:.2f}" for r in last.values() if r)
-            log.progress.advance(len(part) * batch, note)
-    place = {key: index for index, key in enumerate(trainers)}
-    log.looked = True
-    return sorted(records, key=lambda r: (r["step"], place[r["layer"], r["seed"]]))
 
 
 class ActivationStats(NamedTuple):
@@ -307,7 +191,7 @@ class ActivationCache:
 
     def made(self, n: int) -> list[Tensor]:
         """The next n passes; what they draw doesn't depend on which others were in the store."""
-        if isinstance(lm := self.run.language_model, FusedLanguageModel):
+        if hasattr(lm := self.run.language_model, "look"):
             lm.look()
         draws = generators_of("harvest", self.number, self.n_made, kept={})
         with OBSERVED.computing("activations"), draws:
@@ -407,34 +291,3 @@ def steps_in_budget(
     )
     print_line(reason)
     return n_steps * twentieths // 20, reason
-
-
-def broken_loss(
-    losses: Sequence[float], step: int, x_BD: Tensor, last: dict[str, Any], run: str
-) -> ExperimentError:
-    """What to raise where a loss is not finite; saves the batch that it came from.
-
-    Args:
-        losses: of consecutive steps, the last of them not finite. step: that one's number.
-        x_BD: its activations. last: the last record before it. run: the run's name.
-    """
-    from safetensors.torch import save_file
-
-    path = place_for("failures") / f"{run}-step-{step}-{os.getpid()}.safetensors"
-    try:
-        save_file({"x_BD": x_BD.contiguous()}, path)
-        saved = f"its batch is in {path} (x_BD)"
-    except Exception as error:
-        saved = f"its batch could not be saved ({first_line(error)})"
-    left_out = ("tokens", "layer", "seed", "tokens_per_second")
-    values = ", ".join(
-        f"{name} {value:.4g}"
-        for name, value in last.items()
-        if isinstance(value, (int, float)) and name not in left_out
-    )
-    before = f"; the loss of the step before: {losses[-2]:.4g}" if len(losses) > 1 else ""
-    return ExperimentError(
-        f"the loss is {losses[-1]} at step {step} ({step * len(x_BD)} tokens){before}"
-        + (f"; the last record: {values}" if values else "")
-        + f"; {saved}: look at the loss for a division by 0 or the root of one, or lower lr"
-    )

@@ -208,9 +208,9 @@ class OwnBuffer(ActivationBuffer):
 
 
 class OwnTrainer(Trainer):
-    def step(self, x_BD, progress, log):
+    def step(self, x_BD, at, log):
         self.count = getattr(self, "count", 0) + 1
-        return super().step(x_BD * 1.0, progress, log)  # in the trainer
+        return super().step(x_BD * 1.0, at, log)  # in the trainer
 
 
 '''
@@ -260,7 +260,7 @@ class Base:
     **{f"warm/layer_{layer}.safetensors": safetensors.torch.save({"scale": torch.tensor(1.0)})
        for layer in (1, 2)},
 }
-STEPPED = "        sae.normalize_decoder()\n        self.move_threshold(loss, k)\n"
+STEPPED = "        sae.normalize_decoder()\n        self.move_threshold(loss, at.k)\n"
 STEP = "        return super().step("
 FIGURES = '    figures = core[name] | probing[name] | scores["extra"][name]\n'
 ENCODE = "    def encode(self, x: Tensor) -> Tensor:\n"

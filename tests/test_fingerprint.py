@@ -621,8 +621,8 @@ class Own(ActivationBuffer):
 """
 TRAINER = """
 class Eager(Trainer):
-    def step(self, x_BD, progress, log):
-        return super().step(x_BD * 1.0, progress, log)  # in the subclass of the trainer
+    def step(self, x_BD, at, log):
+        return super().step(x_BD * 1.0, at, log)  # in the subclass of the trainer
 """
 DOUBLES = """
 class Variant(CustomSAE):

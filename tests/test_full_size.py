@@ -105,7 +105,8 @@ def test_flops_are_those_that_pytorch_counts(tiny, settings) -> None:
     stats = {at: ActivationStats.of(a_ND) for at, a_ND in zip(settings.layers, acts_LND)}
     fixed = dict.fromkeys(keys, {})
     trainers = experiment.new_trainers(run_on(tiny.cast("float32"), settings), stats, fixed)
-    counted = flops_of(lambda: trainers[0, 0].step(acts_LND[0, :64], 0.5, True))
+    at = trainers[0, 0].at(1, 2)
+    counted = flops_of(lambda: trainers[0, 0].step(acts_LND[0, :64], at, True))
     assert full_size.step_flops(settings, config.hidden_size) == counted
 
     saes = {

@@ -21,6 +21,7 @@ from experiment import (
     contrastive_loss,
     k_at,
 )
+from harness.steps import numbers
 from sparse_ops import Codes
 from tests.conftest import weights_of
 
@@ -227,7 +228,7 @@ def test_fixed_parameters_have_no_theta_and_no_gradient() -> None:
     loss = contrastive_loss(sae, inputs(), 2, 0.01)
     loss.total.backward()
     assert sae.theta_2.grad is not None
-    record = sae.learned_scalars()
+    record = numbers(sae.learned_scalars())
     assert record["tau_sel"] == pytest.approx(0.3) and record["theta_1"] is None
     assert record["w"] == pytest.approx(0.15 * record["tau_pen"])
     everything_fixed = make_sae(fixed={"tau_sel": 0.3, "tau_pen": 0.1, "gamma": 0.15})
@@ -328,7 +329,7 @@ def test_threshold_keeps_l0_at_k() -> None:
         if step in (0, 199):
             trainer.start_threshold(x, experiment.k_at(settings, step / 200))
             l0.append(float((trainer.sae.encode(x) > 0).sum(1).float().mean()))
-        trainer.step(x, step / 200, log=False)
+        trainer.step(x, trainer.at(step, 200), log=False)
     assert l0[0] == pytest.approx(8, rel=0.01)  # k_start, from the first step
     held_out = trainer.sae.encode(structured(2000, seed=1000))
     assert float((held_out > 0).sum(1).float().mean()) == pytest.approx(4, rel=0.1)
@@ -391,7 +392,7 @@ def test_where_frequency_costs_no_feature_fires_as_often() -> None:
         )
         trainer = unpenalised(settings)
         for step in range(400):
-            trainer.step(often(64, seed=step), step / 400, log=False)
+            trainer.step(often(64, seed=step), trainer.at(step, 400), log=False)
         frequency_F = (trainer.sae.encode(x) > 0).float().mean(0)
         assert float(frequency_F.sum()) == pytest.approx(4, rel=0.15)  # L0 is what it was
         assert torch.allclose(trainer.firing_rate_F, frequency_F, atol=0.1)  # as training knows it
@@ -423,7 +424,7 @@ def test_training_in_the_sparse_layout_is_training(monkeypatch, part, layout) ->
         monkeypatch.setattr(sparse_ops, "MAX_DENSITY", few)
         found.append(trained(small_settings(d_sae=64, lr_warmup=0.0, resample=False), steps=40))
     plain, fast, again = found
-    assert plain.sparse == () and fast.sparse == (layout,)
+    assert plain.fast == () and fast.fast == (layout,)
     assert torch.allclose(plain.sae.W_dec, fast.sae.W_dec, atol=1e-3)
     for one, other in zip(fast.sae.parameters(), again.sae.parameters()):
         assert torch.equal(one, other)
@@ -441,8 +442,8 @@ def test_a_loss_that_needs_all_features_gets_them(monkeypatch, capsys) -> None:
 
     monkeypatch.setattr(experiment, "contrastive_loss", edited)
     trainer = trained(small_settings(lr_warmup=0.0), steps=40)
-    assert trainer.sparse is None
-    assert "other gradients in the sparse layout: the dense is used" in capsys.readouterr().out
+    assert trainer.fast is None
+    assert "other gradients: the plain one is taken" in capsys.readouterr().out
 
 
 def small_settings(**changes) -> Settings:
@@ -465,7 +466,8 @@ def trained(settings: Settings, steps: int = 60, fixed: dict | None = None) -> T
     sae = experiment.new_sae(settings, 0, 0, RAW, fixed or {}, settings.k_min)
     trainer = Trainer(sae, settings, 0)
     for step in range(steps):
-        trainer.step(structured(settings.batch, seed=step), step / steps, log=False)
+        x = structured(settings.batch, seed=step)
+        trainer.step(x, trainer.at(step, steps), log=False)
     return trainer
 
 
@@ -505,12 +507,12 @@ def test_dead_features_are_counted_and_brought_back() -> None:
             trainer.sae.W_enc[:, :16] = 0.0
             trainer.sae.b_enc[:16] = -1.0
         for step in range(10, 30):
-            trainer.step(structured(64, seed=step), 0.1, log=False)
+            trainer.step(structured(64, seed=step), trainer.at(1, 10), log=False)
         if not resample:
             assert trainer.dead()[:16].all()
             assert (trainer.n_forward_passes_since_fired[:16] >= 20).all()
         for step in range(30, 100):
-            trainer.step(structured(64, seed=step), 0.1, log=False)
+            trainer.step(structured(64, seed=step), trainer.at(1, 10), log=False)
         assert torch.allclose(trainer.sae.W_dec.norm(dim=1), torch.ones(32), atol=1e-6)
         fired = (trainer.sae.encode(structured(5000, seed=7)) > 0).any(0)
         left[resample] = int((~fired[:16]).sum())
@@ -524,7 +526,7 @@ def test_a_resampled_feature_of_a_threshold_has_the_bias_of_the_others(activatio
     by_threshold = activation == "jumprelu"
     sae = experiment.new_sae(settings, 0, 0, RAW, {}, 4, by_threshold)
     trainer = Trainer(sae, settings, 0)
-    trainer.step(structured(64), 0.5, log=False)
+    trainer.step(structured(64), trainer.at(1, 2), log=False)
     with torch.no_grad():
         sae.b_enc.copy_(torch.linspace(-3, -1, 32))
     expected_F = sae.b_enc.detach().clone()
@@ -547,7 +549,7 @@ def test_bfloat16_products_leave_float32_weights_and_nearly_the_same_training() 
         settings = small_settings()
         sae = experiment.new_sae(settings, 0, 0, RAW, {}, settings.k_min)
         trainer = Trainer(sae, settings, 0, autocast)
-        trainer.step(structured(64), 0.5, log=False)
+        trainer.step(structured(64), trainer.at(1, 2), log=False)
         grads[autocast] = torch.cat([p.grad.flatten() for p in weights_of(sae)])
         assert all(p.dtype == torch.float32 for p in sae.parameters())
     difference = (grads[True] - grads[False]).norm() / grads[False].norm()

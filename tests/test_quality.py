@@ -35,7 +35,7 @@ def test_an_exported_peer_is_the_trained_one_in_raw_units(kind, tmp_path):
     raw_BD = 4 * torch.randn(64, 16) + 2
     trainer = PeerTrainer(kind, SETTINGS, 0, raw_BD.mean(0), SCALE, False, lr=1e-2, **OPTIONS[kind])
     for step in range(40):
-        loss, record = trainer.step(raw_BD, step / 40, log=step == 39)
+        loss, record = trainer.step(raw_BD, trainer.at(step, 40), log=step == 39)
     assert record["l0"] > 0 and math.isfinite(float(loss))
     ours = exported(trainer.sae, SETTINGS, 0)
     copy.deepcopy(trainer.sae).save_inference_model(tmp_path)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import sparse_ops
-from sparse_ops import Codes, gradients_match, sparse_if_gradients_match
+from sparse_ops import Codes, fast_if_gradients_match, gradients_match
 
 N_TOKENS, D_IN, N_FEATURES = 40, 6, 50
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
@@ -224,11 +224,11 @@ def test_the_first_sparse_loss_decides_whether_the_layout_is_right(edit, right, 
     loss = a_loss(parameters, edit, calls)
     assert gradients_match(loss, parameters) == right
     calls.clear()
-    found, allowed = sparse_if_gradients_match((), loss, parameters)
+    found, allowed = fast_if_gradients_match((), loss, parameters)
     assert allowed == (BOTH if right else None) and (found.selected.indices is not None) is right
-    assert ("other gradients in the sparse layout" in capsys.readouterr().out) == (not right)
+    assert ("has other gradients" in capsys.readouterr().out) == (not right)
     calls.clear()
-    found, allowed = sparse_if_gradients_match(allowed, loss, parameters)
+    found, allowed = fast_if_gradients_match(allowed, loss, parameters)
     assert calls == [right] and allowed == (BOTH if right else None)  # it is asked once
     assert torch.equal(found.total, loss(right).total)
 
@@ -236,7 +236,7 @@ def test_the_first_sparse_loss_decides_whether_the_layout_is_right(edit, right, 
 def test_a_loss_that_never_was_sparse_has_decided_nothing() -> None:
     parameters = weights(bias=1.0)
     loss = a_loss(parameters, lambda f: f.acts.mean(), [])
-    found, allowed = sparse_if_gradients_match((), loss, parameters)
+    found, allowed = fast_if_gradients_match((), loss, parameters)
     assert allowed == () and found.selected.indices is None
 
 
@@ -264,13 +264,13 @@ def test_what_is_selected_is_sparse_by_itself_and_each_layout_is_tried(
 
     layouts = {1.0: ("selected",), -1.0: BOTH}
     parameters, others = weights(bias=bias), weights(bias=-bias)
-    found, right = sparse_if_gradients_match((), loss_with(others, False), others)
+    found, right = fast_if_gradients_match((), loss_with(others, False), others)
     assert right == layouts[-bias]
-    found, right = sparse_if_gradients_match(right, loss_with(parameters, False), parameters)
+    found, right = fast_if_gradients_match(right, loss_with(parameters, False), parameters)
     assert right == (*layouts[-bias], *layouts[bias]) and not capsys.readouterr().out
     edited = loss_with(parameters, True)
-    found, right = sparse_if_gradients_match(layouts[-bias], edited, parameters)
-    assert right is None and "the dense is used" in capsys.readouterr().out
+    found, right = fast_if_gradients_match(layouts[-bias], edited, parameters)
+    assert right is None and "the plain one is taken" in capsys.readouterr().out
     assert found.selected.indices is None and found.unselected.indices is None
 
 
@@ -279,4 +279,4 @@ def test_a_loss_that_fails_in_every_layout_fails() -> None:
         raise RuntimeError("shapes")
 
     with pytest.raises(RuntimeError, match="shapes"):
-        sparse_if_gradients_match((), loss, [])
+        fast_if_gradients_match((), loss, [])

@@ -1,0 +1,245 @@
+"""The steps of several trainers: side by side on a CPU, as one graph on a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from harness.errors import ExperimentError, error_context, first_line
+from harness.generators import (
+    States,
+    TorchDraws,
+    generator_states,
+    generators_of,
+    same_states,
+    set_generator_states,
+)
+from harness.gpu import CapturedSteps, Results
+from harness.interfaces import SettingsLike, TrainerLike
+from harness.machine import in_threads, n_at_once, retain_memory_for_steps
+from harness.object_state import Unsavable, restore, state_of
+from harness.store import place_for
+
+if TYPE_CHECKING:
+    from harness.training import TrainingLog
+
+Key = tuple[int, int]  # layer and seed
+
+
+def numbers(record: dict[str, Any]) -> dict[str, Any]:
+    """The same with floats in place of tensors of one number, all fetched at once."""
+    tensors = {name: value for name, value in record.items() if isinstance(value, Tensor)}
+    if not tensors:
+        return record
+    fetched = torch.stack([value.detach().double() for value in tensors.values()]).tolist()
+    return record | dict(zip(tensors, fetched))
+
+
+def replace_entries(
+    optimizer: torch.optim.Optimizer, parameter: Tensor, index: tuple, which: Tensor,
+    new: Tensor | float,
+) -> None:  # fmt: skip
+    """Changes entries of a parameter and forgets what an optimizer has of them.
+
+    Args:
+        index: of the entries, each once. which: of these, the ones that change. new: to what.
+    """
+    parameter[index] = torch.where(which, new, parameter[index])
+    for moment in optimizer.state[parameter].values():
+        if moment.shape == parameter.shape:
+            moment[index] = torch.where(which, 0.0, moment[index])
+
+
+def take_steps(
+    settings: SettingsLike,
+    trainers: dict[Key, TrainerLike],
+    acts_LND: Tensor,
+    shuffles: dict[int, torch.Generator],
+    steps: range,
+    log: TrainingLog,
+) -> None:
+    """Every trainer's steps on one filling of the buffer, each seed in an order of its own.
+
+    Args:
+        trainers: by layer and seed. acts_LND: raw activations, a layer after the other.
+        shuffles: by seed, what draws its order. steps: their numbers. log: it notes them as done.
+    """
+    orders = {
+        seed: torch.randperm(acts_LND.shape[1], generator=shuffle).to(acts_LND.device)
+        for seed, shuffle in shuffles.items()
+    }
+
+    def batch_of(key: Key, step: int) -> Tensor:
+        layer, seed = key
+        rows = orders[seed][(step - steps.start) * settings.batch :][: settings.batch]
+        return acts_LND[settings.layers.index(layer)][rows]
+
+    log.add(steps, run_side_by_side(trainers, batch_of, steps, log, acts_LND))
+
+
+def run_side_by_side(
+    trainers: dict[Key, TrainerLike],
+    batch_of: Callable[[Key, int], Tensor],
+    steps: range,
+    log: TrainingLog,
+    acts_LND: Tensor,
+) -> list[dict[str, Any]]:
+    """Takes the steps of several trainers; their records, in order of steps.
+
+    On a CPU they advance side by side, each on its own cores: a step's operations are too small
+    to be worth sharing. What a trainer computes does not depend on when the others run. Where a
+    step draws from the process's own generators that takes turns, in which each trainer has
+    states of its own: then all go back to where this filling of the buffer began. On a GPU all
+    trainers' steps are launched together: see `CapturedSteps`.
+
+    Args:
+        trainers: by layer and seed.
+        batch_of: the activations (B, D) of a layer and seed at a step.
+        steps: the numbers of the steps to take. log: of what came before.
+        acts_LND: the activations that batches are drawn from.
+    Raises:
+        ExperimentError: a loss is not finite.
+    """
+    given = trainers, batch_of, steps, log, acts_LND
+    if log.in_turn or n_at_once(len(trainers), acts_LND.device) == 1:
+        return advance(*given, in_turn=True)
+    try:
+        before = state_of(log.given, copied=True, trainers=trainers)
+    except Unsavable:  # no way back
+        return advance(*given, in_turn=True)
+    stood, done = generator_states(), log.progress.done
+    try:
+        return advance(*given, in_turn=False)
+    except Drawn:
+        log.in_turn = True
+    restore(before, log.given, trainers=trainers)
+    set_generator_states(stood)
+    log.progress.done = done
+    return advance(*given, in_turn=True)
+
+
+class Drawn(Exception):
+    """While several trainers were at their steps, one drew from the process's own generators."""
+
+
+def take_step(
+    trainers: dict[Key, TrainerLike], x: dict[Key, Tensor], step: int, log: TrainingLog
+) -> Results:
+    """One step of the trainers that have a batch in x: its loss and its record, or None."""
+    at = {key: trainers[key].at(step, log.n_steps) for key in x}
+    if log.captured is not None:
+        return log.captured.step(x, at, log.is_due(step))
+    return {key: trainers[key].step(x[key], at[key], log.is_due(step)) for key in x}
+
+
+def may_capture(trainers: dict[Key, TrainerLike], looked: dict[Any, TorchDraws]) -> bool:
+    """Whether all that a step depends on is what it is given: not so of other projects'."""
+    scheduled = all(isinstance(trainer.at(0, 1), tuple) for trainer in trainers.values())
+    return scheduled and not any(draws.seen for draws in looked.values())
+
+
+def check_nothing_drawn(stood: States, looked: list[TorchDraws]) -> None:
+    """Raises `Drawn` where the generators don't stand where they `stood`, or a look saw one."""
+    if any(draws.seen for draws in looked) or not same_states(stood, generator_states()):
+        raise Drawn
+
+
+def advance(
+    trainers: dict[Key, TrainerLike],
+    batch_of: Callable[[Key, int], Tensor],
+    steps: range,
+    log: TrainingLog,
+    acts_LND: Tensor,
+    in_turn: bool,
+) -> list[dict[str, Any]]:
+    """See `run_side_by_side`. `in_turn`: one at a time, and each draws from states of its own.
+
+    Raises:
+        Drawn: it was not to be in turn, and has to be.
+    """
+    stood, draws, records = generator_states(), {}, []
+    last: dict[Key, dict[str, Any]] = {key: {} for key in trainers}
+
+    def some_steps(keys: tuple[Key, ...], part: range) -> list[dict[str, Any]]:
+        losses: dict[Key, list[Tensor]] = {key: [] for key in keys}
+        found: dict[Key, list[dict[str, Any]]] = {key: [] for key in keys}
+        with contextlib.ExitStack() as around:
+            if len(keys) == 1:
+                ((layer, seed),) = keys
+                around.enter_context(error_context(f"layer {layer}, seed {seed}"))
+            if in_turn:
+                of = "steps", *itertools.chain(*keys)
+                around.enter_context(generators_of(*of, kept=log.generators))
+            if not log.looked:
+                draws[keys] = around.enter_context(TorchDraws())
+            for step in part:
+                x = {key: batch_of(key, step) for key in keys}
+                for key, (loss, record) in take_step(trainers, x, step, log).items():
+                    losses[key].append(loss.clone())
+                    if record:
+                        found[key].append(log.located(key, step, numbers(record)))
+            # Looked at once in a while: a GPU would have to wait for each step otherwise.
+            for key in keys:
+                if len(wrong := (~torch.stack(losses[key]).isfinite()).nonzero()):
+                    at, before = int(wrong[0]), [last[key], *found[key]]
+                    x_BD, run = batch_of(key, part[at]), log.path.parent.name
+                    raise broken_loss(losses[key][: at + 1], part[at], x_BD, before, run)
+                last[key] = found[key][-1] if found[key] else last[key]
+        return [record for of_key in found.values() for record in of_key]
+
+    # The first step alone: it shows most of what draws.
+    parts = [steps[:1], *(steps[i : i + 32] for i in range(1, len(steps), 32))]
+    with retain_memory_for_steps(log.settings, acts_LND.shape[-1]):
+        for some in filter(None, (parts[:1], parts[1:])):
+            groups = [(key,) for key in trainers] if log.captured is None else [tuple(trainers)]
+            of = some_steps, groups, some, acts_LND.device, in_turn
+            with contextlib.closing(in_threads(*of)) as calls:
+                for keys, part, found in calls:
+                    if not in_turn:
+                        check_nothing_drawn(stood, list(draws.values()))
+                    records += found
+                    note = "fvu " + "/".join(f"{r['fvu']:.2f}" for r in last.values() if r)
+                    log.progress.advance(len(keys) * len(part) * log.settings.batch, note)
+            if acts_LND.is_cuda and not log.looked and may_capture(trainers, draws):
+                log.captured = CapturedSteps(trainers, log.given)
+            log.looked = True
+    place = {key: index for index, key in enumerate(trainers)}
+    return sorted(records, key=lambda r: (r["step"], place[r["layer"], r["seed"]]))
+
+
+
+def broken_loss(
+    losses: list[Tensor], step: int, x_BD: Tensor, records: list[dict[str, Any]], run: str
+) -> ExperimentError:
+    """What to raise where a loss is not finite; saves the batch that it came from.
+
+    Args:
+        losses: of consecutive steps, the last of them not finite. step: that one's number.
+        x_BD: its activations. records: of its SAE, in order. run: the run's name.
+    """
+    from safetensors.torch import save_file
+
+    path = place_for("failures") / f"{run}-step-{step}-{os.getpid()}.safetensors"
+    try:
+        save_file({"x_BD": x_BD.contiguous()}, path)
+        saved = f"its batch is in {path} (x_BD)"
+    except Exception as error:
+        saved = f"its batch could not be saved ({first_line(error)})"
+    left_out = ("tokens", "layer", "seed", "tokens_per_second")
+    values = ", ".join(
+        f"{name} {value:.4g}"
+        for name, value in [{}, *(r for r in records if r.get("step", step) < step)][-1].items()
+        if isinstance(value, (int, float)) and name not in left_out
+    )
+    before = f"; the loss of the step before: {float(losses[-2]):.4g}" if len(losses) > 1 else ""
+    return ExperimentError(
+        f"the loss is {float(losses[-1])} at step {step} ({step * len(x_BD)} tokens){before}"
+        + (f"; the last record: {values}" if values else "")
+        + f"; {saved}: look at the loss for a division by 0 or the root of one, or lower lr"
+    )
