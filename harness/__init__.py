@@ -9,7 +9,7 @@
     records          what a run writes, and the checks that it can be right
     evaluation/      core, probing: SAE-Bench's figures, each pass of the language model made once;
                      extra: sae-probes' data sets, where they are asked for;
-                     shared_forward, probe_texts, estimate: what they are made of;
+                     shared_forward, probe_texts, probe_features, estimate: their parts;
                      export: an SAE as SAELens stores it
     fingerprint      all that a result depends on
     observation      what a run's own code does, seen while it does it

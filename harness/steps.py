@@ -164,11 +164,10 @@ def advance(
         Drawn: it was not to be in turn, and has to be.
     """
     stood, draws, records = generator_states(), {}, []
-    last: dict[Key, dict[str, Any]] = {key: {} for key in trainers}
+    last: dict[Key, dict] = {key: {} for key in trainers}
 
     def some_steps(keys: tuple[Key, ...], part: range) -> list[dict[str, Any]]:
-        losses: dict[Key, list[Tensor]] = {key: [] for key in keys}
-        found: dict[Key, list[dict[str, Any]]] = {key: [] for key in keys}
+        losses, found = ({key: [] for key in keys} for _ in range(2))
         with contextlib.ExitStack() as around:
             if len(keys) == 1:
                 ((layer, seed),) = keys
@@ -204,13 +203,13 @@ def advance(
                     if not in_turn:
                         check_nothing_drawn(stood, list(draws.values()))
                     records += found
-                    note = "fvu " + "/".join(f"{r['fvu']:.2f}" for r in last.values() if r)
-                    log.progress.advance(len(keys) * len(part) * log.settings.batch, note)
+                    fvu = "/".join(f"{r['fvu']:.2f}" for r in last.values() if r)
+                    log.progress.advance(len(keys) * len(part) * log.settings.batch, f"fvu {fvu}")
             if acts_LND.is_cuda and not log.looked and may_capture(trainers, draws):
                 log.captured = CapturedSteps(trainers, log.given)
             log.looked = True
-    place = {key: index for index, key in enumerate(trainers)}
-    return sorted(records, key=lambda r: (r["step"], place[r["layer"], r["seed"]]))
+    keys = list(trainers)
+    return sorted(records, key=lambda r: (r["step"], keys.index((r["layer"], r["seed"]))))
 
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
+import xxhash
 from filelock import FileLock, Timeout
 from torch import Tensor
 
@@ -109,6 +110,12 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def checksum(path: Path) -> str:
+    """32 digits of a file's content, for damage that nobody meant; seven times as fast to make."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+
+
 def digest(key: object) -> str:
     """32 digits that stand for JSON."""
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
@@ -145,10 +152,15 @@ def write_tensors(value: Any, file: BinaryIO) -> None:
     Raises:
         TypeError: there is something else in it. OSError: the disk is full.
     """
+    sums = torch.serialization.get_crc32_options()
     try:
+        # A shelf has a checksum of the whole file; those of its parts take most of the time.
+        torch.serialization.set_crc32_options(False)
         torch.save(plain(value), file)
     except RuntimeError as error:  # torch's own words for a full disk don't name it
         raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+    finally:
+        torch.serialization.set_crc32_options(sums)
 
 
 def read_tensors(path: Path) -> Any:
@@ -187,7 +199,7 @@ TENSORS = Codec(".pt", write_tensors, read_tensors)
 
 
 class Shelf:
-    """A folder of the store. Its files are whole: their names hold the digits of their SHA-256.
+    """A folder of the store. Its files are whole: their names hold their `checksum`.
 
     Args:
         kind: what they are, in words. codec: their form.
@@ -205,7 +217,7 @@ class Shelf:
         """The value of that name; None where there is none. A damaged file is set aside."""
         for path in self.folder.glob(f"{name}.*{self.codec.suffix}"):
             with contextlib.suppress(OSError):  # another process has put a later one in its place
-                if sha256_file(path)[:32] == path.name.split(".")[-2]:
+                if checksum(path) == path.name.split(".")[-2]:
                     with contextlib.suppress(OSError):
                         os.utime(path)  # used now: see `evict`
                     return self.codec.read(path)
@@ -224,7 +236,7 @@ class Shelf:
             TypeError: the value is none that the codec writes.
         """
         def named(partial: Path) -> str:
-            return f"{name}.{sha256_file(partial)[:32]}{self.codec.suffix}"
+            return f"{name}.{checksum(partial)}{self.codec.suffix}"
 
         if new := OBSERVED.unforeseen(self.kind):
             LEDGER.says(

@@ -26,7 +26,8 @@ from harness import call_graph
 from harness.call_graph import hash_definitions, own_files, reachable_code
 from harness.errors import ExperimentError
 from harness.evaluation.core import shared_core_evals
-from harness.evaluation.probing import drawn_from, probing_features
+from harness.evaluation.probe_features import probing_features
+from harness.evaluation.probing import drawn_from
 from harness.fingerprint import environment_fingerprint, result_key
 from harness.identity import remember_libraries
 from harness.observation import OBSERVED

@@ -26,7 +26,7 @@ FLOORS = (
     ("language_model",),
     ("compiled_model",),
     ("fused_model", "fingerprint", "preflight"),
-    ("evaluation.shared_forward", "evaluation.probe_texts"),
+    ("evaluation.shared_forward", "evaluation.probe_texts", "evaluation.probe_features"),
     ("evaluation.core", "evaluation.export", "evaluation.probing", "evaluation.estimate",
      "evaluation.extra"),
     ("training", "steps", "provenance", "records"),

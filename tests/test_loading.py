@@ -26,8 +26,8 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 from experiment import ActivationBuffer
 from harness.errors import ExperimentError
 from harness.evaluation.core import prepare_for_sae_bench
+from harness.evaluation.probe_features import masked_activations
 from harness.evaluation.probe_texts import probe_tokens
-from harness.evaluation.probing import masked_activations
 from harness.evaluation.shared_forward import SharedForward
 from harness.language_model import load_language_model
 from harness.ledger import LEDGER

@@ -12,15 +12,12 @@ import pytest
 import torch
 from sae_lens import SAE
 
+import experiment
 from bench.common import run_on, settings_of
 from harness.console import Progress
+from harness.evaluation.probe_features import mean_activations, regrouped
 from harness.evaluation.probe_texts import known_to_stock, read_probe_texts
-from harness.evaluation.probing import (
-    all_dimensions,
-    probing_config,
-    regrouped,
-    sparse_probing,
-)
+from harness.evaluation.probing import all_dimensions, probing_config, sparse_probing
 from harness.fingerprint import result_key
 from harness.language_model import load_language_model
 from harness.observation import OBSERVED
@@ -162,6 +159,35 @@ def test_regrouped_batches_hold_the_same_rows_in_order(sizes: list[int], size: i
     assert all(torch.equal(first, -second) for first, second in out)
     assert torch.equal(torch.cat([first for first, _ in out]), rows)
     assert [len(first) for first, _ in out] == [len(part) for part in rows.split(size)]
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_only_tokens_that_count_are_encoded_and_features_are_stock_s(together: bool) -> None:
+    """Bit for bit; also of an SAE whose features depend on what else it gets: of all tokens."""
+    from sae_bench.sae_bench_utils.activation_collection import get_sae_meaned_activations
+
+    class Own(experiment.CustomSAE):
+        n_rows = 0
+
+        def encode(self, x: torch.Tensor) -> torch.Tensor:
+            self.n_rows += x[..., 0].numel()
+            acts = super().encode(x)
+            return acts - acts.mean() if together else acts
+
+    settings = dataclasses.replace(settings_of("run_1", "tinylm"), probe_sae_batch=4)
+    draw = torch.Generator().manual_seed(0)
+    sae = Own(32, 96, "toy", 0, k=5)
+    sae.initialize(0, torch.randn(32, generator=draw))
+    sae.cfg.hook_layer = 0
+    ends_N1 = torch.randint(1, 20, (8, 1), generator=draw)
+    x_NLD = torch.randn(8, 20, 32, generator=draw) * (torch.arange(20) < ends_N1)[..., None]
+    stock = get_sae_meaned_activations({"": x_NLD}, sae, 4)[""]
+    sae.n_rows, found = 0, []
+    for x_BLD in (x_NLD[:4], x_NLD[4:]):
+        found.append(mean_activations({0: x_BLD}, {"a": sae}, settings)["a"])
+    assert torch.equal(torch.cat(found), stock)
+    first, others = ((x[..., 0] != 0).sum() for x in (x_NLD[:4], x_NLD[4:]))
+    assert sae.n_rows == first + 80 + (80 if together else others)
 
 
 @pytest.fixture()

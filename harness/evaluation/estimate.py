@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from harness.evaluation.core import RunEvals, prepare_for_sae_bench, shared_core_evals
-from harness.evaluation.probing import Probe, drawn_from, probing_features
+from harness.evaluation.probe_features import probing_features
+from harness.evaluation.probing import Probe, drawn_from
 from harness.interfaces import RunLike, SAELike
 
 
