@@ -31,9 +31,9 @@ from harness.gpu import compiled
 from harness.language_model import hook_name
 from harness.machine import in_order, trim_memory
 from harness.records import check_results, write_records
-from harness.settings import checked, must_hold
+from harness.settings import checked, must_hold, sweep  # noqa: F401 (for PLAN)
 from harness.startup import Run, launch
-from harness.steps import numbers, replace_entries, take_steps
+from harness.steps import replace_entries, take_steps
 from harness.text import TokenStream, documents
 from harness.tokenizer import counted
 from harness.training import ActivationCache, ActivationStats, TrainingLog
@@ -92,6 +92,7 @@ class Settings:
     buffer_tokens: PositiveInt = 262_144  # activations per layer held, and shuffled, at once
     harvest_contexts: PositiveInt = 16  # contexts per forward pass of the language model
     log_every: PositiveInt = 20  # steps between lines of train_log.jsonl
+    track: Literal["", "wandb", "tensorboard"] = ""  # where these lines are logged, too; SAE_TRACK
 
     # Evaluation, by SAE-Bench.
     core_text: str = "tinylm"  # as training_text; "tinylm": its held-out text
@@ -153,7 +154,9 @@ PROFILES: dict[str, dict[str, Any]] = {  # under a run's name: what that run has
 
 THREE, FIVE = (0, 1, 2), (0, 1, 2, 3, 4)  # seeds
 
-# The base name of --out_dir selects the run: `--out_dir=run_3` runs PLAN["run_3"].
+# The base name of --out_dir selects the run: `--out_dir=run_3` runs PLAN["run_3"]. `PLAN |=
+# sweep("k", k_min=(8, 16))`, below it, adds run_k_8 and run_k_16, `sweep("k", dict(lr=1e-3), ...)`
+# with what else they have.
 PLAN: dict[str, dict[str, Any]] = {
     "run_1": dict(description="the full method", seeds=FIVE),
     "run_2": dict(description="fixed temperatures", tau_sel=0.3, tau_pen=0.1, seeds=FIVE),
@@ -484,13 +487,11 @@ class Trainer:
         groups = [{"params": [sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec], "lr": settings.lr}]
         if sae.thetas():
             groups.append({"params": sae.thetas(), "lr": settings.theta_lr})
-        device = sae.W_enc.device
         self.optimizer = torch.optim.Adam(groups, fused=True, capturable=on_gpu(sae.W_enc))
-        shape = dict(size=(sae.cfg.d_sae,), device=device)
-        self.n_forward_passes_since_fired = torch.zeros(**shape, dtype=torch.int64)
+        self.n_forward_passes_since_fired = torch.zeros_like(sae.b_enc, dtype=torch.int64)
         # How often each feature fires, over the last 50 steps or so, where that has a cost.
-        self.firing_rate_F = torch.zeros(**shape)
-        self.generator = torch.Generator(device).manual_seed(seed)
+        self.firing_rate_F = torch.zeros_like(sae.b_enc)
+        self.generator = torch.Generator(sae.W_enc.device).manual_seed(seed)
         self.threshold_started = False
         self.fast: tuple[str, ...] | None = ()  # the forms in which the loss is found right
 
@@ -779,7 +780,7 @@ def export(run: Run, training: Training) -> None:
     """Writes each SAE, folded, as SAELens stores it, with θ and what follows in theta.json."""
     for (layer, seed), sae in training.saes.items():
         kind = "jumprelu" if sae.threshold is not None else "standard" if sae.k is None else "topk"
-        theta = numbers(sae.learned_scalars()) | {"scale": sae.norm_scaling_factor}
+        theta = {**sae.learned_scalars(), "scale": sae.norm_scaling_factor}
         raw, folder = sae.fold_activation_norm_scaling(), f"sae/layer_{layer}/seed_{seed}"
         export_to_saelens(run, raw, run.out_dir / folder, kind, k=sae.k, theta=theta)
 

@@ -4,6 +4,7 @@
     preflight        what a run needs: access, data sets, disk and memory
     steps            the steps of several trainers: side by side on a CPU, one graph on a GPU
     training         a training's log and budget; activations that are kept for the next one
+    tracking         training watched while it goes on, in W&B or TensorBoard
     gpu              losses that are compiled, and steps that are captured as one graph
     provenance       what ran and where: config.json
     records          what a run writes, and the checks that it can be right
@@ -62,9 +63,9 @@ PUBLIC = {
     "language_model": ("hook_name",),
     "machine": ("in_order", "trim_memory"),
     "records": ("check_results", "write_records"),
-    "settings": ("checked", "must_hold"),
+    "settings": ("checked", "must_hold", "sweep"),
     "startup": ("Run", "launch"),
-    "steps": ("numbers", "replace_entries", "take_steps"),
+    "steps": ("replace_entries", "take_steps"),
     "text": ("TokenStream", "documents"),
     "tokenizer": ("counted",),
     "training": ("ActivationCache", "ActivationStats", "TrainingLog"),

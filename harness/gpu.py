@@ -20,7 +20,7 @@ from harness.object_state import Unsavable, restore, state_of
 
 Key = tuple[int, int]  # layer and seed
 Results = dict[Key, tuple[Tensor, dict[str, Any] | None]]  # loss and record of a step
-N_EAGER = 4  # kinds of step that are first taken as they are: a compiler has work at each
+N_EAGER = 6  # schedules whose first step is taken as it is: compilers have work at some of them
 N_GRAPHS = 4  # kept: with and without a record, with and without a look for dead features
 
 
@@ -49,7 +49,8 @@ def captured(
         graph.register_generator_state(generator)
     # A pool whose graphs are all gone can't be taken again.
     pool = others[0].__self__.pool() if others else torch.cuda.graph_pool_handle()
-    with torch.cuda.graph(graph, pool=pool):
+    # Threads that write what was harvested may go on meanwhile.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         result = function()
     return graph.replay, result
 
@@ -92,15 +93,15 @@ class CapturedSteps:
             if key not in self.x or self.x[key].shape != x_BD.shape:
                 self.x[key], self.graphs = torch.empty_like(x_BD), {}
             self.x[key].copy_(x_BD)
-        kind = log, *(tuple(v for v in of if not isinstance(v, Tensor)) for of in at.values())
-        if self.why_not is None and kind not in self.graphs:
-            if kind not in self.met and len(self.met) < N_EAGER:
-                self.met.add(kind)
+        choices = tuple(tuple(v for v in of if not isinstance(v, Tensor)) for of in at.values())
+        if self.why_not is None and (kind := (log, choices)) not in self.graphs:
+            if choices not in self.met and len(self.met) < N_EAGER:
+                self.met.add(choices)
                 return self.eager(at, log)
             self.add_graph(kind, at, log)
         if self.why_not is not None:
             return self.eager(at, log)
-        replay, results = self.graphs[kind]
+        replay, results = self.graphs[log, choices]
         replay()
         return results
 

@@ -29,6 +29,7 @@ class SettingsLike(Protocol):
     buffer_tokens: int
     harvest_contexts: int
     log_every: int
+    track: str
     core_text: str
     core_prompts: int
     core_reconstruction_batches: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from harness import tracking
 from harness.errors import GET_ACCESS, LOG_IN, TRY_TINYLM, ExperimentError
 from harness.interfaces import SettingsLike
 from harness.language_model import language_model_config
@@ -215,3 +217,22 @@ def check_disk(settings: SettingsLike) -> str:
     if needed > free:
         raise ExperimentError(f"{line}: free some, or set HF_HOME to a folder on a larger disk")
     return line
+
+
+def tracker(settings: SettingsLike) -> str:
+    """What a run is watched in: "wandb", "tensorboard", or "", nothing.
+
+    Raises:
+        ExperimentError: there is no such tracker, or it isn't installed.
+    """
+    kind = settings.track or os.environ.get("SAE_TRACK", "")
+    if kind not in tracking.STARTS:
+        raise ExperimentError(
+            f"SAE_TRACK must be one of {', '.join(map(repr, tracking.STARTS))}, but is {kind!r}"
+        )
+    if kind and importlib.util.find_spec(kind) is None:
+        raise ExperimentError(
+            f"track={kind!r} takes the package {kind}, which is not installed: "
+            f"`pip install {kind}`, or set track to ''"
+        )
+    return kind

@@ -26,6 +26,7 @@ from harness.provenance import write_outcome
 from harness.reference import complete_folder, verdict_of
 from harness.start import HERE, STARTED
 from harness.store import write_json
+from harness.tracking import TRACKER
 from harness.training import TrainingLog
 from harness.verdict import PRIMARY, mean, primary_metric, summarize
 
@@ -320,6 +321,7 @@ def write_records(
     check_info(info)
     write_json(run.out_dir / "warnings.json", warnings)
     write_json(run.out_dir / "final_info.json", info)
+    TRACKER.summary(info, log.n_steps)
     print_closing_block(
         run.out_dir, run.profile, info, shown, seconds, warnings, notes, sentence
     )

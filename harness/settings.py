@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pydantic
@@ -32,6 +33,25 @@ def must_hold(settings: object, rules: dict[str, tuple[Any, str]]) -> None:
     for field, (holds, allowed) in rules.items():
         if not holds:
             raise ValueError(f"{field} must be {allowed}, but is {getattr(settings, field)!r}")
+
+
+def sweep(
+    name: str, given: dict[str, Any] | None = None, **values: tuple
+) -> dict[str, dict[str, Any]]:
+    """Runs for a plan, one per value, or per combination of the values of several fields.
+
+    `sweep("k", k_min=(8, 16))` is run_k_8 and run_k_16.
+
+    Args:
+        name: of the sweep. given: what all its runs have. values: by field, those that it takes.
+    """
+    runs = {}
+    for combination in itertools.product(*values.values()):
+        changes = dict(zip(values, combination))
+        ending = "_".join(f"{v:g}" if isinstance(v, float) else str(v) for v in combination)
+        said = ", ".join(f"{field} {value}" for field, value in changes.items())
+        runs[f"run_{name}_{ending}"] = {"description": said} | (given or {}) | changes
+    return runs
 
 
 def settings_of_run(

@@ -39,7 +39,7 @@ from harness.ledger import LEDGER
 from harness.machine import choose_device, choose_train_dtype, make_reproducible
 from harness.observation import OBSERVED, now
 from harness.partials import scratch_dir
-from harness.preflight import fit_core_batches, preflight
+from harness.preflight import fit_core_batches, preflight, tracker
 from harness.provenance import config_record, write_config
 from harness.records import check_complete, constants, read_final_info
 from harness.reference import check_references, complete_folder
@@ -48,6 +48,7 @@ from harness.settings import settings_of_run
 from harness.start import source_at_start
 from harness.store import cached
 from harness.text_checks import look_at_texts
+from harness.tracking import TRACKER
 
 DESCRIPTION = "Train and score a parametric contrastive SAE."
 
@@ -200,7 +201,9 @@ def perform(main: Callable[[Run], None], run: Run, whole: bool = True) -> None:
         write_config(run)
     seed_generators("main")
     STAGE.begin("train")
-    main(run)
+    kind = "" if LEDGER.rehearsing else tracker(run.settings)
+    with TRACKER.watching(kind, run.out_dir.name, run.settings):
+        main(run)
     check_complete(run.out_dir)
 
 
@@ -212,6 +215,7 @@ def set_up(
     Raises:
         ExperimentError: something isn't there, isn't accessible or doesn't fit.
     """
+    tracker(settings)
     device = choose_device(settings, profile)
     train_dtype = choose_train_dtype(settings, device)
     print(f"profile: {profile} on {device}")

@@ -41,6 +41,16 @@ def numbers(record: dict[str, Any]) -> dict[str, Any]:
     return record | dict(zip(tensors, fetched))
 
 
+def shown(records: list[dict[str, Any]]) -> str:
+    """What progress says of the SAEs' last records: "fvu 0.27/0.31, L0 31/32, dead 0.08/0.05"."""
+    names = {"fvu": ("fvu", ".2f"), "L0": ("l0", ".0f"), "dead": ("dead_fraction", ".2f")}
+    return ", ".join(
+        f"{name} " + "/".join(format(record[key], form) for record in records)
+        for name, (key, form) in names.items()
+        if all(key in record for record in records)
+    )
+
+
 def replace_entries(
     optimizer: torch.optim.Optimizer, parameter: Tensor, index: tuple, which: Tensor,
     new: Tensor | float,
@@ -203,8 +213,8 @@ def advance(
                     if not in_turn:
                         check_nothing_drawn(stood, list(draws.values()))
                     records += found
-                    fvu = "/".join(f"{r['fvu']:.2f}" for r in last.values() if r)
-                    log.progress.advance(len(keys) * len(part) * log.settings.batch, f"fvu {fvu}")
+                    n_tokens = len(keys) * len(part) * log.settings.batch
+                    log.progress.advance(n_tokens, shown([r for r in last.values() if r]))
             if acts_LND.is_cuda and not log.looked and may_capture(trainers, draws):
                 log.captured = CapturedSteps(trainers, log.given)
             log.looked = True

@@ -23,6 +23,7 @@ from harness.ledger import LEDGER
 from harness.observation import OBSERVED
 from harness.store import ACTIVATIONS_GB, TensorCache
 from harness.text import TokenStream
+from harness.tracking import TRACKER
 
 Key = tuple[int, int]  # layer and seed
 PASSES = 8  # of the language model whose activations are stored in one file
@@ -104,6 +105,7 @@ class TrainingLog:
         self.done = steps.stop
         self.records += records
         self._write(records)
+        TRACKER.records(records)
 
     def _write(self, records: list[dict[str, Any]]) -> None:
         self.file.writelines(json.dumps(record) + "\n" for record in records)

@@ -44,7 +44,7 @@ CONTENTS = {  # settings that name a text or a model, as the verdict calls them
 SIZES_OF_TEXTS = {"probe_train", "probe_test", "probe_seed", "context", "language model"}
 OTHER = "of other content"
 ASIDE = {  # say nothing of an SAE or its figures, or are compared otherwise (`facts`, seeds)
-    "description", "compare_to", "device", "log_every", "budget_minutes", "seeds",
+    "description", "compare_to", "device", "log_every", "track", "budget_minutes", "seeds",
     "probe_llm_batch", "probe_sae_batch", "core_prompts", "core_reconstruction_batches",
     "core_sparsity_batches", "extra_evals", "sae_probes_sets",
 }  # fmt: skip

@@ -256,7 +256,7 @@ def test_settings_in_the_key(load, observed) -> None:
     """Training's; those of the evaluation alone are not, unless training's code names them."""
     same = of_training(experiment, SOURCE)
     for changes in ({"probe_ks": (1, 2, 5)}, {"core_prompts": 8}, {"compare_to": "run_2"},
-                    {"description": "other"}):  # fmt: skip
+                    {"description": "other"}, {"track": "wandb"}):  # fmt: skip
         assert of_training(experiment, SOURCE, **changes) == same
     for changes in ({"lr": 1e-3}, {"seeds": (1,)}, {"gamma": 0.1}):
         assert of_training(experiment, SOURCE, **changes) != same

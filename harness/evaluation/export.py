@@ -50,7 +50,8 @@ def export_to_saelens(
         note = "These weights belong to CustomSAE of the run's experiment.py. They are not written"
         write_atomic(folder / "README.txt", f"{note} as an SAE of SAELens, since {why} there.\n")
     if theta is not None:
-        write_json(folder / "theta.json", theta)
+        numbers = {key: v.item() if isinstance(v, torch.Tensor) else v for key, v in theta.items()}
+        write_json(folder / "theta.json", numbers)
 
 
 def write_as_saelens(
