@@ -154,9 +154,8 @@ PROFILES: dict[str, dict[str, Any]] = {  # under a run's name: what that run has
 
 THREE, FIVE = (0, 1, 2), (0, 1, 2, 3, 4)  # seeds
 
-# The base name of --out_dir selects the run: `--out_dir=run_3` runs PLAN["run_3"]. `PLAN |=
-# sweep("k", k_min=(8, 16))`, below it, adds run_k_8 and run_k_16, `sweep("k", dict(lr=1e-3), ...)`
-# with what else they have.
+# The base name of --out_dir selects the run: `--out_dir=run_3` runs PLAN["run_3"].
+# `PLAN |= sweep("k", k_min=(8, 16))` below it adds run_k_8 and run_k_16.
 PLAN: dict[str, dict[str, Any]] = {
     "run_1": dict(description="the full method", seeds=FIVE),
     "run_2": dict(description="fixed temperatures", tau_sel=0.3, tau_pen=0.1, seeds=FIVE),
@@ -394,7 +393,8 @@ def k_at(settings: Settings, progress: float) -> int | None:
     if progress >= fraction:
         return k_min
     k_start = min(round(settings.k_start_factor * k_min), settings.d_sae)
-    return round(k_start * (k_min / k_start) ** (progress / fraction))
+    k, step = k_start * (k_min / k_start) ** (progress / fraction), max(1, k_min // 32)
+    return k_min + step * round((k - k_min) / step)  # in steps: on a GPU each k takes a graph
 
 
 def lr_factor(progress: float, warmup: float, decay: float) -> float:
@@ -478,8 +478,8 @@ class Schedule(NamedTuple):
 class Trainer:
     """One SAE, in float32, and what its training needs; `autocast`: products in bfloat16.
 
-    On a GPU a step is captured as a graph, which repeats what it launched (`CapturedSteps`): there
-    it reads no value back, no shape depends on the data, and what changes is changed in place.
+    On a GPU a step is captured as a graph (`harness.gpu`): there it reads no value back, no shape
+    depends on the data, and what changes is changed in place.
     """
 
     def __init__(self, sae: CustomSAE, settings: Settings, seed: int, autocast: bool = False):

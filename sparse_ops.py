@@ -342,15 +342,18 @@ def fast_if_gradients_match(
     """
     if right is None:
         return loss(False), None
+    compiles = bool(parameters) and on_gpu(parameters[0])
+    # Codes of both layouts in one expression, say; or whatever a compiler raises.
+    expected = (Exception,) if compiles else (RuntimeError, IndexError)
     try:
         found = loss(True)
-    except (RuntimeError, IndexError) as error:  # codes of both layouts in one expression, say
+    except expected as error:
         found = loss(False)
         not_fast(f"fails ({str(error).partition(chr(10))[0]})")
         return found, None
     parts = ["selected", "unselected"]
     parts = [part for part in parts if getattr(found, part).indices is not None]
-    form = "compiled" if on_gpu(parameters[0]) else " and ".join(parts)
+    form = "compiled" if compiles else " and ".join(parts)
     if form and form not in right:
         with torch.autocast(parameters[0].device.type, enabled=False):
             match = gradients_match(loss, parameters)

@@ -44,7 +44,7 @@ class _Compiled:
         hf = on_same_weights(plain.hf)
         self.twin = LanguageModel(hf, plain.tokenizer, plain.name)
         for block in self.twin.blocks:
-            block.forward = torch.compile(block.forward, backend=backend)
+            block.forward = torch.compile(block.forward, backend=backend, dynamic=False)
 
     def key_parts(self) -> Any:
         """Nothing of it is in a key: it computes what the model does. See `harness.identity`."""

@@ -168,7 +168,8 @@ def for_harvest(
     last = (config.num_hidden_layers - 1,)
     # Not the first ones: those may be reserved, never trained and all alike.
     random = torch.Generator().manual_seed(0)
-    tokens_BL = torch.randint(3, config.vocab_size, (1, context), generator=random)
+    shape = (contexts if on_gpu else 1, context)  # a compiler makes code for a shape
+    tokens_BL = torch.randint(3, config.vocab_size, shape, generator=random)
     exact_BLD = lm.activations(tokens_BL, last)[0]
     try:
         given = (plain, context) if on_gpu else (plain, contexts, context)

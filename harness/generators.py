@@ -67,6 +67,11 @@ class TorchDraws(TorchDispatchMode):
 
     seen = False
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Or torch.compile would leave out what runs under it."""
+        return True
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         given = *args, *(kwargs or {}).values()
         if torch.Tag.nondeterministic_seeded in func.tags:

@@ -156,7 +156,8 @@ def _tensor_parts(value: Tensor) -> Parts:
     dense = value.numel() and torch.empty_like(value, device="meta").stride() == value.stride()
     data |= {"stride": value.stride() if dense else None, "device": str(value.device)}
     data["memory"] = value.untyped_storage().data_ptr()
-    children = {("attribute", name): item for name, item in vars(value).items()}
+    children = {("attribute", name): item for name, item in vars(value).items()
+                if not name.startswith("_dynamo")}  # a compiler's notes  # fmt: skip
     if value.is_leaf and value.grad is not None:
         children["member", "grad"] = value.grad
     return Parts("tensor", data, children)

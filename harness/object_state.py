@@ -409,7 +409,8 @@ class _Return:
         """Those that a node has, and no others."""
         saved = {w: child for (how, w), child in node["children"].items() if how == "attribute"}
         for name in [name for _, name in attributes_of(made) if name not in saved]:
-            object.__delattr__(made, name)
+            if not name.startswith("_dynamo"):
+                object.__delattr__(made, name)
         for name, child in saved.items():
             value, held = self.made_of(child), getattr(made, "__dict__", None)
             if held is not None and (name in held or not hasattr(type(made), name)):

@@ -30,6 +30,7 @@ PROGRAMS = {"subprocess.Popen", "os.system", "os.posix_spawn", "os.spawn", "os.e
 LISTS = {"os.listdir", "os.scandir"}
 WATCHED = frozenset({"open", "sqlite3.connect", *LISTS, *PROGRAMS})
 METADATA = os.path.dirname(importlib.metadata.__file__)
+COMPILERS = ("torch/_dynamo", "torch/_functorch", "torch/_inductor", "triton")
 # Functions of os.path and pathlib that call os.stat and tell nothing of times.
 WITHOUT_TIMES = {"exists", "isfile", "isdir", "getsize", "is_file", "is_dir"}
 
@@ -62,7 +63,9 @@ def serves(file: str) -> bool:
 @functools.cache
 def looks_for_code(file: str) -> bool:
     """Whether what a file opens is code, or tells of it: modules, their versions, their lines."""
-    return file.startswith(("<frozen importlib", METADATA)) or file == linecache.__file__
+    of_compiler = any(f"{os.sep}{part}{os.sep}" in file for part in COMPILERS)
+    code = file.startswith(("<frozen importlib", METADATA)) or file == linecache.__file__
+    return code or of_compiler
 
 
 @functools.cache

@@ -51,6 +51,11 @@ def shown(records: list[dict[str, Any]]) -> str:
     )
 
 
+def named(key: Key) -> str:
+    """An SAE, in words."""
+    return "layer {}, seed {}".format(*key)
+
+
 def replace_entries(
     optimizer: torch.optim.Optimizer, parameter: Tensor, index: tuple, which: Tensor,
     new: Tensor | float,
@@ -148,10 +153,9 @@ def take_step(
     return {key: trainers[key].step(x[key], at[key], log.is_due(step)) for key in x}
 
 
-def may_capture(trainers: dict[Key, TrainerLike], looked: dict[Any, TorchDraws]) -> bool:
-    """Whether all that a step depends on is what it is given: not so of other projects'."""
-    scheduled = all(isinstance(trainer.at(0, 1), tuple) for trainer in trainers.values())
-    return scheduled and not any(draws.seen for draws in looked.values())
+def scheduled(trainers: dict[Key, TrainerLike]) -> bool:
+    """Whether what a step depends on is in what it is given: not so of other projects' trainers."""
+    return all(isinstance(trainer.at(0, 1), tuple) for trainer in trainers.values())
 
 
 def check_nothing_drawn(stood: States, looked: list[TorchDraws]) -> None:
@@ -179,13 +183,11 @@ def advance(
     def some_steps(keys: tuple[Key, ...], part: range) -> list[dict[str, Any]]:
         losses, found = ({key: [] for key in keys} for _ in range(2))
         with contextlib.ExitStack() as around:
-            if len(keys) == 1:
-                ((layer, seed),) = keys
-                around.enter_context(error_context(f"layer {layer}, seed {seed}"))
+            around.enter_context(error_context(" and ".join(map(named, keys))))
             if in_turn:
                 of = "steps", *itertools.chain(*keys)
                 around.enter_context(generators_of(*of, kept=log.generators))
-            if not log.looked:
+            if not log.looked and log.captured is None:
                 draws[keys] = around.enter_context(TorchDraws())
             for step in part:
                 x = {key: batch_of(key, step) for key in keys}
@@ -197,16 +199,18 @@ def advance(
             for key in keys:
                 if len(wrong := (~torch.stack(losses[key]).isfinite()).nonzero()):
                     at, before = int(wrong[0]), [last[key], *found[key]]
-                    x_BD, run = batch_of(key, part[at]), log.path.parent.name
-                    raise broken_loss(losses[key][: at + 1], part[at], x_BD, before, run)
-                last[key] = found[key][-1] if found[key] else last[key]
+                    given = losses[key][: at + 1], part[at], batch_of(key, part[at]), before
+                    raise broken_loss(*given, log.path.parent.name, named(key) if keys[1:] else "")
+                last[key] = [last[key], *found[key]][-1]
         return [record for of_key in found.values() for record in of_key]
 
+    if acts_LND.is_cuda and log.captured is None and scheduled(trainers):
+        log.captured = CapturedSteps(trainers, log.given)
+    groups = [(key,) for key in trainers] if log.captured is None else [tuple(trainers)]
     # The first step alone: it shows most of what draws.
     parts = [steps[:1], *(steps[i : i + 32] for i in range(1, len(steps), 32))]
     with retain_memory_for_steps(log.settings, acts_LND.shape[-1]):
         for some in filter(None, (parts[:1], parts[1:])):
-            groups = [(key,) for key in trainers] if log.captured is None else [tuple(trainers)]
             of = some_steps, groups, some, acts_LND.device, in_turn
             with contextlib.closing(in_threads(*of)) as calls:
                 for keys, part, found in calls:
@@ -215,22 +219,23 @@ def advance(
                     records += found
                     n_tokens = len(keys) * len(part) * log.settings.batch
                     log.progress.advance(n_tokens, shown([r for r in last.values() if r]))
-            if acts_LND.is_cuda and not log.looked and may_capture(trainers, draws):
-                log.captured = CapturedSteps(trainers, log.given)
             log.looked = True
+    for trainer in trainers.values() if log.captured is not None else ():
+        trainer.optimizer.zero_grad()  # a step that is taken once more has none either
     keys = list(trainers)
     return sorted(records, key=lambda r: (r["step"], keys.index((r["layer"], r["seed"]))))
 
 
-
 def broken_loss(
-    losses: list[Tensor], step: int, x_BD: Tensor, records: list[dict[str, Any]], run: str
+    losses: list[Tensor], step: int, x_BD: Tensor, records: list[dict[str, Any]], run: str,
+    of: str = "",
 ) -> ExperimentError:
     """What to raise where a loss is not finite; saves the batch that it came from.
 
     Args:
         losses: of consecutive steps, the last of them not finite. step: that one's number.
         x_BD: its activations. records: of its SAE, in order. run: the run's name.
+        of: the SAE, where it isn't told otherwise.
     """
     from safetensors.torch import save_file
 
@@ -248,7 +253,8 @@ def broken_loss(
     )
     before = f"; the loss of the step before: {float(losses[-2]):.4g}" if len(losses) > 1 else ""
     return ExperimentError(
-        f"the loss is {float(losses[-1])} at step {step} ({step * len(x_BD)} tokens){before}"
+        f"{of}{': ' * bool(of)}the loss is {float(losses[-1])} at step {step} "
+        f"({step * len(x_BD)} tokens){before}"
         + (f"; the last record: {values}" if values else "")
         + f"; {saved}: look at the loss for a division by 0 or the root of one, or lower lr"
     )

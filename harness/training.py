@@ -72,6 +72,7 @@ class TrainingLog:
 
     def __exit__(self, failed: type | None, *_: object) -> None:
         self.file.close()
+        self.captured = None  # or its graphs' memory would be held as long as the log
         if not failed:
             self.progress.close()
 

@@ -59,7 +59,7 @@ def test_verdict_interval_worked_out_by_hand() -> None:
 
 RUN_1 = json.loads((ROOT / "run_1" / "config.json").read_text())
 SILENT = {  # settings that change neither an SAE nor the meaning of a figure
-    "description", "compare_to", "device", "log_every", "budget_minutes", "seeds",
+    "description", "compare_to", "device", "log_every", "track", "budget_minutes", "seeds",
     "probe_llm_batch", "probe_sae_batch", "extra_evals", "sae_probes_sets",
 }  # fmt: skip
 
