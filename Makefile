@@ -7,13 +7,15 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/installed
 PROFILE ?= $(SAE_PROFILE)
 
-.PHONY: help setup run test plot pack clean-cache FORCE
+.PHONY: help setup run test plot pack publish clean-cache FORCE
 
 help:
 	@echo 'make run OUT=run_try   train and score the experiment, into the folder run_try'
 	@echo '                       PROFILE=smollm2: on that language model, installed first'
 	@echo 'make plot              draw the figures and tables of the runs found here'
 	@echo 'make pack RUN=run_11   pack the long files of that run, so that it can be committed'
+	@echo 'make publish RUN=run_11   make a folder of its SAEs for the Hugging Face hub, with a card'
+	@echo '                       REPO=you/run_11: its name there; MODEL=you/model: its language model'
 	@echo 'make test              run the tests'
 	@echo 'make clean-cache       remove what runs keep for the next one (logs stay)'
 	@echo 'make setup             only install what these need, into $(VENV)'
@@ -42,6 +44,9 @@ plot: $(READY)
 # A run is committed without its weights, SAE-Bench's files and the log packed (.gitignore).
 pack: $(READY)
 	@$(PY) -c 'import sys; from harness.records import pack; pack(sys.argv[1])' '$(RUN)'
+
+publish: $(READY)
+	@$(PY) -m harness.publish '$(RUN)' $(if $(REPO),--repo '$(REPO)') $(if $(MODEL),--model '$(MODEL)')
 
 clean-cache:
 	@$(if $(wildcard $(PY)),$(PY),python3) -c 'from harness.store import clean_cache; clean_cache()'

@@ -30,7 +30,7 @@ FLOORS = (
     ("evaluation.core", "evaluation.export", "evaluation.probing",
      "evaluation.estimate", "evaluation.extra"),
     ("training", "steps", "provenance", "records"),
-    ("startup",),
+    ("startup", "model_card", "publish"),
 )
 MAX_LINES = {"experiment.py": 800, "plot.py": 800}
 REASON = "one piece"  # with this in its docstring a function may have more than 60 lines

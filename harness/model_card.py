@@ -1,0 +1,280 @@
+"""The card of a published run: README.md, as the Hugging Face hub shows it.
+
+What it says is read from the run's records and from its SAEs as SAELens stores them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from huggingface_hub import ModelCardData
+
+from harness.verdict import PRIMARY, with_current_names
+
+CORE = {  # the table's columns: metric, heading, digits
+    "l0": ("L0", 1), "fvu": ("FVU", 3), "ce_loss_score": ("CE loss score", 3),
+    "dead_fraction": ("dead", 3),
+}  # fmt: skip
+READERS = {"sae": "SAE", "untrained": "untrained SAE", "llm": "language model"}
+BEST = (1, 2, 5)
+SELECTED = {  # by SAELens' architecture: what S holds
+    "topk": "the k largest features of a token", "jumprelu": "the features above a threshold",
+    "standard": "all active features",
+}  # fmt: skip
+
+
+class Source(NamedTuple):
+    """A language model, as others get it.
+
+    name: cfg.json's model_name. hub: its name on the hub, or None. licence: the hub's identifier,
+    or None where it isn't known. load: what its name or folder is, as a Python expression.
+    note: sentences for the card, or "".
+    """
+
+    name: str
+    hub: str | None
+    licence: str | None
+    load: str
+    note: str = ""
+
+
+class Published(NamedTuple):
+    """What a card tells of.
+
+    name: the run's. repo: the hub's. config, info: config.json and final_info.json.
+    saes: cfg.json of each SAE, by its sub-folder. texts: what the settings' texts are, by setting,
+    in words or by the hub's name; probe_sets likewise. description, warnings: as all may read them.
+    """
+
+    name: str
+    repo: str
+    source: Source
+    config: dict[str, Any]
+    info: dict[str, Any]
+    saes: dict[str, dict[str, Any]]
+    texts: dict[str, str]
+    probe_sets: list[str]
+    description: str
+    warnings: list[str]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The run's settings under their names of now."""
+        return with_current_names(self.config["settings"])
+
+    @property
+    def architecture(self) -> str:
+        """SAELens' name of the SAEs' form."""
+        return next(iter(self.saes.values()))["architecture"]
+
+
+def card(run: Published) -> str:
+    """README.md: front matter and text."""
+    text = run.texts["training_text"]
+    front = ModelCardData(
+        library_name="saelens", license=run.source.licence, base_model=run.source.hub,
+        datasets=[text] if text == run.settings["training_text"] else None,  # a name on the hub
+        tags=["sparse-autoencoder", "interpretability", "saelens", run.architecture],
+    )  # fmt: skip
+    parts = (
+        f"---\n{front.to_yaml()}\n---", heading(run), loading(run), figures(run), measured(run),
+        method(run), data(run), origin(run), listed_warnings(run),
+    )  # fmt: skip
+    return "\n\n".join(parts) + "\n"
+
+
+def listed(items: Sequence[Any]) -> str:
+    """1, 2 and 4."""
+    words = [str(item) for item in items]
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+
+
+def heading(run: Published) -> str:
+    s, cfg = run.settings, next(iter(run.saes.values()))
+    hook = cfg["metadata"]["hook_name"].split("hook_")[-1]
+    layers, seeds = listed(s["layers"]), listed(s["seeds"])
+    note = f"\n\n{run.source.note}" if run.source.note else ""
+    model = run.source.name.split(" (")[0]
+    where = f"{cfg['d_in']} dimensions at `blocks.L.hook_{hook}`"
+    return (
+        f"# {run.name}: sparse autoencoders on {model}\n\n"
+        f"{len(run.saes)} sparse autoencoders (SAEs) of {cfg['d_sae']:,} features each, in "
+        f"SAELens' form `{run.architecture}`. They read {where}: "
+        f"layers L = {layers}, with seed{'s' * (len(s['seeds']) > 1)} S = {seeds}. Each lies in "
+        f"`layer_L/seed_S`. The run's own description: {run.description}.{note}"
+    )
+
+
+def loading(run: Published) -> str:
+    """Lines that load an SAE with its language model, and that change a feature."""
+    first = int(run.settings.get("first_positions", 1))
+    skipped = "position" if first == 1 else f"{first} positions"
+    name, download = next(iter(run.saes)), ""
+    if "snapshot_download" in run.source.load:
+        download = "from huggingface_hub import snapshot_download\n"
+    return f"""## Use
+
+With sae-lens {run.config["versions"]["sae-lens"]} and transformer-lens \
+{run.config["versions"]["transformer-lens"]}. Load an SAE, and read its features:
+
+```python
+{download}from sae_lens import SAE
+from transformer_lens.model_bridge import TransformerBridge
+
+lm = TransformerBridge.boot_transformers({run.source.load}, device="cpu")
+sae = SAE.from_pretrained("{run.repo}", "{name}")
+tokens, hook = lm.to_tokens("A text to look at"), sae.cfg.metadata.hook_name
+logits, cache = lm.run_with_cache(tokens, names_filter=[hook])
+features = sae.encode(cache[hook])  # (1, tokens, {next(iter(run.saes.values()))["d_sae"]})
+```
+
+Steer with a feature: add its direction to the activations.
+
+```python
+feature = int(features[0, {first}:].sum(0).argmax())
+strength = cache[hook][0, {first}:].norm(dim=-1).mean() / 2
+steer = lambda x, hook: x + strength * sae.W_dec[feature]
+with lm.hooks(fwd_hooks=[(hook, steer)]):
+    steered = lm(tokens)
+```
+
+Ablate a feature: take away what it alone adds to the reconstruction.
+
+```python
+ablate = lambda x, hook: x - sae.encode(x)[..., feature, None] * sae.W_dec[feature]
+with lm.hooks(fwd_hooks=[(hook, ablate)]):
+    ablated = lm(tokens)
+```
+
+Activations are taken as they are, in raw units. The first {skipped} of a context, BOS, EOS and \
+padding were left out in training: features mean nothing there."""
+
+
+def shown(entry: dict[str, Any], metric: str, digits: int) -> str:
+    """A figure as the card has it: the mean, with its standard error where there are seeds."""
+    if metric not in entry["means"]:
+        return "–"
+    value = f"{entry['means'][metric]:.{digits}f}"
+    several = len(entry["final_info_dict"][metric]) > 1
+    return f"{value} ± {entry['stderrs'][metric]:.{digits}f}" if several else value
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def figures(run: Published) -> str:
+    """The tables of metrics, a row per layer."""
+    layers = {f"{layer}": run.info[f"layer_{layer}"] for layer in run.settings["layers"]}
+    n = len(run.settings["seeds"])
+    core = [
+        [layer, *(shown(entry, metric, digits) for metric, (_, digits) in CORE.items())]
+        for layer, entry in layers.items()
+    ]
+    probing = [
+        [layer, words, *(shown(entry, f"{who}_top_{k}_test_accuracy", 3) for k in BEST)]
+        for layer, entry in layers.items() for who, words in READERS.items()
+    ]  # fmt: skip
+    seeds = f"The mean over {n} seeds, ± its standard error."
+    if n == 1:
+        seeds = "One seed, so there are no standard errors."
+    return "\n\n".join((
+        "## Figures", seeds,
+        table(["layer", *(title for title, _ in CORE.values())], core),
+        table(["layer", "probe reads", *(f"best {k}" for k in BEST)], probing),
+        "The mean over layers of best 1, best 2 and best 5 of the SAE: "
+        f"{shown(run.info['verdict'], PRIMARY, 4)}.",
+    ))  # fmt: skip
+
+
+def measured(run: Published) -> str:
+    """What each figure is, and on how much text."""
+    s, means = run.settings, run.info[f"layer_{run.settings['layers'][0]}"]["means"]
+    bench = f"SAE-Bench {run.config['versions']['sae-bench']}"
+    rebuilt, sparse = (
+        f"{int(means[f'total_tokens_eval_{part}']):,}"
+        for part in ("reconstruction", "sparsity_variance")
+    )
+    return f"""## How they were measured
+
+- **L0** is the number of active features per token, in the mean. {bench}, core: {sparse} tokens \
+of {run.texts["core_text"]}.
+- **FVU** is the fraction of variance unexplained, Σ‖x − x̂‖² / Σ‖x − x̄‖², on the same tokens: 0 \
+is perfect, 1 a constant prediction. It is 1 − SAELens' explained variance, not 1 − SAE-Bench's.
+- **CE loss score** is 1 where the language model predicts as well from the reconstruction, and 0 \
+where it does as with zeros in its place. {bench}, core: {rebuilt} tokens of the same text.
+- **dead** is the part of the features that reconstructed nothing for the last \
+{s["dead_feature_window"]:,} tokens of training.
+- **best k** is the test accuracy of a linear probe that reads k features, or k dimensions of the \
+language model: those whose means differ most between a class and the others. It is the mean over \
+classes and data sets. {bench}, sparse probing: {listed(run.probe_sets)}; {s["probe_train"]} texts \
+to train a probe and {s["probe_test"]} to test it.
+- The **untrained SAE** has the same initialization, width and L0.
+
+The numbers of tokens are of those that were read: BOS and padding are among them, and enter no \
+figure."""
+
+
+def method(run: Published) -> str:
+    """The method in four lines, as the settings have it."""
+    s = run.settings
+    learned = [name for name in ("tau_sel", "tau_pen", "gamma") if s.get(name) is None]
+    learned = [] if s.get("constants_from_run") else learned
+    loss = "the mean squared error"
+    if s.get("loss_variant") == "as_written":
+        loss = "the mean norm of the error, with a penalty on all features"
+    elif s.get("gamma") != 0:
+        loss += ", with a penalty on active features that are not in S"
+    if s.get("density_penalty"):
+        loss += f", with an L1 penalty on features in S that fire often ({s['density_penalty']})"
+    k = f", k = {s['k_min']}" if run.architecture == "topk" else ""
+    if run.architecture == "jumprelu":
+        k = f", which training moves so that L0 is near {s['k_min']}"
+    names = f" Learned with it: {listed([f'`{name}`' for name in learned])}." if learned else ""
+    again = "brought back" if s.get("resample") else "left as they are"
+    return f"""## Method
+
+1. f = ReLU((x − b_dec) W_enc + b_enc) and x̂ = Σ_{{i ∈ S}} f_i W_dec[i] + b_dec, with rows of \
+W_dec of unit norm. S holds {SELECTED.get(run.architecture, "the selected features")}{k}.
+2. The loss is {loss}.{names}
+3. Adam, learning rate {s["lr"]:g}, {s["batch"]} tokens per step. Dead features are {again}.
+4. The equations are in docs/method.md of the project, at the commit below. They hold as far as \
+`experiment.py` was not changed."""
+
+
+def data(run: Published) -> str:
+    """What the SAEs were trained on."""
+    means = run.info[f"layer_{run.settings['layers'][0]}"]["means"]
+    metadata = next(iter(run.saes.values()))["metadata"]
+    begins = "that begin with BOS" if metadata["prepend_bos"] else "without BOS"
+    return f"""## Data
+
+Trained on {int(means["training_tokens"]):,} tokens of {run.texts["training_text"]}, in contexts \
+of {run.settings["context"]} tokens {begins}. None of that text is in this repository."""
+
+
+def origin(run: Published) -> str:
+    """Which code and which versions made it."""
+    git = run.config.get("git", {})
+    commit = f"commit `{git['commit']}`" if git.get("commit") else "no commit: there was no git"
+    changed = ", with changes that are in no commit" if git.get("commit") and git["dirty"] else ""
+    packages = ("torch", "transformers", "sae-lens", "sae-bench", "transformer-lens")
+    versions = {name: run.config["versions"][name] for name in packages}
+    licence = f"{run.source.licence}, that of the language model"
+    if run.source.licence is None:
+        licence = "not stated; look up that of the language model"
+    return f"""## Origin
+
+- Project: parametric contrastive sparse autoencoders, {commit}{changed}.
+- `experiment.py` has the SHA-256 `{run.config["sha256"]["experiment.py"]}`.
+- Made with {", ".join(f"{name} {version}" for name, version in versions.items())}, on \
+{run.config["device"]}.
+- Licence: {licence}."""
+
+
+def listed_warnings(run: Published) -> str:
+    """The run's own warnings."""
+    lines = [f"- {warning}" for warning in run.warnings] or ["None."]
+    return "## Warnings of the run\n\n" + "\n".join(lines)

