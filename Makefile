@@ -27,6 +27,12 @@ $(error make run needs the folder that the run is written to: make run OUT=run_t
 endif
 endif
 
+ifneq ($(filter publish,$(MAKECMDGOALS)),)
+ifeq ($(strip $(RUN)),)
+$(error make publish needs the folder of a complete run: make publish RUN=run_11)
+endif
+endif
+
 setup: $(READY)
 
 # experiment.py's last words on standard error must stay the last: make adds its own one line to

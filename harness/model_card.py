@@ -116,15 +116,23 @@ def loading(run: Published) -> str:
     return f"""## Use
 
 With sae-lens {run.config["versions"]["sae-lens"]} and transformer-lens \
-{run.config["versions"]["transformer-lens"]}. Load an SAE, and read its features:
+{run.config["versions"]["transformer-lens"]}. Load an SAE and its language model:
 
 ```python
 {download}from sae_lens import SAE
 from transformer_lens.model_bridge import TransformerBridge
 
-lm = TransformerBridge.boot_transformers({run.source.load}, device="cpu")
 sae = SAE.from_pretrained("{run.repo}", "{name}")
-tokens, hook = lm.to_tokens("A text to look at"), sae.cfg.metadata.hook_name
+lm = TransformerBridge.boot_transformers(
+    {run.source.load}, device="cpu"
+)
+```
+
+Read the features of a text:
+
+```python
+tokens = lm.to_tokens("A text to look at")
+hook = sae.cfg.metadata.hook_name
 logits, cache = lm.run_with_cache(tokens, names_filter=[hook])
 features = sae.encode(cache[hook])  # (1, tokens, {next(iter(run.saes.values()))["d_sae"]})
 ```

@@ -20,7 +20,7 @@ import torch
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors.torch import save_file
 
-from harness.errors import ExperimentError, redact
+from harness.errors import ExperimentError, first_line, redact
 from harness.model_card import Published, Source, card
 from harness.start import HERE
 from harness.store import sha256_file, write_atomic
@@ -109,7 +109,7 @@ def records_of(run: Path) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     except (OSError, ValueError) as error:
         raise ExperimentError(
             f"make publish needs the folder of a complete run, but {run.name!r} is none "
-            f"({type(error).__name__}: {error}): make publish RUN=run_11"
+            f"({first_line(error)}): make publish RUN=run_11"
         ) from error
     return config, info, warnings
 
