@@ -132,6 +132,28 @@ def trained(settings: Settings, trainer: type, capture: bool) -> tuple[dict, lis
     return trainers, losses, steps
 
 
+def steps_of(trainers: dict, steps: range) -> CapturedSteps:
+    """Takes these steps of trainers, as a run does in one filling of the buffer."""
+    taken = CapturedSteps(trainers, None, taped(trainers))
+    for step in steps:
+        x = {key: batches(key[0])[step] for key in KEYS}
+        taken.step(x, {key: t.at(step, N_STEPS) for key, t in trainers.items()}, step % 20 == 0)
+    for trainer in trainers.values():
+        trainer.optimizer.zero_grad()
+    return taken
+
+
+@pytest.mark.parametrize("changes", [{}, THRESHOLD], ids=str)
+def test_a_training_that_goes_on_elsewhere_is_the_one_in_one_go(forms_of_a_gpu, changes) -> None:
+    """Its state goes into new trainers, whose first steps are no graphs again."""
+    settings = settings_with(**changes)
+    whole, first, second = (new_trainers(settings) for _ in range(3))
+    assert steps_of(whole, range(N_STEPS)).graphs and steps_of(first, range(30)).graphs
+    restore(state_of(copied=True, trainers=first), trainers=second)
+    assert steps_of(second, range(30, N_STEPS)).graphs
+    assert same_weights(whole, second)
+
+
 def same_weights(one: dict, other: dict) -> bool:
     for trainer in (*one.values(), *other.values()):
         trainer.optimizer.zero_grad()
