@@ -127,6 +127,8 @@ class CapturedSteps:
             self.x[key].copy_(x_BD)
         choices = tuple(tuple(v for v in of if not isinstance(v, Tensor)) for of in at.values())
         kind = log, choices, *map(taken_for_granted, self.trainers.values())
+        if self.why_not is None and not is_hashable(kind):
+            self.says("a schedule holds what has no hash, such as a list: make it a tuple")
         if self.why_not is not None:
             return self.eager(at, log)
         if kind not in self.graphs:
@@ -226,6 +228,15 @@ class CapturedSteps:
                 plain, graph = (node["data"]["value"].double() for node in (one, other))
                 if not float((graph - plain).norm()) <= 1e-3 * float(plain.norm()) + 1e-9:
                     raise Uncapturable(f"a graph of it leaves another {one['name']}")
+
+
+def is_hashable(value: object) -> bool:
+    """Whether it can be told from others by its value."""
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
 
 
 def taken_for_granted(trainer: TrainerLike) -> tuple:

@@ -202,6 +202,14 @@ class Keeps(Trainer):
         return super().step(x_BD / (2 if len(seen) % 10 == 0 else 1), at, log)
 
 
+class Listed(Trainer):
+    def at(self, step, n_steps):
+        return super().at(step, n_steps)._replace(resample=[step % 2 == 0])
+
+    def step(self, x_BD, at, log):
+        return super().step(x_BD, at._replace(resample=at.resample[0]), log)
+
+
 class Accumulates(Trainer):
     def step(self, x_BD, at, log):
         loss = contrastive_loss(self.sae, x_BD, at.k, 0.01)
@@ -221,6 +229,7 @@ class Draws(Trainer):
     (Rebinds, "is new at most steps"),
     (Keeps, "can't repeat how it changes"),
     (Accumulates, "leaves another trainers[1, 0]"),
+    (Listed, "has no hash, such as a list: make it a tuple"),
     (Draws, "leaves another trainers[1, 0]"),
 ])  # fmt: skip
 def test_steps_that_a_graph_would_not_repeat_are_taken_one_by_one(

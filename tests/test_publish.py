@@ -15,7 +15,6 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData, constants
 from huggingface_hub.utils import validate_repo_id
 from sae_lens import SAE
-from safetensors.torch import load_file
 
 from harness import publish as room
 from harness.errors import ExperimentError
