@@ -149,11 +149,12 @@ class CapturedSteps:
         values = []
         for place, value in enumerate(schedule):
             if isinstance(value, (float, Tensor)):
-                device = self.trainers[key].sae.W_enc.device
-                given = torch.as_tensor(value, dtype=getattr(value, "dtype", torch.float32))
                 if (key, place) not in self.numbers:
-                    self.numbers[key, place] = torch.empty_like(given, device=device)
-                value = self.numbers[key, place].copy_(given)
+                    device, given = self.trainers[key].sae.W_enc.device, torch.as_tensor(value)
+                    kind = given.dtype if isinstance(value, Tensor) else torch.float32
+                    self.numbers[key, place] = torch.empty(given.shape, dtype=kind, device=device)
+                number = self.numbers[key, place]  # a float is filled in, which nothing waits for
+                value = number.copy_(value) if isinstance(value, Tensor) else number.fill_(value)
             values.append(value)
         return type(schedule)(*values)
 
