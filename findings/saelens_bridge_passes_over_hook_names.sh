@@ -8,7 +8,8 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
 "$folder/venv/bin/pip" install --quiet numpy==1.26.4 torch==2.13.0 transformers==5.23.0 transformer-lens==3.9.0 \
-  sae-lens==6.54.12 datasets==3.6.0 pandas==2.3.3 pyarrow==21.0.0
+  sae-lens==6.54.12 datasets==3.6.0 pandas==2.3.3 pyarrow==21.0.0 i2==0.1.91 dol==0.3.100 py2store==0.1.24 \
+  graze==0.1.46 babe==0.0.7 config2py==0.1.76 beartype==0.14.1 jaxtyping==0.3.3
 HF_HUB_OFFLINE=1 "$folder/venv/bin/python" -W ignore - "$folder/tokenizer" 2> "$folder/err" <<'PY' || { cat "$folder/err"; exit 1; }
 import importlib.metadata
 import sys

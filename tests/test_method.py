@@ -205,6 +205,8 @@ def test_curriculum() -> None:
     assert steps[0] == 64 and steps[300] == 16 and set(steps[300:]) == {16}
     assert steps == sorted(steps, reverse=True)
     assert steps[150] == 32  # half-way, the geometric mean
+    large = dataclasses.replace(settings, k_min=64, d_sae=4096)  # in steps of two
+    assert {k_at(large, t / 1000) for t in range(1001)} == {*range(64, 257, 2)}
     assert k_at(dataclasses.replace(settings, curriculum_fraction=0.0), 0.0) == 16
     default = Settings()
     assert experiment.k_at(default, 0.0) == default.k_start_factor * default.k_min
