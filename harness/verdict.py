@@ -22,10 +22,10 @@ OLD_NAMES = {  # in records of before 2026-11-27: what is called so now
     "selection": "activation",
 }
 OLD_ACTIVATIONS = {"token": "topk", "threshold": "jumprelu"}  # the same of that setting's values
-# Settings that the records of before 2026-11-27 lack: what they were.
+# Settings that the records of before 2026-11-28 lack: what they were.
 BEFORE = {
     "activation": "topk", "density_penalty": 0.0, "threshold_rate": 0.05, "hook": "resid_post",
-    "first_positions": 1,
+    "first_positions": 1, "resample_every": 1,
 }  # fmt: skip
 
 # What makes figures comparable: settings, and entries of `facts`, that begin so. All others may

@@ -15,7 +15,7 @@ from harness.errors import ExperimentError
 from harness.records import final_values
 from harness.reference import check_references, verdict_of
 from harness.startup import Run
-from harness.verdict import PRIMARY, compare_records, verdict, with_current_names
+from harness.verdict import ASIDE, BEFORE, PRIMARY, compare_records, verdict, with_current_names
 from tests.conftest import ROOT, run_command, settings_of
 from tests.test_command import words
 
@@ -300,3 +300,15 @@ def test_the_command_names_what_is_unlike_first_and_last(
     captured = capsys.readouterr()
     assert "rehearsal" not in captured.out
     assert "run_1/final_info.json can't be read" in words(captured.err)["cause"]
+
+
+def test_a_setting_that_the_committed_records_lack_was_what_its_default_is() -> None:
+    """Or each verdict against them would name it."""
+    import experiment
+
+    record = json.loads((ROOT / "run_1" / "config.json").read_text())["settings"]
+    lacking = {field.name for field in dataclasses.fields(experiment.Settings)}
+    lacking -= set(with_current_names(record))
+    assert lacking <= {*BEFORE, *ASIDE}, lacking
+    for name in lacking & {*BEFORE}:
+        assert BEFORE[name] == getattr(experiment.Settings(), name)
