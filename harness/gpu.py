@@ -125,11 +125,12 @@ class CapturedSteps:
             if key not in self.x or self.x[key].shape != x_BD.shape:
                 self.x[key], self.graphs = torch.empty_like(x_BD), {}
             self.x[key].copy_(x_BD)
+        if self.why_not is not None:
+            return self.eager(at, log)
         choices = tuple(tuple(v for v in of if not isinstance(v, Tensor)) for of in at.values())
         kind = log, choices, *map(taken_for_granted, self.trainers.values())
-        if self.why_not is None and not is_hashable(kind):
+        if not is_hashable(kind):
             self.says("a schedule holds what has no hash, such as a list: make it a tuple")
-        if self.why_not is not None:
             return self.eager(at, log)
         if kind not in self.graphs:
             self.met[kind] += 1
@@ -189,11 +190,10 @@ class CapturedSteps:
             whole = self.held(copied=True)
             for key, trainer in self.trainers.items():
                 check_tensors(f"trainer {key}", trainer, trainer.sae.W_enc.device)
-                trainer.optimizer.zero_grad()
+            self.forget_gradients()
             before, others = self.held(), [replay for replay, _ in self.graphs.values()]
             replay, results = self.capture(lambda: self.eager(at, log), generators, others)
-            for trainer in self.trainers.values():
-                trainer.optimizer.zero_grad()
+            self.forget_gradients()
             if what := rebound(before, self.held()):
                 raise Uncapturable(f"a graph can't repeat how it changes {what}")
             self.check(whole, lambda: self.eager(at, log), replay)
@@ -203,6 +203,11 @@ class CapturedSteps:
         finally:
             if whole is not None:
                 restore(whole, self.given, trainers=self.trainers)
+
+    def forget_gradients(self) -> None:
+        """Leaves trainers without them, as a step that is taken once more finds them."""
+        for trainer in self.trainers.values():
+            trainer.optimizer.zero_grad()
 
     def held(self, copied: bool = False) -> dict[str, Any]:
         """The trainers' state."""
@@ -221,8 +226,7 @@ class CapturedSteps:
                 for parameter in trainer.sae.parameters():  # which no step may go on from
                     parameter.grad = torch.full_like(parameter, float("nan"))
             take()
-            for trainer in self.trainers.values():
-                trainer.optimizer.zero_grad()
+            self.forget_gradients()
             left.append(self.held(copied=not left))
         for one, other in zip(*(state["nodes"] for state in left)):
             if one["kind"] == "tensor":

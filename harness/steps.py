@@ -220,8 +220,8 @@ def advance(
                     n_tokens = len(keys) * len(part) * log.settings.batch
                     log.progress.advance(n_tokens, shown([r for r in last.values() if r]))
             log.looked = True
-    for trainer in trainers.values() if log.captured is not None else ():
-        trainer.optimizer.zero_grad()  # a step that is taken once more has none either
+    if log.captured is not None:
+        log.captured.forget_gradients()
     keys = list(trainers)
     return sorted(records, key=lambda r: (r["step"], keys.index((r["layer"], r["seed"]))))
 

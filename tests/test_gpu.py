@@ -138,8 +138,7 @@ def steps_of(trainers: dict, steps: range) -> CapturedSteps:
     for step in steps:
         x = {key: batches(key[0])[step] for key in KEYS}
         taken.step(x, {key: t.at(step, N_STEPS) for key, t in trainers.items()}, step % 20 == 0)
-    for trainer in trainers.values():
-        trainer.optimizer.zero_grad()
+    taken.forget_gradients()
     return taken
 
 
