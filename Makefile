@@ -5,7 +5,7 @@
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/installed
-PROFILE ?= $(SAE_PROFILE)
+PROFILE ?= $(or $(SAE_PROFILE),$(if $(filter smollm2/%,$(OUT)),smollm2))
 
 .PHONY: help setup run test plot pack publish clean-cache FORCE
 

@@ -181,7 +181,7 @@ def launch(
 
     def attempt(out_dir: Path, log: Path) -> None:
         check_out_dir(out_dir)
-        profile = choose_profile(profiles)
+        profile = choose_profile(profiles, out_dir, file.parent)
         chosen = settings_of_run(out_dir.name, settings, profiles[profile], plan)
         run = set_up(chosen, profile, out_dir, log, source, out_dir.name in plan)
         run = dataclasses.replace(run, core_metrics=core_metrics, probe=probe)
@@ -372,16 +372,24 @@ def memory_settings(stage: str) -> str:
     return settings.get(stage.split(": ")[-1], "d_sae or the number of layers and seeds")
 
 
-def choose_profile(profiles: Iterable[str]) -> str:
-    """SAE_PROFILE, or gemma-2-2b where CUDA is available, tinylm elsewhere."""
-    profile = os.environ.get("SAE_PROFILE")
-    if not profile:
-        return "gemma-2-2b" if torch.cuda.is_available() else "tinylm"
-    if profile not in profiles:
+def choose_profile(profiles: Iterable[str], out_dir: Path, home: Path) -> str:
+    """The profile after which the run's folder in `home` is named: smollm2/run_1 is of smollm2.
+
+    Elsewhere SAE_PROFILE, or gemma-2-2b where CUDA is available, tinylm where not.
+    """
+    profile, folder = os.environ.get("SAE_PROFILE"), out_dir.resolve().parent
+    if profile and profile not in profiles:
         raise ExperimentError(
             f"SAE_PROFILE must be {' or '.join(profiles)}, but is {profile!r}: change or unset it"
         )
-    return profile
+    if folder.parent == home and folder.name in profiles:
+        if profile and profile != folder.name:
+            raise ExperimentError(
+                f"a run in {folder.name}/ is of that profile, but SAE_PROFILE is {profile!r}: "
+                "unset it, or name another folder"
+            )
+        return folder.name
+    return profile or ("gemma-2-2b" if torch.cuda.is_available() else "tinylm")
 
 
 def check_layers(settings: SettingsLike, lm: LanguageModel) -> None:
