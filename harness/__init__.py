@@ -13,7 +13,8 @@
     evaluation/      core, probing: SAE-Bench's figures, each pass of the language model made once;
                      extra: sae-probes' data sets, where they are asked for;
                      shared_forward, probe_texts, probe_features, estimate: their parts;
-                     export: an SAE as SAELens stores it
+                     export: an SAE as SAELens stores it;
+                     features, logit_lens: what can be looked at of each feature
     fingerprint      all that a result depends on
     observation      what a run's own code does, seen while it does it
     reads            what tells it of files, folders, variables and modules that code reads

@@ -52,6 +52,16 @@ def cache(tmp_path_factory: pytest.TempPathFactory):
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def strict():
+    """What a run forgives, since it is no score, is an error here."""
+    from harness.evaluation import features
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(features, "FORGIVEN", ())
+        yield
+
+
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What outlives a run in this test alone."""

@@ -124,7 +124,7 @@ def of_core(one: One, prompts: int = 8, constant: bool = False) -> dict[str, flo
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(evaluation_core, "core_store", lambda *_: Tokens(one.tokens_BL))
         saes, metrics = {"sae": prepare_for_sae_bench(sae, settings)}, experiment.core_metrics
-        scalars, _, own, _ = shared_core_evals(saes, one.model, settings, metrics)["sae"]
+        scalars, _, own, *_ = shared_core_evals(saes, one.model, settings, metrics)["sae"]
     return {name: v for group in scalars.values() for name, v in group.items()} | own
 
 

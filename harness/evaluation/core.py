@@ -6,13 +6,14 @@ import contextlib
 import copy
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from harness.errors import ExperimentError, error_context
+from harness.evaluation.features import FeatureGatherer, shown_saes, write_features
 from harness.evaluation.shared_forward import CountingSAE, ModelView, SharedForward, StoreView
 from harness.fingerprint import result_key, text_identity
 from harness.generators import seed_generators
@@ -131,7 +132,7 @@ RunEvals = Callable[[Any, Any, Any, Any, set[int]], tuple[dict[str, dict], dict[
 
 
 def core_keys(
-    run: RunLike | None, saes: dict[str, SAELike], run_evals: RunEvals
+    run: RunLike | None, saes: dict[str, SAELike], run_evals: RunEvals, shown: Collection[str]
 ) -> dict[str, dict[str, Any] | None]:
     """By SAE, all that its core evaluation depends on; None: it is not kept."""
     if run is None or not run.keeps:
@@ -140,7 +141,11 @@ def core_keys(
     given |= {"language model": run.sae_bench_model}
     more = text_identity(run.settings.core_text)
     common = result_key("core evaluation", run, given, saes.values(), **more)
-    return {name: common | {"SAE": describe(sae)} for name, sae in saes.items()}
+    return {name: common | {"SAE": describe(sae), "shown": name in shown}
+            for name, sae in saes.items()}  # fmt: skip
+
+
+Result = tuple[dict, dict, dict[str, float], list[int], dict[str, Any] | None]
 
 
 def shared_core_evals(
@@ -150,7 +155,8 @@ def shared_core_evals(
     run_evals: RunEvals,
     advance: Callable[[int], None] = lambda n: None,
     run: RunLike | None = None,
-) -> dict[str, tuple[dict, dict, dict[str, float], list[int]]]:
+    shown: Collection[str] = (),
+) -> dict[str, Result]:
     """`run_evals` of SAEs that `prepare_for_sae_bench` has prepared, side by side.
 
     Args:
@@ -158,9 +164,10 @@ def shared_core_evals(
             and the token ids that don't count; returns scalars by group, and metrics by feature.
         advance: called with 1 after each batch.
         run: for which results, and the language model's passes, are kept; None: nothing is.
+        shown: the SAEs whose features are shown.
     Returns:
-        by SAE: what `run_evals` returned, figures of our own (`CountingSAE.figures`), and how many
-            contexts were drawn and differ.
+        by SAE: what `run_evals` returned, figures of our own (`CountingSAE.figures`), how many
+            contexts were drawn and differ, and what `FeatureGatherer` found of one that is shown.
     Raises:
         ExperimentError: the text is too short, or a score of the loss has nothing to divide by.
     """
@@ -170,7 +177,8 @@ def shared_core_evals(
         store = core_store(settings, model, saes[names[0]])
         cache = core_cache(run, settings, hooks) if run is not None else None
         shared = SharedForward(model, store, hooks, advance, cache, settings.first_positions)
-        counting = {name: CountingSAE(saes[name], shared) for name in names}
+        gatherers = {name: FeatureGatherer() for name in names if name in shown}
+        counting = {n: CountingSAE(saes[n], shared, gatherers.get(n)) for n in names}
 
         def one(name: str) -> tuple[dict, dict]:
             sae = counting[name]
@@ -182,11 +190,12 @@ def shared_core_evals(
         with torch.no_grad(), retain_freed_memory(), unchanged(shared):
             found = run_cooperatively({name: functools.partial(one, name) for name in names})
         drawn = [shared.n_contexts, len(shared.contexts)]
-        return [(name, (*result, counting[name].figures(), drawn))
+        features = {name: gatherer.gathered() for name, gatherer in gatherers.items()}
+        return [(name, (*result, counting[name].figures(), drawn, features.get(name)))
                 for name, result in found.items()]  # fmt: skip
 
     try:
-        return cached_each("core evaluation", core_keys(run, saes, run_evals), evaluated)
+        return cached_each("core evaluation", core_keys(run, saes, run_evals, shown), evaluated)
     except StopIteration as error:
         raise ExperimentError(
             f"the text {settings.core_text!r} must hold one context of {settings.context} tokens, "
@@ -228,7 +237,8 @@ def core_evaluation(
 ) -> dict[str, dict[str, float]]:
     """`run_evals` of folded SAEs: by name, the scalars by their names, and figures of our own.
 
-    Writes eval_results/core/….json in SAE-Bench's own form.
+    Writes eval_results/core/….json in SAE-Bench's own form, and features/layer_L.json.gz of the
+    first seed's.
 
     Args:
         run_evals, advance: see `shared_core_evals`.
@@ -242,7 +252,10 @@ def core_evaluation(
         if (untrained := saes.get(f"{name}_untrained")) is not None:
             check_trained(name, sae, untrained)
     ready = {name: prepare_for_sae_bench(sae, s) for name, sae in saes.items()}
-    results = shared_core_evals(ready, run.sae_bench_model, s, run_evals, advance, run)
+    shown = shown_saes(saes, s)
+    results = shared_core_evals(ready, run.sae_bench_model, s, run_evals, advance, run, shown)
+    for name in shown:
+        write_features(run, saes[name], results[name][4])
     for drawn, differ in {tuple(result[3]) for result in results.values()}:
         if differ < 0.95 * drawn:
             LEDGER.warns(
@@ -279,7 +292,7 @@ def mean_l0(
 def save_core(
     name: str,
     sae: SAELike,
-    result: tuple[dict, dict, dict[str, float], list[int]],
+    result: Result,
     settings: SettingsLike,
     out_dir: Path,
 ) -> dict[str, float]:
@@ -298,7 +311,7 @@ def save_core(
         get_sae_lens_version,
     )
 
-    scalars, features, own, _ = result
+    scalars, features, own, *_ = result
     flat = {metric: value for group in scalars.values() for metric, value in group.items()} | own
     check_core(name, flat)
     folder = out_dir / "eval_results" / "core"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from harness.console import Progress
 from harness.errors import ExperimentError, error_context
 from harness.evaluation.core import prepare_for_sae_bench
+from harness.evaluation.features import add_probing, class_differences, shown_saes
 from harness.evaluation.probe_features import Classes, probing_features
 from harness.fingerprint import result_key, tokens_digest
 from harness.generators import seed_generators
@@ -126,7 +127,8 @@ def shared_probing(
     states: dict[str, int | str],
     probe: Probe,
     digits: dict[str, str],
-) -> dict[str, dict[str, dict[str, float]]]:
+    shown: Collection[str] = (),
+) -> dict[str, tuple[dict[str, dict[str, float]], dict[str, list[float]]]]:
     """`probe` of SAEs on one data set, and of the language model at their layers.
 
     The language model's own probes begin at the seed for each data set and are kept from run to
@@ -137,19 +139,20 @@ def shared_probing(
         states: of the generator that each SAE's probes draw from; left as the next set needs them.
         probe: called with {class: (N, D or F)} of train and of test, "llm" or "sae", and
             `probe_ks`; returns {metric: {class: accuracy}}.
-        digits: by SAE, what stands for it in keys.
+        digits: by SAE, what stands for it in keys. shown: those whose features are shown.
     Returns:
-        by SAE, {metric: {class: accuracy}}.
+        by SAE, {metric: {class: accuracy}}, and of one that is shown `class_differences`.
     """
     settings, split = run.settings, run.probe_texts[dataset]
     more = {"data set": dataset, "texts": tokens_digest(split)}
     given = {"features": probing_features, "draws": drawn_from, "probe": probe,
-             "language model": run.sae_bench_model}  # fmt: skip
+             "language model": run.sae_bench_model, "differences": class_differences}
     of_llm: dict[str, Any] = {}
     keys: dict[str, dict | None] = dict.fromkeys(saes)
     if run.keeps:
         common = result_key("sparse probing", run, given, saes.values(), **more)
-        keys = {name: common | {"SAE": digits[name], "state": states[name]} for name in saes}
+        keys = {name: common | {"SAE": digits[name], "state": states[name], "shown": name in shown}
+                for name in saes}  # fmt: skip
         of_llm = result_key("language model probes", run, given, **more)
 
     def llm_probes(layer: int, acts: tuple[Classes, ...]) -> dict[str, dict[str, float]]:
@@ -157,7 +160,7 @@ def shared_probing(
         draws = settings.probe_seed, probe, acts, "llm", settings.probe_ks, settings.probe_seed
         return cached("language model probes", key, drawn_from, *draws)[0]
 
-    def probed(names: list[str]) -> Iterator[tuple[str, tuple[dict, str]]]:
+    def probed(names: list[str]) -> Iterator[tuple[str, tuple[dict, str, dict]]]:
         some = {name: saes[name] for name in names}
         with retain_freed_memory():
             llm_acts, sae_acts = probing_features(split, run.sae_bench_model, some, settings, run)
@@ -165,12 +168,13 @@ def shared_probing(
             for name, acts in sae_acts.items():
                 draws = states[name], probe, acts, "sae", settings.probe_ks, settings.probe_seed
                 own, after = drawn_from(*draws)
-                yield name, (own | llm[saes[name].cfg.hook_layer], after)
+                told = class_differences(acts[0]) if name in shown else {}
+                yield name, (own | llm[saes[name].cfg.hook_layer], after, told)
 
     with error_context(dataset):
         found = cached_each("sparse probing", keys, probed)
-    states |= {name: after for name, (_, after) in found.items()}
-    return {name: accuracies for name, (accuracies, _) in found.items()}
+    states |= {name: after for name, (_, after, _) in found.items()}
+    return {name: (accuracies, told) for name, (accuracies, _, told) in found.items()}
 
 
 def sparse_probing(
@@ -184,7 +188,7 @@ def sparse_probing(
     Stock SAE-Bench draws all probes of an SAE from one generator, seeded once. This keeps a
     generator state per SAE, so that an SAE's figures are those of a stock call that finds the
     activations stored (the second call of `run_eval_single_sae`). Writes
-    eval_results/sparse_probing/….json in SAE-Bench's own form.
+    eval_results/sparse_probing/….json in SAE-Bench's own form; adds to features/layer_L.json.gz.
 
     Args:
         probe: see `shared_probing`. progress: counts SAEs times data sets.
@@ -194,11 +198,14 @@ def sparse_probing(
     digits = {name: describe(sae) if run.keeps else "" for name, sae in ready.items()}
     states: dict[str, int | str] = dict.fromkeys(saes, s.probe_seed)
     per_class: dict[str, dict] = {name: {} for name in saes}
+    shown, told = shown_saes(saes, s), {name: {} for name in saes}
     for dataset in run.probe_texts:
-        found = shared_probing(run, dataset, ready, states, probe, digits)
-        for name, accuracies in found.items():
+        found = shared_probing(run, dataset, ready, states, probe, digits, shown)
+        for name, (accuracies, told[name][dataset]) in found.items():
             per_class[name][f"{dataset}_results"] = accuracies
         progress.advance(len(saes), dataset)
+    for name, layer in shown.items():
+        add_probing(run.out_dir, layer, told[name])
     return {
         name: save_probing(name, ready[name], per_class[name], s, run.out_dir) for name in saes
     }

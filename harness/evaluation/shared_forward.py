@@ -13,7 +13,8 @@ SAEs' evaluations take turns, batch by batch, and ask views of one `SharedForwar
                    -> SharedForward.ablated       by zeros: one such pass for a layer's SAEs
     in the sparsity batches:
     run_evals -> ModelView.run_with_cache       SharedForward.residuals: one pass for all SAEs
-              -> CountingSAE.decode             adds up the squared error, for fvu
+              -> CountingSAE.decode             adds up the squared error, for fvu; gathers what
+                                                is shown of features
 
 The code that computes and the tensors it gets are the stock ones, bit for bit.
 """
@@ -27,6 +28,7 @@ from typing import Any
 from torch import Tensor
 
 from harness.errors import ExperimentError
+from harness.evaluation.features import FeatureGatherer
 from harness.generators import generator_states, set_generator_states
 from harness.interfaces import SAELike
 from harness.language_model import acts_at, plain_of
@@ -213,10 +215,13 @@ class CountingSAE:
     Attributes:
         target_BLD: what the next `decode` is to reconstruct; None: that isn't counted.
         squared_error: Σ‖x − x̂‖² over the tokens counted so far.
+        gatherer: of what is shown of its features; None: nothing is.
     """
 
-    def __init__(self, sae: SAELike, shared: SharedForward) -> None:
-        self.sae, self.shared = sae, shared
+    def __init__(
+        self, sae: SAELike, shared: SharedForward, gatherer: FeatureGatherer | None = None
+    ) -> None:
+        self.sae, self.shared, self.gatherer = sae, shared, gatherer
         self.target_BLD: Tensor | None = None
         self.squared_error = 0.0
 
@@ -230,9 +235,12 @@ class CountingSAE:
         """(…, F) -> (…, D)."""
         out_BLD = self.sae.decode(feature_acts)
         if self.target_BLD is not None:
-            error_BLD = (self.target_BLD - out_BLD)[self.shared.token_mask()].double()
+            counts_BL = self.shared.token_mask()
+            error_BLD = (self.target_BLD - out_BLD)[counts_BL].double()
             self.squared_error += float(error_BLD.pow(2).sum())
             self.target_BLD = None
+            if self.gatherer is not None:
+                self.gatherer.add(feature_acts, self.shared.tokens_BL, counts_BL)
         return out_BLD
 
     def figures(self) -> dict[str, float]:
