@@ -2,8 +2,8 @@
 
 Reads every folder run_* beside this file that holds a final_info.json, and writes for each profile
 figures/<profile>/adaptation, training_losses, training_sparsity, plane, probing, ablation, forest
-(.png and .pdf) and ablation.md; and with bench/figures.py what bench/ measured, into figures/bench.
-Profiles are never mixed. Needs matplotlib, numpy, pandas and scipy; no torch.
+(.png and .pdf), ablation.md, and index.html, a page of all this and of the runs' features; and into
+figures/bench what bench/ measured. Profiles are never mixed. Needs matplotlib, pandas, scipy.
 """
 
 import functools
@@ -25,6 +25,7 @@ import pandas as pd
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
+from harness.report import write_report
 from harness.verdict import (
     MAX_L0_RATIO,
     MIN_SEEDS,
@@ -760,8 +761,7 @@ def draw_profile(profile, report, folder, figures):
     folder.mkdir(parents=True, exist_ok=True)
     for path in (folder / name for name in figures):
         with plt.rc_context(STYLE):
-            figure = FIGURES[path.name](report)
-            if figure:
+            if figure := FIGURES[path.name](report):
                 save(figure, path)
         for suffix in () if figure else (".png", ".pdf"):
             path.with_suffix(suffix).unlink(missing_ok=True)
@@ -779,7 +779,8 @@ def main(root=HERE, figures=tuple(FIGURES)):
     for profile, report in reports.items():
         folder = root / "figures" / profile
         try:
-            print(draw_profile(profile, report, folder, figures))
+            print(text := draw_profile(profile, report, folder, figures))
+            write_report(folder, [root / run.name for run in report.runs], text)
         except OSError as error:
             complain(f"{error.filename or folder} can't be written ({error.strerror}): make "
                      "room or set its permissions, and run plot.py again.")
@@ -788,7 +789,6 @@ def main(root=HERE, figures=tuple(FIGURES)):
             "" if report.logged_layers else " (no training logs, so no curves)"))
     if (root / "bench").is_dir():
         from bench.figures import draw_bench  # it draws with what stands here
-
         if text := draw_bench(root / "bench", root / "figures" / "bench", reports.get("tinylm")):
             print(f"{text}\nfigures of bench/: {root / 'figures' / 'bench'}")
     return 0

@@ -1,8 +1,11 @@
 """Runs' folders with plausible numbers, for the tests of figures and tables."""
 
+import functools
+import gzip
 import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 
@@ -73,6 +76,65 @@ def make_run(root, name, *, profile="tinylm", layers=(1, 2, 4), seeds=(0,), test
             file.writelines(json.dumps(line) + "\n" for line in lines)
     (folder / "final_info.json").write_text(json.dumps(info))
     return info
+
+
+@functools.cache
+def source_tokens():
+    """Python source in pieces like a tokenizer's: their strings, and the text by index."""
+    pieces = re.findall(r" ?\w+|\n[ ]*|[^\w\s]| +", Path(json.decoder.__file__).read_text())
+    strings = sorted(set(pieces))
+    index = {piece: i for i, piece in enumerate(strings)}
+    return strings, [index[piece] for piece in pieces]
+
+
+def make_features(folder, layer, d_sae, *, n_contexts=8, tokens=(), **header):
+    """features/layer_L.json.gz of a run: plausible features of Python source.
+
+    Feature 0 is dead, feature 1 dense. `tokens` replaces the strings of the first tokens.
+    Returns what was written.
+    """
+    rng = np.random.default_rng([layer, d_sae])
+    strings, text = source_tokens()
+    strings = [*tokens, *strings[len(tokens):]]
+    places = {}
+    for place, token in enumerate(text):
+        places.setdefault(token, []).append(place)
+    usual = [token for token, where in places.items() if len(where) >= 3]
+    probed = [f"tinylm/B: {name}" for name in ("docstring", "library", "plotting")]
+    edges = [round(0.05 * 1.25 ** i, 4) for i in range(31)]
+    features = []
+    for i in range(d_sae):
+        dead = i == 0 or rng.random() < 0.02
+        density = 0 if dead else 0.31 if i == 1 else round(float(10 ** rng.normal(-2.2, 0.5)), 5)
+        largest, contexts = round(float(rng.uniform(2, 30)), 2), []
+        token = usual[int(rng.integers(len(usual)))]
+        for n, at in enumerate([] if dead else places[token][:n_contexts]):
+            start = max(0, at - 12)
+            window = text[start:at + 7]
+            acts = [0] * len(window)
+            acts[at - start] = round(largest * 0.93 ** n, 2)
+            for near in rng.integers(0, len(window), 3).tolist():
+                acts[near] = acts[near] or round(float(rng.uniform(0.1, 0.7)) * largest, 2)
+            contexts.append({"tokens": window, "acts": acts, "at": at - start, "passage": n})
+        counts = rng.poisson(200 * np.exp(-0.5 * ((np.arange(30) - 18) / 5) ** 2)).tolist()
+        sides = rng.integers(0, len(strings), (2, 10)).tolist()
+        near = rng.integers(0, d_sae, 5).tolist()
+        features.append({
+            "density": density, "mean": 0 if dead else round(largest / 3, 2),
+            "max": 0 if dead else largest, "histogram": [0] * 30 if dead else counts,
+            "contexts": contexts,
+            "raises": [[t, round(3.1 - 0.2 * n, 2)] for n, t in enumerate(sides[0])],
+            "lowers": [[t, round(0.2 * n - 2.9, 2)] for n, t in enumerate(sides[1])],
+            "nearest": [[f, round(0.61 - 0.07 * n, 3)] for n, f in enumerate(near)],
+            "probe": [] if dead else [[int(c), round(float(rng.normal()), 3)]
+                                      for c in rng.permutation(3)[:2]]})
+    data = {"version": 1, "model": "tinylm", "hook_name": f"blocks.{layer}.hook_resid_post",
+            "layer": layer, "seed": 0, "d_sae": d_sae, "n_tokens": 98_304, "tokens": strings,
+            "edges": edges, "probed": probed, "features": features, **header}
+    (folder / "features").mkdir(exist_ok=True)
+    path = folder / "features" / f"layer_{layer}.json.gz"
+    path.write_bytes(gzip.compress(json.dumps(data, separators=(",", ":")).encode(), mtime=0))
+    return data
 
 
 def table(text, heading_of_first_column, section=0):
