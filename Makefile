@@ -12,7 +12,8 @@ PROFILE ?= $(or $(SAE_PROFILE),$(if $(filter smollm2/%,$(OUT)),smollm2))
 help:
 	@echo 'make run OUT=run_try   train and score the experiment, into the folder run_try'
 	@echo '                       PROFILE=smollm2: on that language model, installed first'
-	@echo 'make plot              draw the figures and tables of the runs found here'
+	@echo 'make plot              draw the figures and tables of the runs found here, and index.html,'
+	@echo '                       a page of them and of their features, into figures/'
 	@echo 'make pack RUN=run_11   pack the long files of that run, so that it can be committed'
 	@echo 'make publish RUN=run_11   make a folder of its SAEs for the Hugging Face hub, with a card'
 	@echo '                       REPO=you/run_11: its name there; MODEL=you/model: its language model'

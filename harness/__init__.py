@@ -8,6 +8,7 @@
     gpu              losses that are compiled, and steps that are captured as one graph
     provenance       what ran and where: config.json
     records          what a run writes, and the checks that it can be right
+    report           a profile's runs, figures and features on one page: plot.py's index.html
     publish          a run as a folder for the Hugging Face hub: a program of its own
     model_card       its README.md there
     evaluation/      core, probing: SAE-Bench's figures, each pass of the language model made once;

@@ -25,16 +25,20 @@ function make(tag, attributes = {}, ...children) {
 // ---- numbers and tokens as text ----------------------------------------------------------------
 
 const count = (n) => n.toLocaleString("en");
-const short = (value) => String(Number(value.toPrecision(3)));
+const short = (value) => value.toLocaleString("en", { maximumSignificantDigits: 3 });
 const percent = (part) => `${short(100 * part)}%`;
-const signed = (value) => (value > 0 ? "+" : "") + short(value).replace("-", "−");
-const GLYPHS = { " ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍", "": "∅" };
+const signed = (value) => (value > 0 ? "+" : "") + value.toPrecision(3).replace("-", "−");
+const GLYPHS = { " ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍" };
 
-// A token whose spaces and line ends can be seen.
+// A token whose spaces and line ends can be seen; over four alike are one with their number.
 function token(text, tag = "span") {
-  const parts = text === "" ? [""] : text.split(/([ \n\t\r])/).filter((part) => part !== "");
-  return make(tag, { class: "token" }, ...parts.map((part) => (
-    part in GLYPHS ? make("span", { class: "space" }, GLYPHS[part]) : part)));
+  const parts = text === "" ? [] : text.match(/ +|\n+|\t+|\r+|[^ \n\t\r]+/g);
+  return make(tag, { class: "token" }, ...parts.map((part) => {
+    const glyph = GLYPHS[part[0]];
+    if (!glyph) return part;
+    const shownAs = part.length > 4 ? `${glyph}×${part.length}` : glyph.repeat(part.length);
+    return make("span", { class: "space" }, shownAs);
+  }), text === "" ? make("span", { class: "space" }, "∅") : "");
 }
 
 // What a feature's strongest contexts have at their peak; of a dead one there is none.
@@ -63,7 +67,7 @@ function random(start) { // mulberry32: the same order for the same seed in ever
 
 // The weight by which a feature tells a class, or of them all the largest; 0 where it tells none.
 function weight(feature, name) {
-  const own = name === "largest" ? feature.probe : feature.probe.filter(([c]) => String(c) === name);
+  const own = feature.probe.filter(([c]) => name === "largest" || String(c) === name);
   return own.reduce((most, [, value]) => (Math.abs(value) > Math.abs(most) ? value : most), 0);
 }
 
@@ -115,14 +119,15 @@ function list() {
   const where = `${$("run").value}/features/layer_${current.layer}.json.gz`;
   $("count").textContent = `${count(shown.length)} of ${count(held)} features`
     + ($("sort").value === "random" ? `, random order ${seed}` : "")
-    + (held < current.n ? `. This page holds ${count(held)} of the layer’s ${count(current.n)}: dense `
-      + `ones, those that tell a class most, and others drawn at random. All are in ${where}.` : "");
+    + (held < current.n ? `. This page holds ${count(held)} of the layer’s ${count(current.n)}: `
+      + "dense ones, those that tell a class most, and others drawn at random. "
+      + `All are in ${where}.` : "");
   at = -1;
   mark();
 }
 
 // Shows in the list which feature is open, and which row the keys are on.
-function mark(place = shown.findIndex((feature) => feature.id === opened)) {
+function mark(place = opened === null ? at : shown.findIndex(({ id }) => id === opened)) {
   for (const old of $("list").querySelectorAll(".active, .open")) {
     old.classList.remove("active", "open");
     old.setAttribute("aria-selected", "false");
@@ -148,12 +153,14 @@ function mark(place = shown.findIndex((feature) => feature.id === opened)) {
 function bars(counts, ticks, name, { here = null, kind = () => "" } = {}) {
   const [width, height, most] = [460, 110, Math.max(...counts, 1)];
   const x = (place) => (place * width) / counts.length;
-  const svg = make("svg", { viewBox: `0 0 ${width} ${height + 22}`, role: "img", "aria-label": name });
+  const svg = make("svg", { viewBox: `0 0 ${width} ${height + 22}`, role: "img",
+    "aria-label": name });
   counts.forEach((n, i) => n && svg.append(make("rect", {
     x: x(i) + 0.5, width: x(1) - 1, y: height - (n / most) * height, height: (n / most) * height,
     class: kind(i) })));
   svg.append(make("line", { x1: 0, x2: width, y1: height, y2: height }));
-  if (here !== null) svg.append(make("line", { x1: x(here), x2: x(here), y1: 0, y2: height, class: "here" }));
+  const line = { x1: x(here), x2: x(here), y1: 0, y2: height, class: "here" };
+  if (here !== null) svg.append(make("line", line));
   for (const [place, text] of ticks) {
     const anchor = place <= 0 ? "start" : place >= counts.length ? "end" : "middle";
     svg.append(make("text", { x: x(place), y: height + 16, "text-anchor": anchor }, text));
@@ -169,8 +176,9 @@ function densities(feature = null) {
   return [make("h4", {}, "Densities of the layer’s features"),
     bars(counts, ticks, `Histogram of the densities of ${count(current.n)} features`,
       { here, kind: (i) => (10 ** (i / 4 + low) >= 0.999 * DENSE ? "dense" : "") }),
-    make("p", { class: "keys" }, `${count(current.n_dead)} dead, ${count(current.n_dense)} dense`
-      + (here === null ? "" : "; the line: this feature"))];
+    make("p", { class: "keys" }, `number of features; tallest bar: ${count(Math.max(...counts))}; `
+      + `${count(current.n_dead)} dead, ${count(current.n_dense)} dense`
+      + (here === null ? "" : "; line: this feature"))];
 }
 
 function activations(feature) {
@@ -179,7 +187,8 @@ function activations(feature) {
   return [make("h4", {}, "Activations, where active"),
     bars(feature.histogram, places.map((i) => [i, short(edges[i])]),
       `Histogram of activations from ${short(edges[0])} to ${short(edges.at(-1))}`),
-    make("p", { class: "keys" }, "number of tokens by activation, on a log axis")];
+    make("p", { class: "keys" }, "number of tokens by activation, on a log axis; tallest bar: "
+      + count(Math.max(...feature.histogram)))];
 }
 
 // Lines of [what, value] with a bar for the value.
@@ -195,7 +204,8 @@ function ranking(title, lines) {
 }
 
 function context(feature, { tokens, acts, at: peak }) {
-  const line = make("div", { class: "context", tabindex: 0, role: "group" });
+  const line = make("div", { class: "context", tabindex: 0, role: "group",
+    "aria-label": `context, largest activation ${short(acts[peak])}` });
   tokens.forEach((index, i) => {
     const piece = token(current.tokens[index], acts[i] > 0 ? "mark" : "span");
     if (acts[i] > 0) {
@@ -222,12 +232,13 @@ function feature(id) {
   const back = make("button", { type: "button", class: "back" }, "Back to the list");
   back.addEventListener("click", toList);
   if (!one) {
-    return [title, back, make("p", {}, id < current.n ? "This page doesn’t hold it: the file that is "
-      + "named above does." : `The layer has ${count(current.n)} features, from 0 on.`)];
+    const why = id < current.n ? "This page doesn’t hold it: the file that is named above does."
+      : `The layer has ${count(current.n)} features, from 0 on.`;
+    return [title, back, make("p", {}, why)];
   }
   title.append(...flags(one));
-  const facts = [["density", percent(one.density)], ["mean where active", short(one.mean)],
-    ["largest activation", short(one.max)]];
+  const facts = [[`density, of ${count(current.n_tokens)} tokens`, percent(one.density)],
+    ["mean where active", short(one.mean)], ["largest activation", short(one.max)]];
   const classes = one.probe.map(([c, value]) => [[current.probed[c]], value]);
   const words = (side) => side.map(([index, value]) => [[token(current.tokens[index])], value]);
   return [title, back,
@@ -236,11 +247,13 @@ function feature(id) {
     make("dl", { class: "facts" }, ...facts.map(([name, value]) => make("div", {},
       make("dt", {}, name), make("dd", {}, value)))),
     ...(one.contexts.length ? [make("h4", {}, "Strongest contexts"),
+      make("p", { class: "keys" }, "· a space, ·×8 eight, ⏎ a line end; underlined: the strongest"),
       make("ol", { class: "contexts" }, ...one.contexts.map((each) => context(one, each)))] : [
       make("p", {}, `Never active on ${count(current.n_tokens)} tokens.`)]),
     make("div", { class: "pair" },
       ranking("Tokens whose logits it raises most", words(one.raises)),
       ranking("Tokens whose logits it lowers most", words(one.lowers))),
+    ...(current.lens ? [make("p", { class: "keys" }, `Through ${current.lens}.`)] : []),
     make("div", { class: "pair" },
       make("div", {}, ...(one.density > 0 ? activations(one) : [])),
       make("div", {}, ...densities(one))),
@@ -257,7 +270,7 @@ function overview() {
     make("p", {}, "Choose a feature in the list.")];
 }
 
-// ---- address, and what the user does --------------------------------------------------------------
+// ---- address, and what the user does ------------------------------------------------------------
 
 function address(id = null) {
   const parts = [$("run").value, $("layer").value, ...(id === null ? [] : [id])];
@@ -267,6 +280,14 @@ function address(id = null) {
 function choices(select, values, chosen, text = (value) => value) {
   select.replaceChildren(...values.map((value) => make("option", { value }, text(value))));
   select.value = chosen;
+}
+
+function decode(text) {
+  try {
+    return decodeURIComponent(text);
+  } catch { // an address that was cut off
+    return text;
+  }
 }
 
 async function unpack({ element }) {
@@ -279,7 +300,7 @@ async function unpack({ element }) {
 async function route() {
   const hash = location.hash;
   if (hash && !hash.startsWith("#/") && current) return;
-  const [run, layer, id] = hash.startsWith("#/") ? hash.slice(2).split("/").map(decodeURIComponent) : [];
+  const [run, layer, id] = hash.startsWith("#/") ? hash.slice(2).split("/").map(decode) : [];
   const mine = layers.filter((each) => each.run === run);
   const own = mine.length ? mine : layers.filter((each) => each.run === layers[0].run);
   const entry = own.find((each) => each.layer === layer) || own[0];
@@ -288,32 +309,34 @@ async function route() {
   try {
     entry.data ??= await unpack(entry);
   } catch (error) {
-    $("count").textContent = `The features can’t be unpacked (${error.message}): a browser of 2023 or `
-      + "newer can.";
+    $("count").textContent = `The features can’t be unpacked (${error.message}): `
+      + "a browser of 2023 or newer can.";
     return;
   }
   if (location.hash !== hash) return; // the user went on meanwhile
-  const before = current;
   opened = /^\d+$/.test(id) ? Number(id) : null;
   if (current !== entry.data) {
     current = entry.data;
     sorts();
     list();
-  } else mark();
+  } else mark(); // also where no feature is open: the keys stay where they were
   $("view").replaceChildren(...(opened === null ? overview() : feature(opened)));
-  document.querySelector(".panes").classList.toggle("opened", opened !== null);
-  if (opened !== null) $("view").querySelector("h3").focus({ preventScroll: true });
-  if (opened !== null || (before && hash.startsWith("#/"))) browser.querySelector(".panes").scrollIntoView();
+  const [panes, title] = [browser.querySelector(".panes"), $("view").querySelector("h3")];
+  document.title = `${title.firstChild.data} · ${entry.run}, layer ${entry.layer}`;
+  panes.classList.toggle("opened", opened !== null);
+  if (opened !== null) title.focus({ preventScroll: true });
+  if (hash.startsWith("#/")) panes.scrollIntoView();
 }
 
 function sorts() {
   const chosen = $("sort").value;
-  const groups = make("optgroup", { label: "by how much it tells" },
-    make("option", { value: "probe:largest" }, "any class"),
-    ...current.probed.map((name, i) => make("option", { value: `probe:${i}` }, name)));
-  $("sort").replaceChildren(...[["number", "number"], ["dense", "density, highest first"],
-    ["rare", "density, lowest first"], ["max", "largest activation"], ["random", "random order"]].map(
-    ([value, text]) => make("option", { value }, text)), groups);
+  const classes = current.probed.map((name, i) => make("option", { value: `probe:${i}` }, name));
+  const groups = classes.length ? [make("optgroup", { label: "by how much it tells" },
+    make("option", { value: "probe:largest" }, "any class"), ...classes)] : [];
+  const orders = { number: "number", dense: "density, highest first",
+    rare: "density, lowest first", max: "largest activation", random: "random order" };
+  $("sort").replaceChildren(...Object.entries(orders).map(
+    ([value, text]) => make("option", { value }, text)), ...groups);
   $("sort").value = chosen;
   if (!$("sort").value) $("sort").value = "number";
 }
@@ -322,15 +345,11 @@ function openAt(place) {
   if (shown[place]) location.hash = address(shown[place].id);
 }
 
+const within = (place) => Math.max(0, Math.min(shown.length - 1, place));
+
 function toList() {
-  const place = at;
   location.hash = address();
   $("list").focus({ preventScroll: true });
-  mark(place);
-}
-
-function move(step) {
-  mark(Math.max(0, Math.min(shown.length - 1, at + step)));
 }
 
 function onKey(event) {
@@ -347,12 +366,12 @@ function onKey(event) {
     else $("list").focus(), mark(Math.max(0, at));
   } else if (typing) return;
   else if (key === "Escape" && opened !== null) toList();
-  else if (step && opened !== null && !listed) openAt(Math.max(0, Math.min(shown.length - 1, at + step)));
-  else if (step) $("list").focus({ preventScroll: !listed && step === 0 }), move(step);
+  else if (step && opened !== null && !listed) openAt(within(at + step));
+  else if (step) $("list").focus(), mark(within(at + step));
   else if (listed && key === "Enter") openAt(at);
   else if (marks.length && (key === "ArrowRight" || key === "ArrowLeft")) {
-    const next = marks.indexOf(target) + (key === "ArrowRight" ? 1 : target.matches("mark") ? -1 : 0);
-    marks.at(next % marks.length).focus();
+    const next = key === "ArrowRight" ? 1 : target.matches("mark") ? -1 : 0;
+    marks.at((marks.indexOf(target) + next) % marks.length).focus();
   } else return;
   event.preventDefault();
 }

@@ -23,7 +23,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from harness.verdict import BEFORE, as_text, part_of, same, with_current_names
+from harness.verdict import ASIDE, BEFORE, as_text, part_of, same, with_current_names
 
 MAX_BYTES = 5_000_000  # of the page: it can be mailed, and opens at once
 DENSE = 0.1  # a feature that is active on more of the tokens than this is called dense
@@ -87,8 +87,7 @@ def pack_layers(runs: Sequence[Path], room: int) -> tuple[list[str], list[str]]:
             share = room // (len(paths) - n) - len(empty.encode())
             content = fit(data, share, path.stat().st_size)
         except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
-            unread.append(f"{name}/features/{path.name} can't be read ({type(error).__name__}: "
-                          f"{error}), so it is not shown: run {name} again.")  # fmt: skip
+            unread.append(unreadable(path, error) + f", so it is not shown: run {name} again.")
             room -= 2 * len(unread[-1])
             continue
         tag = packed[places[name], data["layer"]] = TAG.format(
@@ -164,7 +163,7 @@ def pack(
     ]  # fmt: skip
     data = head | {"tokens": [tokens[token] for token in new], "features": written}
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
+    return base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()
 
 
 # ---- the rest of the page -------------------------------------------------------------------
@@ -173,6 +172,13 @@ def pack(
 def digest(text: str) -> str:
     """What a Content-Security-Policy names an inline style or script by."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+
+
+def unreadable(path: Path, error: Exception) -> str:
+    """The start of a sentence, which names no folder of the machine."""
+    within = path.parts[-3:] if path.parent.name == "features" else path.parts[-2:]
+    reason = getattr(error, "strerror", None) or error
+    return f"{'/'.join(within)} can't be read ({type(error).__name__}: {reason})"
 
 
 def items(sentences: Sequence[str]) -> str:
@@ -186,8 +192,8 @@ def table(name: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> s
         tag = "th scope=row" if column == 0 else "td"
         number = re.match(r"[+\-−]?\d|-$", text) is not None and column > 0
         verdict = header[column] == "verdict"
-        kind = re.sub(r"\W+", "-", text) if verdict else "number" * number
-        return f"<{tag}{f' class={kind}' if kind else ''}>{html.escape(text)}</{tag[:2]}>"
+        kind = "verdict " + re.sub(r"\W+", "-", text) if verdict else "number" * number
+        return f'<{tag} class="{kind}">{html.escape(text)}</{tag[:2]}>'
 
     heads = "".join(f"<th scope=col>{html.escape(text)}</th>" for text in header)
     rows = "".join(
@@ -240,34 +246,36 @@ def figures_html(folder: Path) -> str:
 
 def warnings_html(runs: Sequence[Path]) -> str:
     """What each run's warnings.json says."""
-    found = {run.name: read_json(run / "warnings.json") for run in runs}
-    made = [f"<h3>{html.escape(name)}</h3>{items([str(sentence) for sentence in sentences])}"
-            for name, sentences in found.items() if sentences and isinstance(sentences, list)]
+    made = []
+    for path in (run / "warnings.json" for run in runs):
+        try:
+            sentences = [str(sentence) for sentence in json.loads(path.read_text("utf-8"))]
+        except FileNotFoundError:  # older runs, and the given baseline
+            continue
+        except (OSError, ValueError, TypeError) as error:
+            sentences = [unreadable(path, error) + "."]
+        if sentences:
+            made.append(f"<h3>{html.escape(path.parent.name)}</h3>{items(sentences)}")
     return "\n".join(made) or "<p>No run has any.</p>"
 
 
 def settings_html(runs: Sequence[Path]) -> str:
-    """A row for each setting that is not the same in all runs that record it."""
+    """A row for each setting that is not the same in all runs, as the verdict has it.
+
+    A record may lack one for its age, or since an edit of another run added it.
+    """
     found = {}
     for run in runs:
-        config = read_json(run / "config.json")
-        if given := part_of(config if isinstance(config, dict) else {}, "settings"):
+        config = json.loads((run / "config.json").read_text("utf-8"))
+        if given := part_of(config, "settings"):
             found[run.name] = BEFORE | with_current_names(given)
     names = dict.fromkeys(name for settings in found.values() for name in settings)
     lines = []
     for name in names:
-        values = [settings[name] for settings in found.values() if name in settings]
+        values = [s.get(name) for s in found.values() if name in s or name not in ASIDE]
         if name != "description" and not all(same(value, values[0]) for value in values):
             texts = (as_text(s[name]) if name in s else "-" for s in found.values())
             lines.append([name, *texts])
     if not lines:
         return "<p>None.</p>"
     return table("Settings that differ", ["setting", *found], lines)
-
-
-def read_json(path: Path) -> Any:
-    """The file's content, None where there is none that can be read."""
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return None

@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 # From the ground up: a room imports only from rooms below its own line.
 FLOORS = (
     ("errors", "start", "observation", "signals", "witness", "partials", "verdict", "interfaces",
-     "settings", "reference", "generators", "object_parts", "object_state"),
+     "settings", "reference", "generators", "object_parts", "object_state", "report"),
     ("reads", "console", "machine"),
     ("ledger", "gpu"),
     ("store",),
@@ -83,7 +83,7 @@ def test_imports_go_down_alone(room: str) -> None:
 
 def test_the_map_imports_nothing_and_the_ground_needs_no_torch() -> None:
     assert not imported(ROOMS["__init__"]) - {"__future__"}
-    code = "import sys, harness, harness.verdict, harness.errors; assert 'torch' not in sys.modules"
+    code = "import sys, harness, harness.report, harness.errors; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
