@@ -30,6 +30,7 @@ from harness.generators import seed_generators
 from harness.gpu import compiled
 from harness.language_model import hook_name
 from harness.machine import in_order, trim_memory
+from harness.peers import TUNED, peer_trainers
 from harness.records import check_results, write_records
 from harness.settings import checked, must_hold, sweep  # noqa: F401 (for PLAN)
 from harness.startup import Run, launch
@@ -62,6 +63,9 @@ class Settings:
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     # The SAE and its loss (docs/method.md, The loss).
+    trainer: Literal["contrastive", "standard", "topk", "batchtopk", "jumprelu", "jumprelu_tanh",
+                     "gated", "matryoshka_batchtopk"] = "contrastive"  # all others: SAELens'
+    sparsity_coefficient: PositiveFloat | tuple[PositiveFloat, ...] | None = None  # or by layer
     d_sae: PositiveInt = 1024  # F, the number of features
     loss_variant: Literal["contrastive", "as_written"] = "contrastive"  # or as first written down
     tau_sel: PositiveFloat | None = None  # selection temperature; None: learned in (0.1, 0.5)
@@ -73,7 +77,7 @@ class Settings:
     threshold_rate: Annotated[float, Field(gt=0, le=1)] = 0.05  # by which it follows k, per step
     density_penalty: NonNegativeFloat = 0.0  # φ: selected features cost as often as they fire
     curriculum: bool = True  # False: no selection, all active features reconstruct (k_min = 1)
-    k_min: PositiveInt = 16  # features selected per token at the end of the curriculum
+    k_min: PositiveInt = 16  # features selected per token at the end of the curriculum; SAELens' k
     k_start_factor: PositiveFloat = 2.0  # the curriculum starts at k_start = k_start_factor · k_min
     curriculum_fraction: Part = 0.1  # part of training after which k_t = k_min
 
@@ -130,7 +134,7 @@ class Settings:
 
 GPU = torch.cuda.is_available()
 PROFILES: dict[str, dict[str, Any]] = {  # under a run's name: what that run has otherwise there
-    "tinylm": {},  # the defaults above
+    "tinylm": dict(trainers=TUNED),  # the defaults above, and SAELens' trainers' own
     "smollm2": dict(model="smollm2", training_text="smollm2", core_text="smollm2",  # of packages
         first_positions=2, layers=(9, 14, 19), d_sae=4608, k_min=32, lr=1e-3, theta_lr=5e-2,
         training_tokens=4_000_000 if GPU else 400_000, buffer_tokens=131_072, core_prompts=8,
@@ -621,8 +625,10 @@ def new_sae(
     return sae
 
 
-def new_trainers(run: Run, stats: dict[int, ActivationStats], fixed: dict) -> dict[Key, Trainer]:
-    """A trainer per layer and seed. See `activation_stats`, `constants` and `Trainer`."""
+def new_trainers(run: Run, stats: dict[int, ActivationStats], fixed: dict) -> dict[Key, Any]:
+    """A trainer per layer and seed. See `ActivationStats`, `constants` and `Trainer`."""
+    if run.settings.trainer != "contrastive":
+        return peer_trainers(run, stats, fixed)
     s, k = run.settings, k_at(run.settings, progress=1.0)
     by_threshold = k is not None and s.activation == "jumprelu"
     trainers = {}
@@ -641,28 +647,23 @@ class Training:
     log: TrainingLog
 
 
-def train(
-    run: Run, buffer: ActivationBuffer, start: Callable[..., dict[Key, Any]] = new_trainers
-) -> Training:
+def train(run: Run, buffer: ActivationBuffer) -> Training:
     """Trains an SAE per layer and seed, all on the same text and the same forward passes.
 
     With `budget_minutes`, the total is reduced once, after 5% of it, if training and evaluation
     would not fit. Goes on from what an earlier attempt has saved, to the same weights.
-
-    Args:
-        start: makes the trainers; bench/quality.py has other projects' trained on the same tokens.
     """
     s, device, fixed = run.settings, buffer.lm.hf.device, run.constants(tuple(LEARNED_SCALARS))
     shuffles = {seed: torch.Generator().manual_seed(seed) for seed in s.seeds}
     stats: dict[int, ActivationStats] = {}
-    trainers: dict[Key, Trainer] = {}
-    checkpoints = run.checkpoints(train=train, start=start, buffer=buffer, constants=fixed)
+    trainers: dict[Key, Any] = {}
+    checkpoints = run.checkpoints(train=train, buffer=buffer, constants=fixed)
     saved = checkpoints.load() or {}
     path = run.out_dir / "train_log.jsonl"
     with checkpoints, TrainingLog(s, path, saved.get("log"), given=run) as log:
         if saved:
             stats = {at: ActivationStats(m.to(device), f) for at, (m, f) in saved["stats"].items()}
-            trainers = start(run, stats, fixed)
+            trainers = new_trainers(run, stats, fixed)
             checkpoints.restore(trainers=trainers, shuffles=shuffles)
             buffer.load_state_dict(saved["buffer"])
         while steps := log.next_steps():
@@ -673,7 +674,7 @@ def train(
             with log.timing("seconds_training"):
                 if not trainers:
                     stats = {at: ActivationStats.of(a_ND) for at, a_ND in zip(s.layers, acts_LND)}
-                    trainers = start(run, stats, fixed)
+                    trainers = new_trainers(run, stats, fixed)
                 take_steps(s, trainers, acts_LND, shuffles, steps, log)
             if decided := log.is_budget_due():
                 raw = {k: t.sae.fold_activation_norm_scaling() for k, t in trainers.items()}
@@ -769,8 +770,8 @@ def figures_of(key: Key, training: Training, scores: dict[str, dict]) -> dict[st
     figures |= {f"untrained_{m[4:]}": v for m, v in untrained.items() if m.startswith("sae_")}
     for metric in ("l0", "ce_loss_score", "fvu"):
         figures[f"untrained_{metric}"] = core[f"{name}_untrained"][metric]
-    figures |= {metric: last[metric] for metric in (*LEARNED_SCALARS, "w", "dead_fraction")}
-    return figures | {metric: v for metric, v in last.items() if metric.startswith("loss")}
+    own = (*LEARNED_SCALARS, "w", "dead_fraction")  # of SAELens' trainers the last alone
+    return figures | {m: v for m, v in last.items() if m in own or m.startswith("loss")}
 
 
 # ---- MAIN ---------------------------------------------------------------------------------------
@@ -779,10 +780,9 @@ def figures_of(key: Key, training: Training, scores: dict[str, dict]) -> dict[st
 def export(run: Run, training: Training) -> None:
     """Writes each SAE, folded, as SAELens stores it, with θ and what follows in theta.json."""
     for (layer, seed), sae in training.saes.items():
-        kind = "jumprelu" if sae.threshold is not None else "standard" if sae.k is None else "topk"
         theta = {**sae.learned_scalars(), "scale": sae.norm_scaling_factor}
         raw, folder = sae.fold_activation_norm_scaling(), f"sae/layer_{layer}/seed_{seed}"
-        export_to_saelens(run, raw, run.out_dir / folder, kind, k=sae.k, theta=theta)
+        export_to_saelens(run, raw, run.out_dir / folder, theta=theta)
 
 
 def main(run: Run) -> None:

@@ -35,10 +35,9 @@ from torch import Tensor
 
 import experiment
 from bench import quality
-from bench.common import run_on
+from bench.common import exported, run_on
 from bench.figures import ground_truth_table
 from bench.quality import OURS, UNTRAINED, Cell
-from bench.trainers import exported
 from experiment import Settings
 from harness.machine import make_reproducible
 
@@ -152,7 +151,7 @@ def run_cell(cell: Cell, base: Settings, folder: Path) -> list[dict[str, Any]]:
     model = synthetic_model(cell.seed)
     buffer: Any = SyntheticBuffer(activations(cell.seed, settings.training_tokens))
     run = run_on(buffer.lm, settings, out_dir=folder, runs=folder)
-    training = experiment.train(run, buffer, quality.starter(cell, METHODS[cell.method]))
+    training = experiment.train(run, buffer)
     kinds = {cell.method: exported(training.saes[0, cell.seed], settings, 0)}
     if cell.stage == "seeds" and cell.method == OURS:
         (kinds[UNTRAINED],) = quality.untrained(training, settings).values()

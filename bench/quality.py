@@ -20,8 +20,9 @@ Prints the tables of what there is, in Markdown; plot.py draws it.
   planned ones are at other L0.
 
 Every SAE is trained by `experiment.train`, on the batches that this project's SAE of the same seed
-gets, exported to SAELens' files, read by SAELens, and scored by the evaluation of a run: core on
-held-out text, sparse probing on `tinylm/B`, no `extra_evals`. L0 and everything else are of it.
+gets (SAELens' by the setting `trainer`), exported to SAELens' files, read by SAELens, and scored by
+the evaluation of a run: core on held-out text, sparse probing on `tinylm/B`, no `extra_evals`. L0
+and everything else are of it.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ sys.path.insert(0, str(ROOT))
 
 import experiment
 import plot
+from bench.common import exported, settings_of
 from bench.figures import of, quality_tables, read_rows
-from bench.trainers import PeerTrainer, exported
 from experiment import Settings
 from harness.console import Progress, redirect_output
 from harness.evaluation.core import core_evaluation
@@ -61,6 +62,7 @@ from harness.machine import (
     n_cores,
     processor_name,
 )
+from harness.peers import TANH, TUNED
 from harness.start import SOURCES_AT_START
 from harness.startup import Run
 from harness.store import new_log
@@ -75,8 +77,6 @@ SEEDS, FORM_SEEDS = experiment.FIVE, experiment.THREE
 OURS, TENTH = "this project (run_1)", "this project (run_10)"
 UNWEIGHTED = "this project (run_10 without L_freq)"
 UNTRAINED = "untrained"
-# Of the nested SAEs of Matryoshka, in F/32: those with which SAE-Bench's own were trained.
-WIDTHS = (1, 3, 7, 15, 32)
 METRICS = ("l0", "fvu", "ce_loss_score", "frac_alive") + tuple(
     f"{who}_top_{k}_test_accuracy" for who in ("sae", "llm") for k in Settings.probe_ks
 )
@@ -87,11 +87,11 @@ class Method:
     """One contender.
 
     Args:
-        kind: SAELens' name, or None: this project's, with `options` as settings.
-        sparsity: the option, or setting, that L0 follows from.
+        kind: the setting `trainer`, or None: this project's, with `options` as settings.
+        sparsity: the setting that L0 follows from; of SAELens' trainers their own name of it.
         near: two of its values between which L0 is k_min; None: it is L0.
         values: of the coefficient in `range`, or of a form's `sparsity`.
-        rise: part of training over which the coefficient rises from 0.
+        options: of SAELens' trainers `dead_window`, and what tells a method's rows from others.
     """
 
     kind: str | None
@@ -99,7 +99,6 @@ class Method:
     near: tuple[float, float] | None = None
     values: tuple[float, ...] = ()
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    rise: float = 0.1
 
 
 def planned(name: str) -> dict[str, Any]:
@@ -121,20 +120,8 @@ METHODS = {
     # A feature is dead after as many tokens as for run_10; for SAELens' other trainers 100,000.
     "BatchTopK, dead after 30,000": Method("batchtopk", options={"dead_window": 30_000}),
     "JumpReLU": Method("jumprelu", "l0_coefficient", (0.5, 2.0), (0.17, 0.35, 0.7, 1.4)),
-    # Anthropic's loss, which SAELens advises where training is short, with its settings for it.
     "JumpReLU (tanh)": Method(
-        "jumprelu",
-        "l0_coefficient",
-        (0.25, 1.0),
-        (0.1, 0.25, 0.5, 1.0),
-        {
-            "jumprelu_sparsity_loss_mode": "tanh",
-            "jumprelu_ste_to_input": True,
-            "jumprelu_bandwidth": 2.0,
-            "jumprelu_init_threshold": 0.1,
-            "pre_act_loss_coefficient": 3e-6,
-        },
-        rise=1.0,
+        "jumprelu_tanh", "l0_coefficient", (0.25, 1.0), (0.1, 0.25, 0.5, 1.0), TANH
     ),
     "Gated": Method("gated", "l1_coefficient", (1.0, 3.0), (0.8, 1.25, 2.0, 3.2)),
     "Matryoshka": Method("matryoshka_batchtopk"),
@@ -219,8 +206,8 @@ class Bench:
                 source=SOURCES_AT_START[Path(experiment.__file__).resolve()],
             )
 
-    def train(self, settings: Settings, start: Callable) -> experiment.Training:
-        """`experiment.train` on the run's own text and batches, with the trainers of `start`.
+    def train(self, settings: Settings) -> experiment.Training:
+        """`experiment.train` on the run's own text and batches.
 
         Activations are kept from cell to cell, SAEs are not.
         """
@@ -228,7 +215,7 @@ class Bench:
         texts = documents(settings.training_text, "train")
         with TokenStream(texts, run.language_model.tokenizer, settings.context) as stream:
             buffer = experiment.ActivationBuffer(dataclasses.replace(run, keeps=True), stream)
-            return experiment.train(run, buffer, start)
+            return experiment.train(run, buffer)
 
     def score(self, saes: dict[str, Any], settings: Settings, probing: bool) -> dict[str, dict]:
         """SAE-Bench's figures of exported SAEs, by name; the language model's passes are kept."""
@@ -244,39 +231,19 @@ class Bench:
 
 def settings_for(cell: Cell, method: Method, base: Settings) -> Settings:
     """The settings that `experiment.train` gets for a cell."""
-    changes: dict[str, Any] = {"seeds": (cell.seed,)}
+    changes: dict[str, Any] = {"seeds": (cell.seed,), "layers": cell.layers}
+    k = int(cell.sparsity[0])
     if method.kind is None:
-        value = cell.sparsity[0]
-        value = int(value) if method.sparsity == "k_min" else value
+        value = k if method.sparsity == "k_min" else cell.sparsity[0]
         changes |= method.options | {"lr": cell.lr, method.sparsity: value}
+    else:
+        changes |= TUNED[method.kind] | {"trainer": method.kind, "lr": cell.lr}
+        changes |= {"k_min": k} if method.sparsity == "k" else {
+            "sparsity_coefficient": tuple(map(float, cell.sparsity))
+        }  # fmt: skip
+        if "dead_window" in method.options:
+            changes["dead_feature_window"] = method.options["dead_window"]
     return dataclasses.replace(base, **changes)
-
-
-def starter(cell: Cell, method: Method) -> Callable:
-    """What `experiment.train` makes a cell's trainers with."""
-
-    def start(run: Run, stats: dict, fixed: dict) -> dict:
-        trainers, settings = {}, run.settings
-        if method.kind is None:
-            all_trainers = experiment.new_trainers(run, stats, fixed)
-            return {key: t for key, t in all_trainers.items() if key[0] in cell.layers}
-        autocast = run.train_dtype == "bfloat16"
-        for sparsity, layer in zip(cell.sparsity, cell.layers):
-            mean_D, scale = stats[layer]
-            value = int(sparsity) if method.sparsity == "k" else sparsity
-            options = method.options | {method.sparsity: value}
-            if method.kind == "matryoshka_batchtopk":
-                options["matryoshka_widths"] = [settings.d_sae * width // 32 for width in WIDTHS]
-            if "l0_coefficient" in options or "l1_coefficient" in options:
-                name = method.sparsity.replace("coefficient", "warm_up_steps")
-                steps = settings.training_tokens // settings.batch
-                options[name] = round(method.rise * steps)
-            trainers[layer, cell.seed] = PeerTrainer(
-                method.kind, settings, cell.seed, mean_D, scale, autocast, cell.lr, **options
-            )
-        return trainers
-
-    return start
 
 
 def untrained(training: experiment.Training, settings: Settings) -> dict[str, Any]:
@@ -293,7 +260,7 @@ def run_cell(cell: Cell, bench: Bench) -> list[dict[str, Any]]:
     method = (METHODS | FORMS)[cell.method]
     settings = settings_for(cell, method, bench.settings)
     started = time.monotonic()
-    training = bench.train(settings, starter(cell, method))
+    training = bench.train(settings)
     trained_s = time.monotonic() - started
     saes = {
         experiment.sae_name(layer, seed): exported(sae, settings, layer)
@@ -484,7 +451,7 @@ def main() -> int:
     """Makes what is missing, as long as there is time, and prints the tables."""
     arguments = arguments_of(__doc__.split("\n")[0], STAGES, METHODS | FORMS, FILE)
     results = Results(arguments.file)
-    base = Settings(**experiment.PROFILES["tinylm"])
+    base = settings_of("the defaults")
     methods, forms = (
         {name: method for name, method in arguments.methods.items() if name in known}
         for known in (METHODS, FORMS)

@@ -5,6 +5,7 @@
     steps            the steps of several trainers: side by side on a CPU, one graph on a GPU
     training         a training's log and budget; activations that are kept for the next one
     tracking         training watched while it goes on, in W&B or TensorBoard
+    peers            SAELens' trainers on the same batches, and their SAEs in raw units
     gpu              losses that are compiled, and steps that are captured as one graph
     provenance       what ran and where: config.json
     records          what a run writes, and the checks that it can be right
@@ -66,6 +67,7 @@ PUBLIC = {
     "gpu": ("compiled",),
     "language_model": ("hook_name",),
     "machine": ("in_order", "trim_memory"),
+    "peers": ("TUNED", "peer_trainers"),
     "records": ("check_results", "write_records"),
     "settings": ("checked", "must_hold", "sweep"),
     "startup": ("Run", "launch"),

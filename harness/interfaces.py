@@ -22,6 +22,14 @@ class SettingsLike(Protocol):
     first_positions: int
     training_text: str
     d_sae: int
+    trainer: str
+    sparsity_coefficient: float | tuple[float, ...] | None
+    density_penalty: float
+    k_min: int
+    lr: float
+    lr_warmup: float
+    lr_decay: float
+    dead_feature_window: int
     seeds: tuple[int, ...]
     training_tokens: int
     budget_minutes: float | None
@@ -84,7 +92,11 @@ class SAELike(Protocol):
 
 
 class TrainerLike(Protocol):
-    """One SAE and what its training needs."""
+    """One SAE and what its training needs.
+
+    `at` gives a step what changes as training goes on, in a named tuple; None where the trainer
+    has schedules of its own, whose steps can't be captured as a graph and need no `generator`.
+    """
 
     sae: SAELike
     optimizer: torch.optim.Optimizer

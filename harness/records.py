@@ -340,12 +340,12 @@ def print_closing_block(
     """The last thing a run prints: `key: value` lines that grep can read, the verdict last.
 
     Args:
-        info: final_info.json. shown: the metrics of a layer to print.
+        info: final_info.json. shown: the metrics of a layer to print, where it has them.
     """
     print(f"---\nrun: {out_dir.name}\nprofile: {profile}")
     for layer, entry in info.items():
         if layer != "verdict":
-            for metric in shown:
+            for metric in (metric for metric in shown if metric in entry["means"]):
                 print(f"{layer}_{metric}: {entry['means'][metric]:.4f}")
     for stage, value in seconds.items():
         print(f"{stage}: {value:.1f}")

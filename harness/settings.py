@@ -8,6 +8,7 @@ from typing import Any
 import pydantic
 
 from harness.errors import ExperimentError
+from harness.verdict import OWN, without_effect
 
 # A dataclass whose values must have their field's type and bounds: a bool is no number.
 checked = pydantic.dataclasses.dataclass(
@@ -61,12 +62,45 @@ def settings_of_run(
 
     Args:
         make: their class, made by `checked`. profile: the fields that it sets; under the name of a
-            run of the plan, those that this run has otherwise there. plan: of all runs.
+            run of the plan, those that this run has otherwise there; under "trainers", by the
+            name of a trainer, those that its runs have. plan: of all runs.
     Raises:
-        ExperimentError: see `checked_settings`.
+        ExperimentError: see `checked_settings` and `check_trainer`.
     """
+    given = plan.get(name, {}) | profile.get(name, {})
     of_all = {field: value for field, value in profile.items() if field not in plan}
-    return checked_settings(name, make, of_all | plan.get(name, {}) | profile.get(name, {}))
+    of_trainer = of_all.pop("trainers", {})
+    trainer = str((of_all | given).get("trainer", getattr(make, "trainer", OWN)))
+    chosen = of_all | of_trainer.get(trainer, {}) | given
+    settings = checked_settings(name, make, chosen)
+    check_trainer(name, settings, given)
+    return settings
+
+
+def check_trainer(name: str, settings: Any, given: dict[str, Any]) -> None:
+    """Holds what a run sets against what its trainer reads: what is ignored would mislead.
+
+    Args:
+        given: what the plan sets for it, whatever is the default or the profile's.
+    Raises:
+        ExperimentError: a setting has no effect, or there are too many or too few coefficients.
+    """
+    trainer = getattr(settings, "trainer", OWN)
+    where = "change it at the top of experiment.py"
+    if ignored := sorted(given.keys() & without_effect(trainer)):
+        hint = ""
+        if {"k_min"} & {*ignored}:
+            hint = ", whose L0 follows from sparsity_coefficient"
+        raise ExperimentError(
+            f"{name}: {' and '.join(ignored)} must be left out, as nothing reads "
+            f"{'it' if len(ignored) == 1 else 'them'} with trainer={trainer!r}{hint}: {where}"
+        )
+    values = getattr(settings, "sparsity_coefficient", None)
+    if isinstance(values, (list, tuple)) and len(values) != len(settings.layers):
+        raise ExperimentError(
+            f"{name}: sparsity_coefficient must be one number, or one for each of the layers "
+            f"{settings.layers}, but is {values!r}: {where}"
+        )
 
 
 def checked_settings(name: str, make: type, chosen: dict[str, Any]) -> Any:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from harness.console import print_line
 from harness.errors import ExperimentError, error_context, first_line
 from harness.generators import (
     States,
@@ -153,9 +154,15 @@ def take_step(
     return {key: trainers[key].step(x[key], at[key], log.is_due(step)) for key in x}
 
 
-def scheduled(trainers: dict[Key, TrainerLike]) -> bool:
-    """Whether what a step depends on is in what it is given: not so of other projects' trainers."""
-    return all(isinstance(trainer.at(0, 1), tuple) for trainer in trainers.values())
+def captured_steps(trainers: dict[Key, TrainerLike], log: TrainingLog) -> CapturedSteps | None:
+    """What takes all trainers' steps together; None where they have schedules of their own."""
+    steps = log.done, log.n_steps
+    if all(isinstance(trainer.at(*steps), tuple) for trainer in trainers.values()):
+        return CapturedSteps(trainers, log.given)
+    if not log.looked:
+        print_line("steps are taken operation by operation, not as one graph: SAELens' trainers "
+                   "read values back and keep count of steps")  # fmt: skip
+    return None
 
 
 def check_nothing_drawn(stood: States, looked: list[TorchDraws]) -> None:
@@ -204,8 +211,8 @@ def advance(
                 last[key] = [last[key], *found[key]][-1]
         return [record for of_key in found.values() for record in of_key]
 
-    if acts_LND.is_cuda and log.captured is None and scheduled(trainers):
-        log.captured = CapturedSteps(trainers, log.given)
+    if acts_LND.is_cuda and log.captured is None:
+        log.captured = captured_steps(trainers, log)
     groups = [(key,) for key in trainers] if log.captured is None else [tuple(trainers)]
     # The first step alone: it shows most of what draws.
     parts = [steps[:1], *(steps[i : i + 32] for i in range(1, len(steps), 32))]

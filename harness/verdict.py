@@ -25,7 +25,14 @@ OLD_ACTIVATIONS = {"token": "topk", "threshold": "jumprelu"}  # the same of that
 # Settings that the records of before 2026-11-28 lack: what they were.
 BEFORE = {
     "activation": "topk", "density_penalty": 0.0, "threshold_rate": 0.05, "hook": "resid_post",
-    "first_positions": 1, "resample_every": 1,
+    "first_positions": 1, "resample_every": 1, "trainer": "contrastive",
+    "sparsity_coefficient": None,
+}  # fmt: skip
+OWN = "contrastive"  # this project's trainer; all others are SAELens'
+OF_OWN = {  # settings that mean nothing to another trainer
+    "loss_variant", "tau_sel", "tau_pen", "gamma", "constants_from_run", "reg_lambda",
+    "activation", "threshold_rate", "curriculum", "k_start_factor", "curriculum_fraction",
+    "theta_lr", "resample", "resample_every",
 }  # fmt: skip
 
 # What makes figures comparable: settings, and entries of `facts`, that begin so. All others may
@@ -48,6 +55,15 @@ ASIDE = {  # say nothing of an SAE or its figures, or are compared otherwise (`f
     "probe_llm_batch", "probe_sae_batch", "core_prompts", "core_reconstruction_batches",
     "core_sparsity_batches", "extra_evals", "sae_probes_sets",
 }  # fmt: skip
+
+
+def without_effect(trainer: str) -> set[str]:
+    """The settings that mean nothing to a trainer."""
+    if trainer == OWN:
+        return {"sparsity_coefficient"}
+    if "topk" in trainer:
+        return OF_OWN | {"sparsity_coefficient"}
+    return OF_OWN | {"density_penalty", "k_min"}
 
 
 def with_current_names(record: dict[str, Any]) -> dict[str, Any]:
@@ -170,7 +186,11 @@ def compare_records(mine: dict[str, Any], theirs: dict[str, Any]) -> Comparison:
     """
     ours, others = facts(mine), facts(theirs)
     unlike, varied, unknown = {}, {}, []
+    trainers = {ours["trainer"], others["trainer"]} - {OWN}
+    aside = set().union(*map(without_effect, trainers))  # of what one of them doesn't have
     for name in dict.fromkeys([*ours, *others]):
+        if name in aside:
+            continue
         a, b = ours.get(name), others.get(name)
         must, known = name.startswith(MUST_BE_EQUAL), name in ours and name in others
         if must and not known:

@@ -1,53 +1,18 @@
 """The comparison with other trainers: what is compared went the same way, and the arithmetic."""
 
-import copy
 import dataclasses
 import math
 
 import pytest
-import torch
 from scipy import stats
 
 import experiment
 from bench import ground_truth, quality
-from bench.trainers import PeerTrainer, exported
 from harness.verdict import holm, paired_difference
 
 SETTINGS = dataclasses.replace(
     experiment.Settings(), layers=(0,), d_sae=64, k_min=4, batch=64, training_tokens=64 * 40
 )
-SCALE = 0.25
-OPTIONS = {
-    "standard": dict(l1_coefficient=0.1),
-    "topk": dict(k=4),
-    "batchtopk": dict(k=4, topk_threshold_lr=0.5),
-    "jumprelu": dict(l0_coefficient=0.1),
-    "gated": dict(l1_coefficient=0.1),
-    "matryoshka_batchtopk": dict(k=4, topk_threshold_lr=0.5, matryoshka_widths=[16, 64]),
-}
-
-
-@pytest.mark.parametrize("kind", OPTIONS)
-def test_an_exported_peer_is_the_trained_one_in_raw_units(kind, tmp_path):
-    from sae_lens import SAE
-
-    torch.manual_seed(0)
-    raw_BD = 4 * torch.randn(64, 16) + 2
-    trainer = PeerTrainer(kind, SETTINGS, 0, raw_BD.mean(0), SCALE, False, lr=1e-2, **OPTIONS[kind])
-    for step in range(40):
-        loss, record = trainer.step(raw_BD, trainer.at(step, 40), log=step == 39)
-    assert record["l0"] > 0 and math.isfinite(float(loss))
-    ours = exported(trainer.sae, SETTINGS, 0)
-    copy.deepcopy(trainer.sae).save_inference_model(tmp_path)
-    theirs = SAE.load_from_disk(tmp_path)  # in the units of training
-    f_BF, x_BD = ours.encode(raw_BD), ours(raw_BD)
-    torch.testing.assert_close(x_BD * SCALE, theirs(raw_BD * SCALE), atol=1e-4, rtol=1e-4)
-    norms_F = theirs.W_dec.norm(dim=1)
-    expected_BF = theirs.encode(raw_BD * SCALE) * norms_F
-    torch.testing.assert_close(f_BF * SCALE, expected_BF, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(ours.W_dec.norm(dim=1), torch.ones(64))
-    assert (f_BF > 0).any()
-
 
 def test_an_untrained_sae_does_not_begin_as_the_true_features(tmp_path):
     # From one seed SAELens' dictionary and this project's initialization are the same directions.
@@ -164,11 +129,17 @@ def test_every_form_has_settings_that_can_be():
     forms = quality.METHODS | quality.FORMS | ground_truth.METHODS
     assert len(ground_truth.METHODS) > len(quality.METHODS)
     for name, method in forms.items():
+        value = method.values[0] if method.values else 8
+        cell = quality.Cell("forms", name, 0, 1e-3, (0,), (value,))
+        settings = quality.settings_for(cell, method, SETTINGS)
+        assert settings.lr == 1e-3 and settings.trainer == (method.kind or "contrastive")
         if method.kind is None:
-            value = method.values[0] if method.values else 8
-            cell = quality.Cell("forms", name, 0, 1e-3, (0,), (value,))
-            settings = quality.settings_for(cell, method, SETTINGS)
-            assert settings.lr == 1e-3 and getattr(settings, method.sparsity) == value
+            assert getattr(settings, method.sparsity) == value
+        elif method.near is None:
+            dead = method.options.get("dead_window", 100_000)
+            assert (settings.k_min, settings.dead_feature_window) == (8, dead)
+        else:
+            assert settings.sparsity_coefficient == (value,)
 
 
 def test_a_method_or_stage_that_is_not_there_is_named(capsys, monkeypatch):

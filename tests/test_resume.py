@@ -501,7 +501,7 @@ LOST = {  # in train or around it, where nobody can save it
         "                take_steps(",
     },
     "a default argument": {
-        "= new_trainers\n": "= new_trainers, seen=[]\n",
+        "buffer: ActivationBuffer) -> Training": "buffer: ActivationBuffer, seen=[]) -> Training",
         "                take_steps(": "                seen.append(1)\n"
         "                for trainer in trainers.values():\n"
         "                    trainer.sae.b_dec.data.mul_(len(seen))\n"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import safetensors
 import torch
@@ -23,7 +24,7 @@ def export_to_saelens(
     run: RunLike,
     sae: SAELike,
     folder: Path,
-    kind: Literal["topk", "jumprelu", "standard"],
+    kind: str | None = None,
     k: int | None = None,
     theta: dict[str, Any] | None = None,
 ) -> None:
@@ -33,10 +34,13 @@ def export_to_saelens(
     but the weights in a file of another name, and a note that says so.
 
     Args:
+        kind: None: what it is by itself; see `kind_of`.
         theta: what else belongs to it, for theta.json beside it.
         See `write_as_saelens` for the others.
     """
     STAGE.begin("export")
+    if kind is None:
+        kind, k = kind_of(sae)
     begins = run.language_model.tokenizer.bos_token_id is not None
     stored = write_as_saelens(sae, run.settings, folder, kind, k, begins)
     if not gives_same(sae, stored, some_activations(run, sae.cfg.hook_layer)):
@@ -54,6 +58,15 @@ def export_to_saelens(
         write_json(folder / "theta.json", numbers)
 
 
+def kind_of(sae: Any) -> tuple[str, int | None]:
+    """SAELens' name of an SAE's form, and the features that it keeps of each token, or None."""
+    if hasattr(sae, "stored"):
+        return sae.stored.cfg.architecture(), None
+    if sae.threshold is not None:
+        return "jumprelu", None
+    return ("standard", None) if sae.k is None else ("topk", sae.k)
+
+
 def write_as_saelens(
     sae: SAELike, settings: SettingsLike, folder: Path, kind: str, k: int | None = None,
     prepend_bos: bool = True,
@@ -62,7 +75,9 @@ def write_as_saelens(
 
     Args:
         sae: for raw activations. Its state_dict has what the kind needs: W_enc (D, F), W_dec
-            (F, D), b_enc (F,), b_dec (D,), and for "jumprelu" threshold, (F,) or a number.
+            (F, D), b_enc (F,), b_dec (D,), and for "jumprelu" threshold, (F,) or a number. One of
+            SAELens' own trainers has `stored`, which is written as it is.
+        kind: "topk", "jumprelu" or "standard".
         k: features that a "topk" SAE keeps of each token.
         prepend_bos: whether its contexts begin with a token of their own.
     Raises:
@@ -83,16 +98,20 @@ def write_as_saelens(
         dataset_path=settings.training_text,
     )
     shape: dict[str, Any] = dict(d_in=sae.cfg.d_in, d_sae=sae.cfg.d_sae, metadata=metadata)
-    if kind == "jumprelu":
-        stored: Any = JumpReLUSAE(JumpReLUSAEConfig(**shape))
+    weights = sae.state_dict()
+    check_finite(f"the SAE for {folder}", weights)
+    if hasattr(sae, "stored"):
+        stored: Any = copy.deepcopy(sae.stored)
+        for name, value in metadata.items():  # beside what it says of its training
+            stored.cfg.metadata[name] = value
+    elif kind == "jumprelu":
+        stored = JumpReLUSAE(JumpReLUSAEConfig(**shape))
     elif kind == "topk":
         # SAEDashboard asks for it, and with decoder rows of unit norm it changes nothing.
         unit = bool(((sae.W_dec.norm(dim=1) - 1).abs() < 1e-4).all())
         stored = TopKSAE(TopKSAEConfig(k=k, rescale_acts_by_decoder_norm=unit, **shape))
     else:
         stored = StandardSAE(StandardSAEConfig(**shape))
-    weights = sae.state_dict()
-    check_finite(f"the SAE for {folder}", weights)
     for name, tensor in stored.state_dict().items():
         tensor.copy_(weights[name])
     stored.save_model(folder)
