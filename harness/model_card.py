@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import ModelCardData
 
-from harness.verdict import PRIMARY, with_current_names
+from harness.verdict import OWN, PRIMARY, with_current_names
 
 CORE = {  # the table's columns: metric, heading, digits
     "l0": ("L0", 1), "fvu": ("FVU", 3), "ce_loss_score": ("CE loss score", 3),
@@ -21,6 +21,12 @@ BEST = (1, 2, 5)
 SELECTED = {  # by SAELens' architecture: what S holds
     "topk": "the k largest features of a token", "jumprelu": "the features above a threshold",
     "standard": "all active features",
+}  # fmt: skip
+OF_SAELENS = {  # by the setting `trainer`
+    "standard": "a standard SAE with an L1 penalty", "topk": "TopK", "batchtopk": "BatchTopK",
+    "matryoshka_batchtopk": "Matryoshka BatchTopK", "gated": "a gated SAE",
+    "jumprelu": "JumpReLU with a step loss",
+    "jumprelu_tanh": "JumpReLU with Anthropic's tanh loss",
 }  # fmt: skip
 
 
@@ -225,9 +231,32 @@ The numbers of tokens are of those that were read. BOS, padding and the first po
 context are among them, and enter no figure."""
 
 
+def method_of_saelens(run: Published) -> str:
+    """The method of a run with one of SAELens' trainers."""
+    s = run.settings
+    given = s["sparsity_coefficient"]
+    if "topk" in s["trainer"]:
+        sparsity = f"k = {s['k_min']}"
+    elif isinstance(given, list):
+        sparsity = f"sparsity coefficients by layer: {listed(given)}"
+    else:
+        sparsity = f"sparsity coefficient {given or 'as SAELens has it'}"
+    if s["density_penalty"]:
+        sparsity += f", with an L1 penalty on features that fire often ({s['density_penalty']})"
+    return f"""## Method
+
+1. Trained by SAELens' own trainer: {OF_SAELENS[s["trainer"]]}, {sparsity}. Stored in \
+the form `{run.architecture}`, for raw activations, with rows of W_dec of unit norm.
+2. Adam, learning rate {s["lr"]:g}, {s["batch"]} tokens per step.
+3. docs/method.md of the project, at the commit below, says what else was set. It holds as far as \
+`experiment.py` was not changed."""
+
+
 def method(run: Published) -> str:
     """The method in four lines, as the settings have it."""
     s = run.settings
+    if s.get("trainer", OWN) != OWN:
+        return method_of_saelens(run)
     learned = [name for name in ("tau_sel", "tau_pen", "gamma") if s.get(name) is None]
     learned = [] if s.get("constants_from_run") else learned
     loss = "the mean squared error"

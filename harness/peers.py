@@ -287,7 +287,7 @@ class PeerTrainer:
         """
         parts: dict[str, Tensor] = {}
         for name, value in out.losses.items():
-            part = f"loss_{part_of_loss(name)}"
+            part = part_of_loss(name)
             parts[part] = parts.get(part, 0) + value.detach() / x_BD.shape[1]
         error = (out.sae_out.float() - x_BD).pow(2).sum()
         threshold = getattr(self.sae, "topk_threshold", None)
@@ -304,10 +304,11 @@ class PeerTrainer:
 
 def part_of_loss(name: str) -> str:
     """What the log calls a part of SAELens' loss; the nested errors of Matryoshka are one."""
-    known = {"mse_loss": "reconstruction", "auxiliary_reconstruction_loss": "auxiliary",
-             "l1_loss": "sparsity", "l0_loss": "sparsity"}  # fmt: skip
-    nested = name.startswith("inner_mse_loss")
-    return "nested" if nested else known.get(name, name.removesuffix("_loss"))
+    known = {"mse_loss": "loss_reconstruction", "auxiliary_reconstruction_loss": "loss_auxiliary",
+             "l1_loss": "loss_sparsity", "l0_loss": "loss_sparsity"}  # fmt: skip
+    if name.startswith("inner_mse_loss"):
+        return "loss_nested"
+    return known.get(name, f"loss_{name.removesuffix('_loss')}")
 
 
 def peer_trainers(

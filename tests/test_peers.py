@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import math
+import types
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,8 @@ from harness.checkpoints import Checkpoints
 from harness.errors import ExperimentError
 from harness.evaluation.core import prepare_for_sae_bench
 from harness.evaluation.export import kind_of, write_as_saelens
+from harness.model_card import method
+from harness.publish import publish
 from harness.settings import settings_of_run
 from harness.startup import Run
 from harness.text import TokenStream, documents, passages
@@ -253,16 +256,30 @@ def test_a_peer_is_a_run_like_any_other(toy, peer_run, capfd) -> None:
     assert again["layer_2"]["means"]["fvu"] == info["layer_2"]["means"]["fvu"]
 
 
-def test_a_peer_is_drawn_beside_a_run_without_one(peer_run, monkeypatch, tmp_path) -> None:
+def test_a_peer_is_drawn_beside_a_run_of_this_project(peer_run) -> None:
     import plot
 
     report = plot.load_reports(peer_run.parent)["tinylm"]
-    assert {run.name for run in report.runs} >= {"run_1", "run_11"}
-    _, text = plot.tables("tinylm", report), plot.tables("tinylm", report)
-    (row,) = [line for line in str(text).split("\\n") if line.startswith("| run_11 | BatchTopK |")]
+    (run,) = [run for run in report.runs if run.name == "run_11"]
+    (row,) = [row for row in plot.tables("tinylm", report).splitlines()
+              if row.startswith("| run_11 | BatchTopK |")]  # fmt: skip
     assert "not comparable" in row and "nan" not in row
-    tau = [plot.curve(run, 0, "tau_sel") for run in report.runs if run.name == "run_11"]
-    assert tau == [None] and math.isnan(report.value(report.runs[-1], "tau_sel"))
+    assert plot.curve(run, 0, "tau_sel") is None and math.isnan(report.value(run, "tau_sel"))
+    assert plot.curve(run, 0, "fvu") is not None
+
+
+def test_a_peer_is_published_under_its_own_name(peer_run, tmp_path) -> None:
+    """The card tells of its method, and not of this project's loss."""
+    folder = publish(peer_run, "alice/run_11", "alice/toy-gemma-2", tmp_path)
+    card = (folder / "README.md").read_text()
+    assert "Trained by SAELens' own trainer: BatchTopK, k = 4. Stored in" in card
+    assert "that are not in S" not in card and "`tau_sel`" not in card
+    read = SAE.load_from_disk(folder / "layer_2" / "seed_0")
+    assert read.cfg.metadata.model_name == "alice/toy-gemma-2"
+    config = json.loads((peer_run / "config.json").read_text())
+    config["settings"] |= {"trainer": "gated", "sparsity_coefficient": [1.5, 2.0]}
+    published = types.SimpleNamespace(settings=config["settings"], architecture="gated")
+    assert "a gated SAE, sparsity coefficients by layer: 1.5 and 2.0." in method(published)
 
 
 # ---- settings ------------------------------------------------------------------------------------
