@@ -45,6 +45,7 @@
     console          what a user reads; what stage the command is at
     machine          processor and memory
     reference        the run that another is compared to, or takes constants from
+    plans            the runs of a plan: which come first, how they stand (plan.py)
     generators       the random generators that code draws from unless it is given one
     verdict          better or worse, and what can be compared
     errors           failures whose message is the whole story

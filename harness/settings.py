@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pydantic
@@ -53,6 +56,35 @@ def sweep(
         said = ", ".join(f"{field} {value}" for field, value in changes.items())
         runs[f"run_{name}_{ending}"] = {"description": said} | (given or {}) | changes
     return runs
+
+
+def choose_profile(profiles: Iterable[str], runs: Path, home: Path) -> str:
+    """The profile after which the folder of a run in `home` is named: smollm2/run_1 is of smollm2.
+
+    Elsewhere SAE_PROFILE; or the only one there is; or gemma-2-2b with CUDA, tinylm without.
+
+    Args:
+        runs: the folder that the run is put into. home: where experiment.py lies.
+    Raises:
+        ExperimentError: SAE_PROFILE is none of them, or another than the folder's.
+    """
+    profile, known, runs = os.environ.get("SAE_PROFILE"), list(profiles), runs.resolve()
+    if profile and profile not in known:
+        raise ExperimentError(
+            f"SAE_PROFILE must be {' or '.join(known)}, but is {profile!r}: change or unset it"
+        )
+    if runs.parent == home and runs.name in known:
+        if profile and profile != runs.name:
+            raise ExperimentError(
+                f"a run in {runs.name}/ is of that profile, but SAE_PROFILE is {profile!r}: "
+                "unset it, or name another folder"
+            )
+        return runs.name
+    if profile or len(known) == 1:
+        return profile or known[0]
+    import torch  # here, as plan.py and the figures need it for nothing else
+
+    return "gemma-2-2b" if torch.cuda.is_available() else "tinylm"
 
 
 def settings_of_run(

@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ from harness.provenance import config_record, write_config
 from harness.records import check_complete, constants, read_final_info
 from harness.reference import check_references, complete_folder
 from harness.rehearsal import TrainingPass, resume_problems
-from harness.settings import settings_of_run
+from harness.settings import choose_profile, settings_of_run
 from harness.start import source_at_start
 from harness.store import cached
 from harness.text_checks import look_at_texts
@@ -181,7 +181,7 @@ def launch(
 
     def attempt(out_dir: Path, log: Path) -> None:
         check_out_dir(out_dir)
-        profile = choose_profile(profiles, out_dir, file.parent)
+        profile = choose_profile(profiles, out_dir.parent, file.parent)
         chosen = settings_of_run(out_dir.name, settings, profiles[profile], plan)
         run = set_up(chosen, profile, out_dir, log, source, out_dir.name in plan)
         run = dataclasses.replace(run, core_metrics=core_metrics, probe=probe)
@@ -370,26 +370,6 @@ def memory_settings(stage: str) -> str:
         "sae_probes": "the number of layers and seeds, or leave out extra_evals",
     }
     return settings.get(stage.split(": ")[-1], "d_sae or the number of layers and seeds")
-
-
-def choose_profile(profiles: Iterable[str], out_dir: Path, home: Path) -> str:
-    """The profile after which the run's folder in `home` is named: smollm2/run_1 is of smollm2.
-
-    Elsewhere SAE_PROFILE, or gemma-2-2b where CUDA is available, tinylm where not.
-    """
-    profile, folder = os.environ.get("SAE_PROFILE"), out_dir.resolve().parent
-    if profile and profile not in profiles:
-        raise ExperimentError(
-            f"SAE_PROFILE must be {' or '.join(profiles)}, but is {profile!r}: change or unset it"
-        )
-    if folder.parent == home and folder.name in profiles:
-        if profile and profile != folder.name:
-            raise ExperimentError(
-                f"a run in {folder.name}/ is of that profile, but SAE_PROFILE is {profile!r}: "
-                "unset it, or name another folder"
-            )
-        return folder.name
-    return profile or ("gemma-2-2b" if torch.cuda.is_available() else "tinylm")
 
 
 def check_layers(settings: SettingsLike, lm: LanguageModel) -> None:

@@ -16,7 +16,8 @@ import torch
 from harness.console import STAGE
 from harness.errors import ExperimentError
 from harness.language_model import load_language_model
-from harness.startup import Run, choose_profile
+from harness.settings import choose_profile
+from harness.startup import Run
 from harness.text import TokenStream, documents
 from harness.training import steps_in_budget
 from tests.conftest import ROOT, run_command, settings_of
@@ -221,13 +222,13 @@ def test_a_run_in_a_profiles_folder_is_of_that_profile(tmp_path: Path, monkeypat
     chosen = functools.partial(choose_profile, ("tinylm", "smollm2"), home=tmp_path)
     monkeypatch.delenv("SAE_PROFILE")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert chosen(tmp_path / "smollm2" / "run_1") == "smollm2"
-    assert chosen(tmp_path / "run_1") == "tinylm"
-    assert chosen(tmp_path / "elsewhere" / "smollm2" / "run_1") == "tinylm"
+    assert chosen(tmp_path / "smollm2") == "smollm2"
+    assert chosen(tmp_path) == "tinylm"
+    assert chosen(tmp_path / "elsewhere" / "smollm2") == "tinylm"
     monkeypatch.setenv("SAE_PROFILE", "smollm2")
-    assert chosen(tmp_path / "run_1") == "smollm2"
+    assert chosen(tmp_path) == "smollm2"
     with pytest.raises(ExperimentError, match="in tinylm/ is of that profile.*is 'smollm2'"):
-        chosen(tmp_path / "tinylm" / "run_1")
+        chosen(tmp_path / "tinylm")
 
 
 def test_probing_data_that_does_not_fit_stops_the_run_before_training(
