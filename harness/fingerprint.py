@@ -34,6 +34,7 @@ from harness.text_files import BUILT_IN, stamps
 NUMERIC = (
     "ATEN", "CUBLAS", "CUDA", "KMP", "MKL", "NVIDIA_TF32", "OMP", "OPENBLAS", "PYTORCH", "TORCH",
 )  # fmt: skip
+WHICH_CARD = "CUDA_VISIBLE_DEVICES"  # a cluster's next start may have another of the same kind
 LOOK_UP = {"environ", "getenv", "environb"}  # names with which code reads variables
 VERSIONED = (
     "torch", "transformers", "sae-bench", "sae-lens", "transformer-lens", "datasets",
@@ -138,7 +139,7 @@ def environment_fingerprint(
         "variable": {
             name: value
             for name, value in sorted(ENVIRON_AT_START.items())
-            if name.startswith(NUMERIC) or name in reads and name != "_"
+            if name.startswith(NUMERIC) and name != WHICH_CARD or name in reads and name != "_"
         },
     }
 
