@@ -136,7 +136,7 @@ def against_given_baseline(
         return "", []
     if settings.model != config["model"]:
         return "", []
-    if dataclasses.asdict(probing_config(settings)) != config["sparse_probing"]:
+    if dataclasses.asdict(probing_config(settings)) != config.get("sparse_probing"):
         return "", []
     differences, warnings = {}, []
     for layer in layers.keys() & info.keys():
@@ -322,8 +322,29 @@ def write_records(
     write_json(run.out_dir / "warnings.json", warnings)
     write_json(run.out_dir / "final_info.json", info)
     TRACKER.summary(info, log.n_steps)
+    notes.append(results_line(run.out_dir.name, config, info["verdict"]["means"], sentence))
     print_closing_block(
         run.out_dir, run.profile, info, shown, seconds, warnings, notes, sentence
+    )
+
+
+def results_line(
+    name: str, config: dict[str, Any], means: dict[str, float], sentence: str
+) -> str:
+    """A run in a line that a loop may append to its results.tsv, behind "results.tsv: ".
+
+    Columns, with tabs between them: run, commit (with a + where the tree was changed; "-" without
+    git), primary metric, L0, the verdict's word, what the run tests.
+
+    Args:
+        config: its config.json. means: of its verdict. sentence: the verdict's.
+    """
+    git = config["git"]
+    commit = (git["commit"] or "-")[:7] + ("+" if git["commit"] and git["dirty"] else "")
+    description = " ".join(config["settings"]["description"].split())
+    figures = f"{means[PRIMARY]:.4f}", f"{means['l0']:.1f}"
+    return "results.tsv: " + "\t".join(
+        (name, commit, *figures, sentence.split(" (")[0], description)
     )
 
 

@@ -18,7 +18,7 @@ from harness.console import STAGE
 from harness.errors import ExperimentError
 from harness.evaluation.core import check_core, save_core
 from harness.provenance import git_state, write_code
-from harness.records import against_given_baseline, by_layer
+from harness.records import against_given_baseline, by_layer, results_line
 from harness.verdict import PRIMARY
 from tests.conftest import ROOT, replace, run_command, settings_of
 from tests.test_command import words
@@ -108,6 +108,28 @@ def test_output_ends_with_the_block_of_figures(toy, tmp_path: Path, capfd) -> No
     assert {"run", "profile", "layer_0_fvu", "layer_2_l0", "seconds_total", "peak_memory_gb",
             PRIMARY, "verdict"} <= set(values)  # fmt: skip
     assert block.strip().splitlines()[-1].startswith("verdict: not comparable (no complete")
+    config = json.loads((tmp_path / "run_try" / "config.json").read_text())
+    name, commit, primary, l0, word, description = values["results.tsv"].split("\t")
+    assert (name, word, description) == ("run_try", "not comparable", "defaults")
+    assert commit.rstrip("+") == (config["git"]["commit"] or "-")[:7]
+    l0s = [float(values[f"layer_{layer}_l0"]) for layer in (0, 2)]
+    assert primary == values[PRIMARY] and float(l0) == pytest.approx(sum(l0s) / 2, abs=0.06)
+
+
+def test_the_line_for_a_table_of_results_is_one_line() -> None:
+    """Whatever a description holds; a commit that is not what ran has a mark."""
+    settings = {"description": "two\tcolumns\nand lines"}
+    means = {PRIMARY: 0.70874, "l0": 15.31}
+    for git, shown in (
+        ({"commit": "0123456789", "dirty": False}, "0123456"),
+        ({"commit": "0123456789", "dirty": True}, "0123456+"),
+        ({"commit": None, "dirty": True}, "-"),
+    ):
+        config = {"git": git, "settings": settings}
+        line = results_line("run_2", config, means, "no difference (-0.01 [-0.05, +0.02])")
+        assert line == (
+            f"results.tsv: run_2\t{shown}\t0.7087\t15.3\tno difference\ttwo columns and lines"
+        )
 
 
 def test_the_language_model_s_probes_are_held_against_the_given_baseline() -> None:
