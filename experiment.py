@@ -429,7 +429,7 @@ class ActivationBuffer:
             acts = self.lm.activations(tokens_BL, self.layers)
             return torch.stack([acts_BLD[keep_BL.to(acts_BLD.device)] for acts_BLD in acts])
 
-        return in_order(one_pass, passes, self.lm.hf.device)
+        return in_order(one_pass, passes, self.lm.hf.device, of_all_ranks=True)
 
     def next_tokens(self, n: int, advance: Callable[[int], None] = lambda n: None) -> Tensor:
         """The activations of the next n tokens: (layers, n, D), on the model's device.

@@ -49,6 +49,7 @@
     generators       the random generators that code draws from unless it is given one
     verdict          better or worse, and what can be compared
     errors           failures whose message is the whole story
+    ranks            one run as several processes: who this one is, what they exchange
     signals          what asks the process to end, and ends that nothing holds up
     witness          last words of a process that crashed in C code, or was killed
     partials         what is half-written, and left where a process was killed

@@ -13,11 +13,32 @@ from harness.generators import generator_states, seed_generators, set_generator_
 from harness.ledger import LEDGER
 from harness.object_parts import Unsavable
 from harness.observation import OBSERVED
-from harness.store import TENSORS, Shelf
+from harness.ranks import RANKS
+from harness.store import TENSORS, Shelf, plain
+
+
+def share_trainers(trainers: dict[Any, Any], given: object, by_first: bool = False) -> None:
+    """Puts every trainer, as far as it has come on its own rank, in its place on the others.
+
+    Args:
+        given: what hangs on it is not shared. by_first: on the first rank alone.
+    """
+    if RANKS.size == 1:
+        return
+    own = RANKS.own(trainers)
+    of_own = plain(object_state.state_of(given, trainers=own))
+    for keys, state in RANKS.gathered(([*own], of_own), by_first):
+        if keys and keys[0] not in own:
+            some = {key: trainers[key] for key in keys}
+            object_state.restore(state, given, trainers=some)
+            trainers.update(some)
 
 
 class Checkpoints:
     """A training as far as it has come, in the store under all that it depends on.
+
+    Of several ranks the first reads and saves it, as a run of one process does: so it goes on with
+    another number of them.
 
     Args:
         key: all that the training depends on; None: nothing is kept.
@@ -65,7 +86,7 @@ class Checkpoints:
 
         Sets torch's, numpy's and Python's own generators to where they stood, or to the beginning.
         """
-        self.found = self._from_the_store() if self.key else self.shelf and self.shelf.find("state")
+        self.found = RANKS.by_first(self._find)
         if self.found is None:
             seed_generators("training")
             return None
@@ -91,6 +112,9 @@ class Checkpoints:
             ) from error
         set_generator_states(self.found["generators"])  # once more: making them may draw
 
+    def _find(self) -> dict[str, Any] | None:
+        return self._from_the_store() if self.key else self.shelf and self.shelf.find("state")
+
     def _from_the_store(self) -> dict[str, Any] | None:
         changed = LEDGER.changed(self.key)
         same = "code, settings, model, versions and machine"
@@ -109,7 +133,11 @@ class Checkpoints:
 
     def due(self) -> bool:
         """Whether to save: `every` has passed, and saving stays within its `share`."""
-        return time.monotonic() - self.saved >= max(self.every, self.cost / self.share)
+        due = time.monotonic() - self.saved >= max(self.every, self.cost / self.share)
+        return RANKS.by_first(lambda: due and self._saves())
+
+    def _saves(self) -> bool:
+        return self.shelf is not None and (self.key is None or self.lock is not None)
 
     def save(self, state: dict[str, Any], part: float, **things: Any) -> None:
         """Puts a state in the place of the one before, once it is on the disk.
@@ -121,9 +149,13 @@ class Checkpoints:
             part: of the training that is done; 1: all of it.
             things: objects, with all that hangs on them (see `harness.object_state`).
         """
-        if self.shelf is None or self.key and self.lock is None:
-            return
         began = time.monotonic()
+        if not RANKS.by_first(self._saves):
+            return
+        if part < 1 and "trainers" in things:  # at the end all ranks have them
+            share_trainers(things["trainers"], self.given, by_first=True)
+        if not RANKS.first:
+            return
         try:
             objects = object_state.state_of(self.given, **things)
             whole = {"part": part, "state": state, "things": objects}

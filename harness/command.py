@@ -20,7 +20,7 @@ from typing import Any, NoReturn, TextIO
 import psutil
 from filelock import FileLock
 
-from harness.console import STAGE, tolerant_output
+from harness.console import STAGE, all_to_log, tolerant_output
 from harness.errors import (
     ExperimentError,
     first_line,
@@ -33,6 +33,7 @@ from harness.errors import (
 )
 from harness.ledger import LEDGER
 from harness.partials import PREFIX, remove_left, temporary_dir
+from harness.ranks import RANKS
 from harness.signals import GRACE, Ended, Signals, leave_within, signal_of
 from harness.start import HERE, WATCH
 from harness.store import cache_dir, digest, new_log, place_for, take_lock, write_atomic
@@ -156,7 +157,7 @@ class RunLock:
     """An `out_dir` for this process alone, and a record of what it does for the next one to read.
 
     The record says every few seconds at which stage it is and how much memory is used; a process
-    that is killed leaves that.
+    that is killed leaves that. Of several ranks each has a lock and a record of its own.
 
     Raises:
         ExperimentError: another process writes the same out_dir.
@@ -166,6 +167,7 @@ class RunLock:
         self.out_dir = out_dir
         resolved = out_dir.resolve()
         name = f"{resolved.name[:60]}-{digest(str(resolved))[:16]}"
+        name += "" if RANKS.first else f"-rank-{RANKS.rank}"
         self.path = place_for("attempts") / f"{name}.json"
         self.lock = take_lock(self.path.with_suffix(".lock"))
         self.before = self._read()
@@ -177,6 +179,7 @@ class RunLock:
         self.began = time.monotonic()
         self.record: dict[str, Any] = {
             "pid": os.getpid(),
+            "rank": RANKS.on,
             "log": str(log),
             "began": datetime.datetime.now().isoformat(" ", "seconds"),
             "silent": self.before.get("silent", 0) + 1 if self.died_before() else 0,
@@ -235,7 +238,8 @@ class RunLock:
         if last["machine_gb"] > 0.8 * last["total_gb"]:
             remedy = f"; if it was for want of memory, lower {memory_settings(last['stage'])}"
         return (
-            f"the last attempt at {self.out_dir.name}, of {last['began']}, ended without a word"
+            f"the last attempt at {self.out_dir.name}{last.get('rank', '')}, of {last['began']}, "
+            "ended without a word"
             f"{times}: killed during {last['stage']}, after {last['seconds']:.0f} s, when it used "
             f"{last['memory_gb']:.1f} GB and the machine {last['machine_gb']:.1f} of "
             f"{last['total_gb']:.1f}{remedy}; its log is {last['log']}"
@@ -265,8 +269,12 @@ class _Attempt:
         self.ends_by_itself: Callable[[], None] = lambda: None
 
     def fails(self, error: BaseException, stderr: TextIO | None = None) -> int:
-        """Says why, at the end of standard error and at length in the log: the exit status."""
+        """Says why, at the end of standard error and at length in the log: the exit status.
+
+        Of several ranks the one that fails speaks, and the first, which names that one.
+        """
         told = isinstance(error, (KeyboardInterrupt, Ended))
+        elsewhere = RANKS.failed_elsewhere(error)
         if self.log:
             with contextlib.suppress(OSError):
                 with self.log.open("a", encoding="utf-8", errors="backslashreplace") as file:
@@ -276,10 +284,29 @@ class _Attempt:
                         faulthandler.dump_traceback(file)
         notes = [str(note) for note in reversed(getattr(error, "__notes__", []))]
         notes = [note for note in notes if len(note) < 80][:3]
-        stage = STAGE.name + (f" ({', '.join(notes)})" if notes else "")
-        said = explained(error, self.lock, self.memory_settings) | {"log": str(self.log or "")}
-        print(last_words(stage, **said), file=stderr or sys.stderr, flush=True)
-        return 128 + signal_of(error) if told else 1
+        stage = STAGE.name + (f" ({', '.join(notes)})" if notes else "") + RANKS.on
+        said = explained(error, self.lock, self.memory_settings, elsewhere)
+        words = last_words(stage, **said, log=str(self.log or ""))
+        if not (elsewhere or told):
+            RANKS.announce(words)
+        RANKS.leave()
+        if RANKS.first or not (elsewhere or told):
+            print(words, file=stderr or sys.stderr, flush=True)
+        return 128 + signal_of(error) if told and not elsewhere else 1
+
+    def runs(self, run: Callable[[Path, Path], None], out_dir: Path) -> None:
+        """Calls `run`, once the folder is this process's. Of several ranks the first one prints."""
+        self.lock = RunLock(out_dir, self.log)
+        for folder in (cache_dir(), temporary_dir()):
+            remove_left(folder)
+        if death := self.lock.last_death(self.memory_settings):
+            print(death, file=sys.stderr, flush=True)
+        with contextlib.ExitStack() as around:
+            watching = witnessed(self.log, self.lock.path, self.stderr)
+            self.ends_by_itself = around.enter_context(watching)
+            if not RANKS.first:
+                around.enter_context(all_to_log(self.log))
+            run(out_dir, self.log)
 
     def give_up(self, error: Ended) -> NoReturn:
         """Ends the process from another thread than the main one, which doesn't come back."""
@@ -319,15 +346,10 @@ def main(
             parser = _Arguments(description=description, allow_abbrev=False)
             parser.add_argument("--out_dir", type=Path, required=True, help="the run's folder")
             out_dir = parser.parse_args(argv).out_dir.absolute()
+            RANKS.begin()
             attempt.log = new_log(out_dir.name)
-            attempt.lock = RunLock(out_dir, attempt.log)
-            for folder in (cache_dir(), temporary_dir()):
-                remove_left(folder)
-            if death := attempt.lock.last_death(memory_settings):
-                print(death, file=sys.stderr, flush=True)
-            watching = witnessed(attempt.log, attempt.lock.path, attempt.stderr)
-            with watching as attempt.ends_by_itself:
-                run(out_dir, attempt.log)
+            with RANKS.joined():
+                attempt.runs(run, out_dir)
             status = 0
         except (Exception, KeyboardInterrupt, SystemExit, Ended) as error:
             signals.over.set()
@@ -344,15 +366,21 @@ def main(
 
 
 def explained(
-    error: BaseException, lock: RunLock | None, memory_settings: Callable[[str], str]
-) -> dict[str, str]:
+    error: BaseException, lock: RunLock | None, memory_settings: Callable[[str], str],
+    elsewhere: str | None = None,
+) -> dict[str, str]:  # fmt: skip
     """Why the command failed ("cause"), "at" which line where that helps, and what "to_do".
 
     An ExperimentError says what to do by itself.
+
+    Args:
+        elsewhere: how another rank has failed, where that is why.
     """
     again = "give the same command again"
     if lock and LEDGER.kept:
         again += f": it goes on from what is kept ({', '.join(LEDGER.kept)})"
+    if elsewhere:
+        return {"cause": redact(elsewhere), "to_do": again}
     if isinstance(error, ExperimentError):
         return {"cause": text_of(error)}
     if isinstance(error, (KeyboardInterrupt, Ended)):

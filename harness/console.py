@@ -101,15 +101,26 @@ def redirect_output(log: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def rehearsal(log: Path) -> Iterator[None]:
-    """`redirect_output` for what the user would read, too; stages are named as a rehearsal's."""
-    before = STAGE.name
+def all_to_log(log: Path) -> Iterator[None]:
+    """`redirect_output` for what the user would read, too."""
     with redirect_output(log):
-        shown, CONSOLE.stream, STAGE.prefix = CONSOLE.stream, sys.stdout, "rehearsal: "
+        shown, CONSOLE.stream = CONSOLE.stream, sys.stdout
         try:
             yield
         finally:
-            CONSOLE.stream, STAGE.prefix = shown, ""
+            CONSOLE.stream = shown
+
+
+@contextlib.contextmanager
+def rehearsal(log: Path) -> Iterator[None]:
+    """`all_to_log`, where stages are named as a rehearsal's."""
+    before = STAGE.name
+    with all_to_log(log):
+        STAGE.prefix = "rehearsal: "
+        try:
+            yield
+        finally:
+            STAGE.prefix = ""
     STAGE.name = before  # but not after an error: it says where that was
 
 

@@ -20,6 +20,7 @@ from greenlet import getcurrent, greenlet
 from harness.errors import ExperimentError
 from harness.generators import generator_states, same_states, set_generator_states
 from harness.interfaces import SettingsLike
+from harness.ranks import RANKS
 
 LONGEST_CALL = 2.0  # seconds that calls side by side are waited for once one of them has failed
 DRAWING: set[Any] = set()  # code that drew from the process's own generators: see `in_order`
@@ -91,6 +92,7 @@ def in_threads(
     parts: list,
     device: torch.device,
     in_turn: bool = False,
+    of: int = 0,
 ) -> Iterator[tuple[Any, Any, Any]]:
     """Calls function(key, part) for every key and part, several keys at once on a CPU.
 
@@ -99,10 +101,11 @@ def in_threads(
 
     Args:
         in_turn: one call at a time, on its share of the cores.
+        of: how many keys there are, where other ranks have some of them: it sets the shares.
     Yields:
         key, part and result, as calls end.
     """
-    cores, n_workers = torch.get_num_threads(), n_at_once(len(keys), device)
+    cores, n_workers = torch.get_num_threads(), n_at_once(of or len(keys), device)
     if n_workers == 1:
         for part in parts:
             for key in keys:
@@ -133,20 +136,30 @@ def in_order(
     function: Callable[[Any], Any],
     items: Sequence[Any],
     device: torch.device,
+    of_all_ranks: bool = False,
 ) -> list[Any]:
     """function(item) of each item, in their order, several at once on a CPU (see `in_threads`).
 
     Where calls draw from the process's own generators they are made one after the other: two at a
     time would draw in an order that nobody knows.
+
+    Args:
+        of_all_ranks: every rank is given the same items, calls it for its share of them, and gets
+            all results, which are tensors.
     """
     found, keys = {}, list(range(len(items)))
     before, code = generator_states(), getattr(function, "__code__", function)
     while True:
+        divided = of_all_ranks and RANKS.size > 1 and code not in DRAWING
         in_turn = code in DRAWING or n_at_once(len(keys), device) == 1
-        for at, _, result in in_threads(lambda at, _: function(items[at]), keys, [None], device,
-                                        in_turn):  # fmt: skip
+        own = keys[RANKS.rank :: RANKS.size] if divided else keys
+        for at, _, result in in_threads(lambda at, _: function(items[at]), own, [None], device,
+                                        in_turn, len(keys)):  # fmt: skip
             found[at] = result
-        if in_turn or same_states(before, generator_states()):
+        drew = not same_states(before, generator_states())
+        if divided and not any(RANKS.gathered(drew)):
+            return RANKS.exchanged(found, len(keys), device)
+        if not divided and (in_turn or not drew):
             return [found[at] for at in keys]
         DRAWING.add(code)
         set_generator_states(before)

@@ -234,6 +234,13 @@ class Observer:
         return {(sort, name) for sort, by_kind in sorts.items()
                 for kind in kinds for name in by_kind.get(kind, ())}  # fmt: skip
 
+    def learn(self, seen: dict[str, set[tuple[str, str]]]) -> None:
+        """Adds what another process has seen, by kind, as `seen_by` gives it."""
+        sorts = {**self.read, "module imported": self.modules}
+        for kind, names in seen.items():
+            for sort, name in names:
+                sorts[sort].setdefault(kind, set()).add(name)
+
     def unforeseen(self, kind: str) -> list[str]:
         """What results of a kind have read that was unknown when their key was made."""
         new = self.seen_by(kind) - self.in_keys[kind] if kind in self.in_keys else ()

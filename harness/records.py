@@ -23,6 +23,7 @@ from harness.language_model import hook_name
 from harness.ledger import LEDGER
 from harness.machine import peak_memory_gb
 from harness.provenance import write_outcome
+from harness.ranks import RANKS
 from harness.reference import complete_folder, verdict_of
 from harness.start import HERE, STARTED
 from harness.store import write_json
@@ -222,6 +223,8 @@ def check_results(
     Raises:
         ExperimentError: one lacks a result, or has another SAE's.
     """
+    if not RANKS.first:
+        return
     for name, sae in saes.items():
         _, layer, _, seed, *untrained = name.split("_")
         layer = int(layer)
@@ -294,6 +297,8 @@ def write_records(
         figures: of each SAE, by layer and seed.
         shown: the metrics to print. log: of the training. seconds: of the evaluation's stages.
     """
+    if not RANKS.first:
+        return
     STAGE.begin("records")
     settings = run.settings
     seconds = log.seconds | seconds | {"seconds_total": time.monotonic() - STARTED}

@@ -35,8 +35,20 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 # Threads that wait don't spin: beside other jobs a run took half to a third of the time.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+# What torchrun tells each process. Of threads it allows one, where nothing was said: figures are to
+# be those of a single process, bit for bit.
+OF_TORCHRUN = (
+    "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "WORLD_SIZE", "LOCAL_WORLD_SIZE",
+    "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING",
+)  # fmt: skip
+if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
+    del os.environ["OMP_NUM_THREADS"]
 
-ENVIRON_AT_START = dict(os.environ)  # scikit-learn, for one, adds to it when it is imported
+ENVIRON_AT_START = {  # scikit-learn, for one, adds to it when it is imported
+    name: value for name, value in os.environ.items()
+    if name not in OF_TORCHRUN and not name.startswith("TORCHELASTIC_")
+}  # fmt: skip
 
 
 class _Watch:

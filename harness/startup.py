@@ -41,12 +41,13 @@ from harness.observation import OBSERVED, now
 from harness.partials import scratch_dir
 from harness.preflight import fit_core_batches, preflight, tracker
 from harness.provenance import config_record, write_config
+from harness.ranks import RANKS
 from harness.records import check_complete, constants, read_final_info
 from harness.reference import check_references, complete_folder
 from harness.rehearsal import TrainingPass, resume_problems
 from harness.settings import choose_profile, settings_of_run
 from harness.start import source_at_start
-from harness.store import cached
+from harness.store import cached, digest
 from harness.text_checks import look_at_texts
 from harness.tracking import TRACKER
 
@@ -105,7 +106,7 @@ class Run:
 
     def constants(self, names: tuple[str, ...]) -> dict[tuple[int, int], dict[str, float]]:
         """By layer and seed: which of these scalars are constants, and their values."""
-        return constants(self, names)
+        return RANKS.by_first(constants, self, names)
 
     def key_parts(self) -> tuple[Any, ...]:
         """What computes with a run can take from it, beside files: see `harness.identity`."""
@@ -118,7 +119,7 @@ class Run:
             constants: by layer and seed, of the loss. objects: by name, what trains: functions,
                 and the buffer that they are given.
         """
-        if not self.keeps or not self.resumes:
+        if not self.keeps or not self.resumes or not RANKS.first:
             return Checkpoints(None, given=self, rehearsal=self.training_pass)
         objects |= {"language model": self.language_model}
         more = {
@@ -182,13 +183,16 @@ def launch(
     def attempt(out_dir: Path, log: Path) -> None:
         check_out_dir(out_dir)
         profile = choose_profile(profiles, out_dir.parent, file.parent)
-        chosen = settings_of_run(out_dir.name, settings, profiles[profile], plan)
-        run = set_up(chosen, profile, out_dir, log, source, out_dir.name in plan)
-        run = dataclasses.replace(run, core_metrics=core_metrics, probe=probe)
-        check_references(run, config_record(run))
-        run = rehearse(main, run)
-        with prepared_out_dir(out_dir) as moved:
-            if moved:
+        with contextlib.ExitStack() as around:
+            if not RANKS.first:  # it writes where nobody reads
+                out_dir = around.enter_context(scratch_dir()) / out_dir.name
+            chosen = settings_of_run(out_dir.name, settings, profiles[profile], plan)
+            run = set_up(chosen, profile, out_dir, log, source, out_dir.name in plan)
+            run = dataclasses.replace(run, core_metrics=core_metrics, probe=probe)
+            if RANKS.first:
+                check_references(run, config_record(run))
+            run = rehearse(main, run)
+            if moved := around.enter_context(prepared_out_dir(out_dir)):
                 print(moved)
             perform(main, run)
 
@@ -197,14 +201,15 @@ def launch(
 
 def perform(main: Callable[[Run], None], run: Run, whole: bool = True) -> None:
     """The experiment, and what surrounds it in every run. `whole`: with its records."""
-    if whole:
+    if whole and RANKS.first:
         write_config(run)
     seed_generators("main")
     STAGE.begin("train")
-    kind = "" if LEDGER.rehearsing else tracker(run.settings)
+    kind = tracker(run.settings) if RANKS.first and not LEDGER.rehearsing else ""
     with TRACKER.watching(kind, run.out_dir.name, run.settings):
         main(run)
-    check_complete(run.out_dir)
+    if RANKS.first:
+        check_complete(run.out_dir)
 
 
 def set_up(
@@ -217,26 +222,28 @@ def set_up(
     """
     tracker(settings)
     device = choose_device(settings, profile)
+    RANKS.use(device)
     train_dtype = choose_train_dtype(settings, device)
-    print(f"profile: {profile} on {device}")
+    print(f"profile: {profile} on {device}" + (f", {RANKS.of} ranks" if RANKS.of > 1 else ""))
     if not planned:
         print(f"{out_dir.name}: not in PLAN, defaults")
-    if settings.constants_from_run is not None:
+    if settings.constants_from_run is not None and RANKS.first:
         name, runs = settings.constants_from_run, out_dir.parent
         read_final_info(complete_folder(name, out_dir, runs) or runs / name)
     with redirect_output(log):
-        needs = preflight(settings, device)
+        needs = RANKS.by_first(preflight, settings, device)
         check_extra_evals(settings)
     print("\n".join(needs), end="\n" if needs else "")
     if needs:
-        settings = fit_core_batches(settings, device)
+        settings = RANKS.by_first(fit_core_batches, settings, device)
     make_reproducible()
-    look_at_texts(settings)
+    RANKS.by_first(look_at_texts, settings)
     with redirect_output(log):
-        models = load_models(settings, train_dtype, device)
+        models = RANKS.after_first(load_models, settings, train_dtype, device)
+        given = settings, models["language_model"].tokenizer, device
         return Run(
             settings=settings,
-            probe_texts=read_probe_texts(settings, models["language_model"].tokenizer, device),
+            probe_texts=RANKS.by_first(read_probe_texts, *given),
             **models,
             profile=profile,
             device=device,
@@ -287,7 +294,7 @@ def rehearse(main: Callable[[Run], None], run: Run) -> Run:
         began = time.monotonic()
         OBSERVED.forget()
         OBSERVED.held = own_digits
-        with scratch_dir() as folder, rehearsal(run.log), LEDGER.rehearsal():
+        with scratch_dir() as folder, rehearsal(run.log), LEDGER.rehearsal(), RANKS.alone():
             small = run.in_miniature(folder / "run_rehearsal")
 
             def play(training_pass: TrainingPass) -> None:
@@ -310,13 +317,17 @@ def rehearse(main: Callable[[Run], None], run: Run) -> Run:
     with redirect_output(run.log):
         import_evaluations()
     remember_libraries()
-    found = cached("rehearsal", key, in_miniature)
+    check_equal(key)
+    found = RANKS.by_first(cached, "rehearsal", key, in_miniature)
     read = {sort: now(by_kind, sort) for sort, by_kind in found["read"].items()}
     if read != found["read"]:  # files, variables and the like that its code reads
-        found = cached("rehearsal", key | {"read": read}, in_miniature)
+        found = RANKS.by_first(cached, "rehearsal", key | {"read": read}, in_miniature)
     OBSERVED.restore(found)
     import_seen()
     problems = problems_in(found)
+    if RANKS.of > 1 and (why := problems.get("unresumable") or problems.get("moved")):
+        raise ExperimentError(f"several ranks can't share this run's training, since {why}; or run "
+                              "it as one process: python experiment.py")  # fmt: skip
     for problem in problems.values():
         print_line(problem)
     return dataclasses.replace(
@@ -325,6 +336,21 @@ def rehearse(main: Callable[[Run], None], run: Run) -> Run:
         keeps=run.keeps and not {"moved", "started"} & problems.keys(),
         warnings=tuple(problems.values()),
     )
+
+
+def check_equal(key: dict[str, Any]) -> None:
+    """ExperimentError where ranks differ in what the run is.
+
+    Args:
+        key: of the rehearsal.
+    """
+    own = {part: digest(key[part]) for part in ("code of", "setting", "model", "version of")}
+    first = RANKS.by_first(lambda: own)
+    if differing := [part.removesuffix(" of") for part in own if own[part] != first[part]]:
+        raise ExperimentError(
+            f"all ranks must run the same, but this one and rank 0 differ in "
+            f"{' and '.join(differing)}: give each machine the same code, model and environment"
+        )
 
 
 def import_seen() -> None:

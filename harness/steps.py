@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from harness.checkpoints import share_trainers
 from harness.console import print_line
 from harness.errors import ExperimentError, error_context, first_line
 from harness.generators import (
@@ -25,6 +26,7 @@ from harness.gpu import CapturedSteps, Results
 from harness.interfaces import SettingsLike, TrainerLike
 from harness.machine import in_threads, n_at_once, retain_memory_for_steps
 from harness.object_state import Unsavable, restore, state_of
+from harness.ranks import RANKS
 from harness.store import place_for
 
 if TYPE_CHECKING:
@@ -82,6 +84,8 @@ def take_steps(
 ) -> None:
     """Every trainer's steps on one filling of the buffer, each seed in an order of its own.
 
+    Of several ranks each takes the steps of its own trainers; at the end all have every one.
+
     Args:
         trainers: by layer and seed. acts_LND: raw activations, a layer after the other.
         shuffles: by seed, what draws its order. steps: their numbers. log: it notes them as done.
@@ -96,7 +100,36 @@ def take_steps(
         rows = orders[seed][(step - steps.start) * settings.batch :][: settings.batch]
         return acts_LND[settings.layers.index(layer)][rows]
 
-    log.add(steps, run_side_by_side(trainers, batch_of, steps, log, acts_LND))
+    log.n_trainers, own = len(trainers), RANKS.own(trainers)
+    records = run_side_by_side(own, batch_of, steps, log, acts_LND) if own else []
+    log.add(steps, of_all_ranks(records, trainers, own, steps, log))
+    if steps.stop == log.n_steps:
+        share_trainers(trainers, log.given)
+
+
+def of_all_ranks(
+    records: list[dict[str, Any]], trainers: dict[Key, TrainerLike], own: dict[Key, TrainerLike],
+    steps: range, log: TrainingLog,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The records of all trainers. The log gets what the others' steps draw from, for a resume."""
+    if RANKS.size == 1:
+        return records
+    drawn = {of: states for of, states in log.generators.items() if of[1:3] in own}
+    parts = RANKS.gathered((records, drawn))
+    for _, drawn in parts:
+        log.generators |= drawn
+    records = [record for part, _ in parts for record in part]
+    n_tokens = (len(trainers) - len(own)) * len(steps) * log.settings.batch
+    log.progress.advance(n_tokens, shown([*{(r["layer"], r["seed"]): r for r in records}.values()]))
+    return in_order_of_steps(records, trainers)
+
+
+def in_order_of_steps(
+    records: list[dict[str, Any]], trainers: dict[Key, TrainerLike]
+) -> list[dict[str, Any]]:
+    """Records by step, and then as the trainers stand."""
+    keys = list(trainers)
+    return sorted(records, key=lambda r: (r["step"], keys.index((r["layer"], r["seed"]))))
 
 
 def run_side_by_side(
@@ -123,7 +156,7 @@ def run_side_by_side(
         ExperimentError: a loss is not finite.
     """
     given = trainers, batch_of, steps, log, acts_LND
-    if log.in_turn or n_at_once(len(trainers), acts_LND.device) == 1:
+    if log.in_turn or n_at_once(log.n_trainers or len(trainers), acts_LND.device) == 1:
         return advance(*given, in_turn=True)
     try:
         before = state_of(log.given, copied=True, trainers=trainers)
@@ -218,7 +251,7 @@ def advance(
     parts = [steps[:1], *(steps[i : i + 32] for i in range(1, len(steps), 32))]
     with retain_memory_for_steps(log.settings, acts_LND.shape[-1]):
         for some in filter(None, (parts[:1], parts[1:])):
-            of = some_steps, groups, some, acts_LND.device, in_turn
+            of = some_steps, groups, some, acts_LND.device, in_turn, log.n_trainers
             with contextlib.closing(in_threads(*of)) as calls:
                 for keys, part, found in calls:
                     if not in_turn:
@@ -229,8 +262,7 @@ def advance(
             log.looked = True
     if log.captured is not None:
         log.captured.forget_gradients()
-    keys = list(trainers)
-    return sorted(records, key=lambda r: (r["step"], keys.index((r["layer"], r["seed"]))))
+    return in_order_of_steps(records, trainers)
 
 
 def broken_loss(

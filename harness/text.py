@@ -19,6 +19,7 @@ from torch import Tensor
 
 from harness.console import print_line
 from harness.errors import ExperimentError, first_line, is_connection_error
+from harness.ranks import RANKS
 from harness.store import cache_dir, pinned, sha256_file
 from harness.text_files import (
     BUILT_IN,
@@ -362,7 +363,13 @@ class TokenStream:
             self._reader.close()
 
     def contexts(self, n: int) -> Tensor:
-        """The next n contexts, (n, L) int64, the corpus in its own order."""
+        """The next n contexts, (n, L) int64, the corpus in its own order.
+
+        Of several ranks the first reads the text, and the others get them from it.
+        """
+        return RANKS.by_first(self._contexts, n)
+
+    def _contexts(self, n: int) -> Tensor:
         bos = self.tokenizer.bos_token_id
         width = self.context - (bos is not None)
         rows = torch.full((n, self.context), bos or 0)

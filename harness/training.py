@@ -21,6 +21,7 @@ from harness.gpu import CapturedSteps
 from harness.interfaces import RunLike, SettingsLike
 from harness.ledger import LEDGER
 from harness.observation import OBSERVED
+from harness.ranks import RANKS
 from harness.store import ACTIVATIONS_GB, TensorCache
 from harness.text import TokenStream
 from harness.tracking import TRACKER
@@ -52,6 +53,7 @@ class TrainingLog:
         self.looked = False  # the first one was looked at for that
         self.captured: CapturedSteps | None = None  # what takes the others, on a GPU
         self.generators: dict[tuple, States] = {}  # theirs, by what draws: see `generators_of`
+        self.n_trainers = 0  # of all ranks; 0: those at hand
         self.done, self.n_steps = 0, settings.training_tokens // settings.batch
         self.timed = settings.budget_minutes is None
         self.shortened: str | None = None  # why it takes fewer steps than the settings say
@@ -131,9 +133,8 @@ class TrainingLog:
         """Takes fewer steps where training and `evaluation` seconds would not fit the budget."""
         self.timed = True
         spent, budget = sum(self.seconds.values()), self.settings.budget_minutes * 60
-        self.n_steps, self.shortened = steps_in_budget(
-            self.n_steps, self.done, spent, evaluation, budget
-        )
+        given = self.n_steps, self.done, spent, evaluation, budget
+        self.n_steps, self.shortened = RANKS.by_first(steps_in_budget, *given)
         self.progress.total = self.n_steps * self.per_step
 
 
@@ -181,12 +182,12 @@ class ActivationCache:
 
     @functools.cached_property
     def files(self) -> TensorCache:
-        """Where they are kept, unless they are too many."""
+        """Where they are kept, unless they are too many; of several ranks by the first alone."""
         s, d_model = self.run.settings, self.run.language_model.d_model
         size = 2 if self.run.train_dtype == "bfloat16" else 4
         n_bytes = s.training_tokens * len(s.layers) * d_model * size
         key = None
-        if self.run.keeps and n_bytes <= ACTIVATIONS_GB * 1e9:
+        if RANKS.first and self.run.keeps and n_bytes <= ACTIVATIONS_GB * 1e9:
             given = {"harvest": self.harvest, "language model": self.run.language_model}
             more = {"dtype": self.run.train_dtype, **text_identity(s.training_text)}
             key = result_key("activations", self.run, given, with_callers=True, **more)
@@ -215,11 +216,11 @@ class ActivationCache:
 
     def next_passes(self, n: int) -> list[Tensor]:
         """See `passes`."""
-        if not self.files.on:
+        if not RANKS.by_first(lambda: self.files.on):
             self.n_made += 1
             return self.made(min(n, PASSES))
         name = f"{self.number:06d}"
-        stored = self.files.find(name) if self.reading else None
+        stored = RANKS.by_first(self.files.find, name) if self.reading else None
         self.number += 1
         if stored is not None:
             self.after = stored["after"]
@@ -244,7 +245,7 @@ class ActivationCache:
         """Goes on where another one stood."""
         self.number, self.n_made = state["number"], state["n_made"]
         self.say(state["said"])
-        if not self.files.on:
+        if not RANKS.by_first(lambda: self.files.on):
             self.stream.load_state_dict(state["stream"])
         else:
             self.after = state["stream"]

@@ -79,7 +79,7 @@ def main(log: str, record: str) -> None:
                 f"the machine {known['machine_gb']:.1f} of {known['total_gb']:.1f}"
             )
     words = last_words(
-        known.get("stage", "start-up"), redact(cause), log=log,
+        known.get("stage", "start-up") + known.get("rank", ""), redact(cause), log=log,
         at=f"experiment.py, line {place[1]}, in {place[2]}" if place else "",
         to_do="give the same command again: it goes on from what is kept",
     )  # fmt: skip

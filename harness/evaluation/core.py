@@ -21,6 +21,7 @@ from harness.identity import changed, describe
 from harness.interfaces import RunLike, SAELike, SettingsLike
 from harness.machine import retain_freed_memory, run_cooperatively
 from harness.observation import unwatched
+from harness.ranks import RANKS
 from harness.store import (
     ACTIVATIONS_GB,
     LEDGER,
@@ -159,6 +160,8 @@ def shared_core_evals(
 ) -> dict[str, Result]:
     """`run_evals` of SAEs that `prepare_for_sae_bench` has prepared, side by side.
 
+    Of several ranks each evaluates its share of them.
+
     Args:
         run_evals: called under no_grad with an SAE, a store, a model, SAE-Bench's configuration
             and the token ids that don't count; returns scalars by group, and metrics by feature.
@@ -194,8 +197,11 @@ def shared_core_evals(
         return [(name, (*result, counting[name].figures(), drawn, features.get(name)))
                 for name, result in found.items()]  # fmt: skip
 
+    def of_share(own: dict[str, SAELike]) -> dict[str, Any]:
+        return cached_each("core evaluation", core_keys(run, own, run_evals, shown), evaluated)
+
     try:
-        return cached_each("core evaluation", core_keys(run, saes, run_evals, shown), evaluated)
+        return RANKS.spread(of_share, saes)
     except StopIteration as error:
         raise ExperimentError(
             f"the text {settings.core_text!r} must hold one context of {settings.context} tokens, "

@@ -12,6 +12,7 @@ from harness.evaluation.core import RunEvals, prepare_for_sae_bench, shared_core
 from harness.evaluation.probe_features import probing_features
 from harness.evaluation.probing import Probe, drawn_from
 from harness.interfaces import RunLike, SAELike
+from harness.ranks import RANKS
 
 
 def evaluation_seconds(
@@ -28,7 +29,8 @@ def evaluation_seconds(
         f"{key}{kind}": prepare_for_sae_bench(sae, run.settings)
         for key, sae in saes.items() for kind in ("", " untrained")
     }  # fmt: skip
-    return core_seconds(run, ready, run_evals) + probing_seconds(run, ready, probe)
+    own = RANKS.own(ready)
+    return core_seconds(run, ready, run_evals) + RANKS.by_first(probing_seconds, run, own, probe)
 
 
 def core_seconds(run: RunLike, saes: dict[str, SAELike], run_evals: RunEvals) -> float:

@@ -16,6 +16,7 @@ from harness.errors import ExperimentError
 from harness.evaluation.core import check_finite
 from harness.interfaces import RunLike, SAELike, SettingsLike
 from harness.ledger import LEDGER
+from harness.ranks import RANKS
 from harness.store import write_atomic, write_json
 from harness.tokenizer import counted
 
@@ -38,6 +39,8 @@ def export_to_saelens(
         theta: what else belongs to it, for theta.json beside it.
         See `write_as_saelens` for the others.
     """
+    if not RANKS.first:
+        return
     STAGE.begin("export")
     if kind is None:
         kind, k = kind_of(sae)

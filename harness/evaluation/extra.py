@@ -24,6 +24,7 @@ from harness.fingerprint import result_key
 from harness.identity import describe
 from harness.interfaces import RunLike, SAELike, SettingsLike
 from harness.partials import scratch_dir
+from harness.ranks import RANKS
 from harness.store import ACTIVATIONS_GB, TensorCache, cached_each
 
 MAX_TOKENS, TEXTS_AT_ONCE = 1024, 32  # sae-probes' own, of a text and of a pass
@@ -57,6 +58,13 @@ def extra_evaluations(
     """
     if "sae_probes" not in run.settings.extra_evals:
         return dict.fromkeys(saes, {}), {}
+    return RANKS.by_first(sae_probes, run, saes)
+
+
+def sae_probes(
+    run: RunLike, saes: dict[str, SAELike]
+) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+    """See `extra_evaluations`. Of several ranks the first does it alone."""
     from sae_probes.utils_data import get_dataset_sizes
 
     rehearsing, sizes = run.training_pass is not None, get_dataset_sizes()

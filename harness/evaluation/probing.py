@@ -22,6 +22,7 @@ from harness.identity import describe
 from harness.interfaces import RunLike, SAELike, SettingsLike
 from harness.machine import retain_freed_memory
 from harness.probe_sets import probe_names
+from harness.ranks import RANKS
 from harness.store import cached, cached_each
 
 
@@ -187,8 +188,9 @@ def sparse_probing(
 
     Stock SAE-Bench draws all probes of an SAE from one generator, seeded once. This keeps a
     generator state per SAE, so that an SAE's figures are those of a stock call that finds the
-    activations stored (the second call of `run_eval_single_sae`). Writes
-    eval_results/sparse_probing/….json in SAE-Bench's own form; adds to features/layer_L.json.gz.
+    activations stored (the second call of `run_eval_single_sae`). Of several ranks each probes its
+    share of them. Writes eval_results/sparse_probing/….json in SAE-Bench's own form; adds to
+    features/layer_L.json.gz.
 
     Args:
         probe: see `shared_probing`. progress: counts SAEs times data sets.
@@ -196,18 +198,24 @@ def sparse_probing(
     s = run.settings
     ready = {name: prepare_for_sae_bench(sae, s) for name, sae in saes.items()}
     digits = {name: describe(sae) if run.keeps else "" for name, sae in ready.items()}
-    states: dict[str, int | str] = dict.fromkeys(saes, s.probe_seed)
-    per_class: dict[str, dict] = {name: {} for name in saes}
-    shown, told = shown_saes(saes, s), {name: {} for name in saes}
-    for dataset in run.probe_texts:
-        found = shared_probing(run, dataset, ready, states, probe, digits, shown)
-        for name, (accuracies, told[name][dataset]) in found.items():
-            per_class[name][f"{dataset}_results"] = accuracies
-        progress.advance(len(saes), dataset)
+    shown = shown_saes(saes, s)
+
+    def of_share(own: dict[str, SAELike]) -> dict[str, tuple[dict, dict]]:
+        states: dict[str, int | str] = dict.fromkeys(own, s.probe_seed)
+        share: dict[str, tuple[dict, dict]] = {name: ({}, {}) for name in own}
+        for dataset in run.probe_texts:
+            found = shared_probing(run, dataset, own, states, probe, digits, shown)
+            for name, (accuracies, told) in found.items():
+                share[name][0][f"{dataset}_results"] = accuracies
+                share[name][1][dataset] = told
+            progress.advance(len(saes), dataset)
+        return share
+
+    found = RANKS.spread(of_share, ready)
     for name, layer in shown.items():
-        add_probing(run.out_dir, layer, told[name])
+        add_probing(run.out_dir, layer, found[name][1])
     return {
-        name: save_probing(name, ready[name], per_class[name], s, run.out_dir) for name in saes
+        name: save_probing(name, ready[name], found[name][0], s, run.out_dir) for name in saes
     }
 
 
