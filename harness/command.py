@@ -284,13 +284,13 @@ class _Attempt:
                         faulthandler.dump_traceback(file)
         notes = [str(note) for note in reversed(getattr(error, "__notes__", []))]
         notes = [note for note in notes if len(note) < 80][:3]
-        stage = STAGE.name + (f" ({', '.join(notes)})" if notes else "") + RANKS.on
+        stage = STAGE.name + (f" ({', '.join(notes)})" if notes else "")
+        stage += "" if elsewhere else RANKS.on
         said = explained(error, self.lock, self.memory_settings, elsewhere)
         words = last_words(stage, **said, log=str(self.log or ""))
-        if not (elsewhere or told):
-            RANKS.announce(words)
+        speaks = not (elsewhere or told) and RANKS.announce(words)
         RANKS.leave()
-        if RANKS.first or not (elsewhere or told):
+        if RANKS.first or speaks:
             print(words, file=stderr or sys.stderr, flush=True)
         return 128 + signal_of(error) if told and not elsewhere else 1
 

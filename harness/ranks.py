@@ -222,16 +222,18 @@ class Ranks:
             with contextlib.suppress(RuntimeError):
                 self.store.set(f"over/{self.rank}", "")
 
-    def announce(self, words: str) -> None:
-        """Tells the others, and torchrun, why this one fails."""
+    def announce(self, words: str) -> bool:
+        """Tells the others, and torchrun, why this one fails: whether it is the first to say so."""
         if self.store is None:
-            return
+            return True
         record = {"message": words, "extraInfo": {"py_callstack": "", "timestamp": _now()}}
         if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # what torchrun shows at its end
             with contextlib.suppress(OSError):
                 Path(path).write_text(json.dumps({"message": record}))
+        mine = json.dumps([self.rank, words])
         with contextlib.suppress(RuntimeError):
-            self.store.compare_set("failed", "", json.dumps([self.rank, words]))
+            return self.store.compare_set("failed", "", mine) == mine.encode()
+        return True
 
     def failed_elsewhere(self, error: BaseException) -> str | None:
         """Why another rank's end is behind an error or a signal; None: it is this one's own."""
@@ -249,7 +251,7 @@ class Ranks:
                 if (gone := self._gone(beats, self.store, 3)) is not None:
                     return f"{self._called(gone)} has ended without a word: killed? out of memory?"
             except RuntimeError:
-                return f"torchrun, which holds ranks together, is gone at {os.environ['MASTER_ADDR']}"
+                return f"torchrun at {os.environ['MASTER_ADDR']}, which holds all together, is gone"
             if time.monotonic() > until:
                 return None
             time.sleep(0.1)
