@@ -234,14 +234,14 @@ function feature(id) {
   if (!one) {
     const why = id < current.n ? "This page doesn’t hold it: the file that is named above does."
       : `The layer has ${count(current.n)} features, from 0 on.`;
-    return [title, back, make("p", {}, why)];
+    return [back, title, make("p", {}, why)];
   }
   title.append(...flags(one));
   const facts = [[`density, of ${count(current.n_tokens)} tokens`, percent(one.density)],
     ["mean where active", short(one.mean)], ["largest activation", short(one.max)]];
   const classes = one.probe.map(([c, value]) => [[current.probed[c]], value]);
   const words = (side) => side.map(([index, value]) => [[token(current.tokens[index])], value]);
-  return [title, back,
+  return [back, title,
     make("p", { class: "keys" }, `${$("run").value}, ${current.hook_name} of ${current.model}, `
       + `seed ${current.seed}`),
     make("dl", { class: "facts" }, ...facts.map(([name, value]) => make("div", {},

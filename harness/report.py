@@ -206,18 +206,22 @@ def table(name: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> s
 
 
 def tables_html(text: str) -> str:
-    """ablation.md as HTML: its tables, without columns that hold nothing, and what it says."""
-    made, name = [], "Runs"
+    """ablation.md as HTML: its tables, without columns that hold nothing, and what it says.
+
+    A table under a heading of its own is folded: it is long.
+    """
+    made, name = [], ""
     for block in text.split("\n\n"):
         if block.startswith("#"):
-            name = block.lstrip("# ").strip()
-            made += [f"<h3>{html.escape(name)}</h3>"] if block.startswith("##") else []
+            name = block.removeprefix("## ").strip() if block.startswith("## ") else ""
         elif block.startswith("|"):
             cells = [re.split(r"(?<!\\)\|", line)[1:-1] for line in block.strip().splitlines()]
             header, _, *lines = [[c.replace("\\|", "|").strip() for c in row] for row in cells]
             kept = [i for i in range(len(header)) if any(line[i] != "-" for line in lines)]
             header, *lines = [[row[i] for i in kept] for row in (header, *lines)]
-            made.append(table(name, header, lines))
+            drawn = table(name or "Runs", header, lines)
+            folded = f"<details><summary>{html.escape(name)}</summary>{drawn}</details>"
+            made.append(folded if name else drawn)
         elif block.strip():
             made.append(f"<p>{html.escape(block)}</p>")
     return "\n".join(made)
