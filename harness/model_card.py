@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import ModelCardData
 
-from harness.verdict import OWN, PRIMARY, with_current_names
+from harness.verdict import PRIMARY, SELECTING, with_current_names
 
 CORE = {  # the table's columns: metric, heading, digits
     "l0": ("L0", 1), "fvu": ("FVU", 3), "ce_loss_score": ("CE loss score", 3),
@@ -235,7 +235,7 @@ def method_of_saelens(run: Published) -> str:
     """The method of a run with one of SAELens' trainers."""
     s = run.settings
     given = s["sparsity_coefficient"]
-    if "topk" in s["trainer"]:
+    if s["trainer"] in SELECTING:
         sparsity = f"k = {s['k_min']}"
     elif isinstance(given, list):
         sparsity = f"sparsity coefficients by layer: {listed(given)}"
@@ -255,7 +255,7 @@ the form `{run.architecture}`, for raw activations, with rows of W_dec of unit n
 def method(run: Published) -> str:
     """The method in four lines, as the settings have it."""
     s = run.settings
-    if s.get("trainer", OWN) != OWN:
+    if s.get("trainer") in OF_SAELENS:
         return method_of_saelens(run)
     learned = [name for name in ("tau_sel", "tau_pen", "gamma") if s.get(name) is None]
     learned = [] if s.get("constants_from_run") else learned

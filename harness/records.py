@@ -88,7 +88,7 @@ def final_values(
     except KeyError as error:
         raise ExperimentError(
             f"constants_from_run={run.name!r} needs {error} in {run / 'final_info.json'}, which "
-            f"has none: run {run.name} with the same layers"
+            f"has none: run {run.name} with the same layers, or name a run that has"
         ) from error
     return found
 

@@ -161,6 +161,6 @@ def checked_settings(name: str, make: type, chosen: dict[str, Any]) -> Any:
         if field:
             allowed = PLAINLY.get(error["type"], sentence.removeprefix("Input should be "))
             or_none = "None or " if getattr(make, field, "") is None else ""
-            of = f" (of {chosen[field]!r})" if len(error["loc"]) > 1 else ""
+            of = f" (of {chosen[field]!r})" if error["input"] != chosen[field] else ""
             sentence = f"{field} must be {or_none}{allowed}, but is {error['input']!r}{of}"
     raise ExperimentError(f"{name}: {sentence}: change it at the top of experiment.py")

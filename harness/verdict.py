@@ -28,8 +28,10 @@ BEFORE = {
     "first_positions": 1, "resample_every": 1, "trainer": "contrastive",
     "sparsity_coefficient": None,
 }  # fmt: skip
-OWN = "contrastive"  # this project's trainer; all others are SAELens'
-OF_OWN = {  # settings that mean nothing to another trainer
+OWN = "contrastive"  # this project's trainer
+SELECTING = ("topk", "batchtopk", "matryoshka_batchtopk")  # SAELens' trainers whose L0 is k,
+PENALISED = ("standard", "jumprelu", "jumprelu_tanh", "gated")  # and those with a coefficient
+OF_OWN = {  # settings that mean nothing to SAELens'
     "loss_variant", "tau_sel", "tau_pen", "gamma", "constants_from_run", "reg_lambda",
     "activation", "threshold_rate", "curriculum", "k_start_factor", "curriculum_fraction",
     "theta_lr", "resample", "resample_every",
@@ -58,12 +60,12 @@ ASIDE = {  # say nothing of an SAE or its figures, or are compared otherwise (`f
 
 
 def without_effect(trainer: str) -> set[str]:
-    """The settings that mean nothing to a trainer."""
-    if trainer == OWN:
-        return {"sparsity_coefficient"}
-    if "topk" in trainer:
+    """The settings that mean nothing to a trainer, as far as it is known here."""
+    if trainer in SELECTING:
         return OF_OWN | {"sparsity_coefficient"}
-    return OF_OWN | {"density_penalty", "k_min"}
+    if trainer in PENALISED:
+        return OF_OWN | {"density_penalty", "k_min"}
+    return {"sparsity_coefficient"} if trainer == OWN else set()
 
 
 def with_current_names(record: dict[str, Any]) -> dict[str, Any]:

@@ -21,11 +21,12 @@ from harness.errors import ExperimentError
 from harness.evaluation.core import prepare_for_sae_bench
 from harness.evaluation.export import kind_of, write_as_saelens
 from harness.model_card import method
+from harness.observation import OBSERVED
 from harness.publish import publish
 from harness.settings import settings_of_run
 from harness.startup import Run
 from harness.text import TokenStream, documents, passages
-from harness.verdict import compare_records, without_effect
+from harness.verdict import PENALISED, SELECTING, compare_records, without_effect
 from tests.conftest import cut_off, run_command, settings_of
 
 N_STEPS, SCALE, LAYER = 40, 0.25, 2
@@ -33,7 +34,6 @@ SETTINGS = dataclasses.replace(
     experiment.Settings(), layers=(1, LAYER), d_sae=64, k_min=4, batch=64,
     training_tokens=64 * N_STEPS, lr=1e-2, lr_warmup=0.1, dead_feature_window=128,
 )  # fmt: skip
-PENALISED = {name for name, peer in peers.PEERS.items() if peer.penalty}
 PROFILE = dict(experiment.PROFILES["tinylm"])  # as it is; the toy has another
 KINDS = pytest.mark.parametrize("kind", peers.PEERS)
 
@@ -121,7 +121,7 @@ def test_a_training_cut_short_ends_its_schedules_with_it() -> None:
     assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
 
 
-@pytest.mark.parametrize("kind", ["topk", "batchtopk", "matryoshka_batchtopk"])
+@pytest.mark.parametrize("kind", SELECTING)
 def test_the_density_penalty_is_the_formula_and_does_what_it_is_for(kind) -> None:
     """φ · mean over tokens of Σ p_i f_i beside ‖x − x̂‖² / D, with p of the batches before."""
     trainer = trained(settings_with(kind, density_penalty=0.02), n_steps=30)
@@ -254,6 +254,9 @@ def test_a_peer_is_a_run_like_any_other(toy, peer_run, capfd) -> None:
     assert not [name for name in without_effect("batchtopk") if f"{name} " in last]
     again = json.loads((peer_run / "final_info.json").read_text())
     assert again["layer_2"]["means"]["fvu"] == info["layer_2"]["means"]["fvu"]
+    # Another peer, or another value of what it reads, is trained anew.
+    read = {"trainer", "k_min", "density_penalty", "lr", "lr_warmup", "dead_feature_window"}
+    assert read <= OBSERVED.settings["training"]
 
 
 def test_a_peer_is_drawn_beside_a_run_of_this_project(peer_run) -> None:
@@ -298,7 +301,8 @@ def test_a_peer_has_what_was_found_best_for_it_unless_the_plan_says_otherwise() 
     assert (mine.lr, mine.sparsity_coefficient) == (1e-4, 2.0)
     assert peers.options_of(mine, 2) == {"l1_coefficient": 2.0}
     assert plan_of(trainer="topk").k_min == experiment.Settings.k_min
-    assert set(peers.TUNED) == set(peers.PEERS)
+    assert {*peers.TUNED} == {*peers.PEERS} == {*SELECTING, *PENALISED}
+    assert {name for name, peer in peers.PEERS.items() if peer.penalty} == {*PENALISED}
 
 
 @pytest.mark.parametrize("given, said", [
@@ -324,8 +328,12 @@ def test_what_a_trainer_does_not_read_is_refused(given, said) -> None:
 
 
 def test_the_density_penalty_goes_with_every_selection() -> None:
-    for kind in ("topk", "batchtopk", "matryoshka_batchtopk"):
+    for kind in SELECTING:
         assert plan_of(trainer=kind, density_penalty=0.01).density_penalty == 0.01
+
+
+def test_a_trainer_of_an_edit_is_held_to_nothing() -> None:
+    assert without_effect("mine") == set()
 
 
 def test_records_of_before_are_of_this_projects_trainer() -> None:
