@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/installed
 PROFILE ?= $(or $(SAE_PROFILE),$(if $(filter smollm2/%,$(OUT)),smollm2))
 
-.PHONY: help setup run test plot pack publish clean-cache FORCE
+.PHONY: help setup run test plot pack publish template clean-cache FORCE
 
 help:
 	@echo 'make run OUT=run_try   train and score the experiment, into the folder run_try'
@@ -17,6 +17,7 @@ help:
 	@echo 'make pack RUN=run_11   pack the long files of that run, so that it can be committed'
 	@echo 'make publish RUN=run_11   make a folder of its SAEs for the Hugging Face hub, with a card'
 	@echo '                       REPO=you/run_11: its name there; MODEL=you/model: its language model'
+	@echo 'make template OUT=folder   make a folder that AI-Scientist takes as a template'
 	@echo 'make test              run the tests'
 	@echo 'make clean-cache       remove what runs keep for the next one (logs stay)'
 	@echo 'make setup             only install what these need, into $(VENV)'
@@ -31,6 +32,12 @@ endif
 ifneq ($(filter publish,$(MAKECMDGOALS)),)
 ifeq ($(strip $(RUN)),)
 $(error make publish needs the folder of a complete run: make publish RUN=run_11)
+endif
+endif
+
+ifneq ($(filter template,$(MAKECMDGOALS)),)
+ifeq ($(strip $(OUT)),)
+$(error make template needs the folder to be made: make template OUT=parametric_sae)
 endif
 endif
 
@@ -54,6 +61,9 @@ pack: $(READY)
 
 publish: $(READY)
 	@$(PY) -m harness.publish '$(RUN)' $(if $(REPO),--repo '$(REPO)') $(if $(MODEL),--model '$(MODEL)')
+
+template: $(READY)
+	@$(PY) -m harness.template '$(OUT)' $(if $(RUN),--run '$(RUN)')
 
 clean-cache:
 	@$(if $(wildcard $(PY)),$(PY),python3) -c 'from harness.store import clean_cache; clean_cache()'

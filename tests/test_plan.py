@@ -16,7 +16,8 @@ import pytest
 
 from harness.errors import ExperimentError
 from harness.plans import chosen_runs, needed_runs
-from harness.verdict import PRIMARY
+from harness.settings import settings_of_run
+from harness.verdict import MIN_SEEDS, PRIMARY
 from tests.conftest import ROOT
 
 # What plan.py sees of an experiment, and a command that ends as the run's description says.
@@ -200,6 +201,27 @@ def test_a_setting_that_cannot_be_is_told_before_anything_runs(project) -> None:
         "run_2: PLAN or PROFILES sets what Settings has no field for ('k'): see the list at the "
         "top of experiment.py\n"
     )
+
+
+def test_what_program_md_tells_an_agent(tmp_path: Path) -> None:
+    """Its runs are runs: on set A, with three seeds, compared to the baseline there."""
+    import experiment
+
+    text = (ROOT / "program.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    plan = eval("{" + block + "}", {"THREE": experiment.THREE})
+    parts = experiment.Settings, experiment.PROFILES["tinylm"], experiment.PLAN | plan
+    made = {run: settings_of_run(run, *parts) for run in plan}
+    assert {settings.probe_sets for settings in made.values()} == {("tinylm/A",)}
+    assert all(len(settings.seeds) >= MIN_SEEDS for settings in made.values())
+    assert needed_runs([*plan], *parts) == {"run_a0": set(), "run_a1": {"run_a0"}}
+    (command,) = re.findall(r"`(sed .*?) >> results.tsv`", text)
+    output = "train: done\nresults.tsv: run_a1\t0123456\t0.7\nverdict: better (…)\n"
+    done = subprocess.run(
+        f"cat > run.log; {command}", shell=True, input=output, capture_output=True, text=True,
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.stdout == "run_a1\t0123456\t0.7\n"
 
 
 needs_ray = pytest.mark.skipif(
