@@ -166,11 +166,14 @@ padding were left out in training: features mean nothing there."""
 
 
 def shown(entry: dict[str, Any], metric: str, digits: int) -> str:
-    """A figure as the card has it: the mean, with its standard error where there are seeds."""
+    """A figure as the card has it: the mean, with its standard error where there are seeds.
+
+    The language model's own figures have none.
+    """
     if metric not in entry["means"]:
         return "–"
     value = f"{entry['means'][metric]:.{digits}f}"
-    several = len(entry["final_info_dict"][metric]) > 1
+    several = len(entry["final_info_dict"][metric]) > 1 and not metric.startswith("llm_")
     return f"{value} ± {entry['stderrs'][metric]:.{digits}f}" if several else value
 
 
@@ -263,7 +266,10 @@ def method(run: Published) -> str:
     if s.get("loss_variant") == "as_written":
         loss = "the mean norm of the error, with a penalty on all features"
     elif s.get("gamma") != 0:
-        loss += ", with a penalty on active features that are not in S"
+        penalised = "active features that are not in S"
+        if run.architecture == "standard":  # no selection
+            penalised = "all active features but a token's strongest"
+        loss += f", with a penalty on {penalised}"
     if s.get("density_penalty"):
         loss += f", with an L1 penalty on features in S that fire often ({s['density_penalty']})"
     k = f", k = {s['k_min']}" if run.architecture == "topk" else ""
@@ -289,7 +295,9 @@ def data(run: Published) -> str:
     return f"""## Data
 
 Trained on {int(means["training_tokens"]):,} tokens of {run.texts["training_text"]}, in contexts \
-of {run.settings["context"]} tokens {begins}. None of that text is in this repository."""
+of {run.settings["context"]} tokens {begins}, with the matrix products of language model and SAE \
+in {run.config["train_dtype"]}. The figures are of the language model in \
+{run.settings["lm_dtype"]}. None of that text is in this repository."""
 
 
 def origin(run: Published) -> str:

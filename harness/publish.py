@@ -7,13 +7,19 @@ token of this machine gets into it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import getpass
 import json
+import os
+import platform
 import re
+import shlex
 import shutil
+import signal
 import sys
-import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -22,6 +28,7 @@ from safetensors.torch import save_file
 
 from harness.errors import ExperimentError, first_line, redact
 from harness.model_card import Published, Source, card
+from harness.partials import mark, partial_in, remove_left
 from harness.start import HERE
 from harness.store import sha256_file, write_atomic
 from harness.text_files import BUILT_IN, form_of
@@ -39,6 +46,7 @@ TEXTS = {
     "tinylm": "Python source of packages, listed in the project's tinylm/manifest.tsv",
     "smollm2": "texts of sae-probes 0.4.2, listed in the project's smollm2/manifest.tsv",
 }
+NOBODY = {"", "root", "user", "admin", "ubuntu", "debian", "runner", "localhost"}  # no one's name
 KEPT = (  # of a cfg.json's metadata
     "sae_lens_version", "sae_lens_training_version", "hook_name", "hook_layer", "context_size",
     "prepend_bos",
@@ -54,45 +62,75 @@ def publish(
         repo: the hub's name that the card gives. model: the hub's name of the language model, where
             the run's own is of this machine.
     Returns:
-        the folder.
+        the folder: `smollm2/run_10` for a run in a folder that is named after its profile.
     Raises:
-        ExperimentError: the run isn't complete, has no SAEs, or what it read can't be named.
+        ExperimentError: the run isn't complete, has no SAEs, what it read can't be named, or the
+            folder can't be written.
     """
     config, info, warnings = records_of(run)
-    settings, name = with_current_names(config["settings"]), run.resolve().name
-    for given in filter(None, (repo, model)):
-        check_hub_name(given)
-    repo = repo or f"{PLACEHOLDER}/{name}"
-    folders = sae_folders(run, config, settings)
-    source = source_of(settings["model"], model, repo, name)
-    texts = {field: public_text(config, field) for field in ("training_text", "core_text")}
-    metadata = {
-        "model_name": source.name, "dataset_path": texts["training_text"],
-        "exclude_special_tokens": True,  # BOS, EOS and padding
-        "seqpos_slice": [settings.get("first_positions", 1), None],
-    }  # fmt: skip
-    into.mkdir(exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=into))
+    name, profile = run.resolve().name, run.resolve().parent.name
+    into = into / profile if profile == config.get("profile") else into
     try:
-        saes = {at: write_sae(run, at, partial / at, metadata) for at in folders}
-        if source.hub is None:
-            copy_tinylm(config, partial / "tinylm")
-        published = Published(
-            name, repo, source, config, info, saes, texts,
-            [public_set(probe_set) for probe_set in settings["probe_sets"]],
-            scrubbed(settings["description"]), [scrubbed(warning) for warning in warnings],
-        )  # fmt: skip
-        write_atomic(partial / "README.md", card(published))
-        partial.chmod(0o755)
-        set_aside(into / name)
-        return partial.rename(into / name)
+        for given in filter(None, (repo, model)):
+            check_hub_name(given)
+        repo = repo or placeholder(name)
+        settings = with_current_names(config["settings"])
+        folders = sae_folders(run, config, settings)
+        source = source_of(settings["model"], model, repo, name)
+        texts = {field: public_text(config, field) for field in ("training_text", "core_text")}
+        metadata = {
+            "model_name": source.name, "dataset_path": texts["training_text"],
+            "exclude_special_tokens": True,  # BOS, EOS and padding
+            "seqpos_slice": [settings.get("first_positions", 1), None],
+        }  # fmt: skip
+        with partial_folder(into) as partial:
+            saes = {at: write_sae(run, at, partial / at, metadata) for at in folders}
+            if source.hub is None:
+                copy_tinylm(config, partial / "tinylm")
+            local = local_names(config)
+            published = Published(
+                name, repo, source, config, info, saes, texts,
+                [public_set(probe_set) for probe_set in settings["probe_sets"]],
+                scrubbed(settings["description"], local),
+                [scrubbed(warning, local) for warning in warnings],
+            )  # fmt: skip
+            write_atomic(partial / "README.md", card(published))
+            for path in (partial, *partial.rglob("*")):  # SAELens' are of their owner alone
+                path.chmod(0o755 if path.is_dir() else 0o644)
+            set_aside(into / name)
+            return partial.rename(into / name)
     except KeyError as error:
         raise ExperimentError(
             f"{name} can't be published, as the card needs {error} of its settings or figures, and "
             "they have none: record it under that name"
         ) from error
+    except OSError as error:
+        raise ExperimentError(
+            f"{name} can't be published, as a file can't be read or written ({first_line(error)}): "
+            "mend that, and give the same command again"
+        ) from error
+
+
+def placeholder(name: str) -> str:
+    """A name on the hub for a run, where none is given: of letters and so on that it takes."""
+    plain = re.sub(r"(?:[^A-Za-z0-9_.]|[.]{2,})+", "-", name).strip("-.")[:80].strip("-.")
+    return f"{PLACEHOLDER}/{plain.removesuffix('.git') or 'run'}"
+
+
+@contextlib.contextmanager
+def partial_folder(into: Path) -> Iterator[Path]:
+    """A new folder in another; removed, unless it was renamed, and those that kills have left."""
+    into.mkdir(parents=True, exist_ok=True)
+    remove_left(into)
+    partial = partial_in(into)
+    partial.mkdir()
+    descriptor = os.open(partial, os.O_RDONLY)
+    try:
+        mark(descriptor)
+        yield partial
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        os.close(descriptor)
 
 
 def records_of(run: Path) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
@@ -101,16 +139,19 @@ def records_of(run: Path) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     Raises:
         ExperimentError: it isn't one.
     """
-    try:
-        config, info, warnings = (
-            json.loads((run / file).read_text())
-            for file in ("config.json", "final_info.json", "warnings.json")
-        )
-    except (OSError, ValueError) as error:
-        raise ExperimentError(
-            f"make publish needs the folder of a complete run, but {run.name!r} is none "
-            f"({first_line(error)}): make publish RUN=run_11"
-        ) from error
+    found: dict[str, Any] = {}
+    for file in ("config.json", "final_info.json", "warnings.json"):
+        try:
+            found[file] = json.loads((run / file).read_text())
+        except (OSError, ValueError) as error:
+            why = f"{file} can't be read: {first_line(error)}"
+            if isinstance(error, FileNotFoundError):
+                why = f"it has no {file}" if run.is_dir() else "there is no such folder"
+            raise ExperimentError(
+                f"make publish needs the folder of a complete run, but {str(run)!r} is none "
+                f"({why}): make publish RUN=run_11"
+            ) from error
+    config, info, warnings = found.values()
     return config, info, warnings
 
 
@@ -144,12 +185,21 @@ def sae_folders(run: Path, config: dict[str, Any], settings: dict[str, Any]) -> 
                 f"else, as sae/{name}/README.txt says; share it with the run's experiment.py"
             )
         if not (folder / "sae_weights.safetensors").exists():
-            again = f"make run OUT={run.name} PROFILE={config['profile']}"
+            made = run.parent / config["run"]  # of one that is set aside, run_3.1, run_3
+            of = "" if run.resolve().parent.name == config["profile"] else config["profile"]
+            again = f"make run OUT={quoted(made)}" + f" PROFILE={of}" * bool(of)
             raise ExperimentError(
                 f"{run.name} has no weights in sae/{name}, as runs that are committed have none: "
-                f"train it again, {again}, and then make publish RUN={run.name}"
+                f"train it again, {again}, and then make publish RUN={quoted(made)}"
             )
     return names
+
+
+def quoted(path: Path | str) -> str:
+    """As a shell reads it; of a path below this folder, what is below."""
+    path = Path(path)
+    below = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    return shlex.quote(str(below))
 
 
 def is_local(name: str) -> bool:
@@ -211,15 +261,34 @@ def public_set(name: str) -> str:
     return "a local set that is not published" if own else name
 
 
-def scrubbed(text: str) -> str:
-    """A text of the run without paths, the user's name or anything that looks like a token."""
+def local_names(config: dict[str, Any]) -> set[str]:
+    """What texts and probing sets of this machine are called: as the settings say it, and files."""
+    texts = config.get("texts", {})
+    names = {*texts, *filter(is_local, config["settings"]["probe_sets"])}
+    for text in texts.values():
+        names |= {*text.get("read", ()), *text.get("left_out", ())}
+    names = {name for name in names if name.split("/")[0] not in BUILT_IN}
+    return names | {Path(name).name for name in names}
+
+
+def scrubbed(text: str, local: Iterable[str] = ()) -> str:
+    """A text of the run without paths, names of user and machine, or what looks like a token.
+
+    Args:
+        local: names of files and folders that are left out, too.
+    """
     text = redact(text)
+    for name in sorted(filter(None, local), key=len, reverse=True):
+        text = re.sub(rf"(?<![\w/]){re.escape(name)}(?!\w)", "[local text]", text)
     places = {str(HERE), str(Path.home()), str(Path.cwd())} - {"/"}
     for known in sorted(places, key=len, reverse=True):  # with the spaces that one may have
         text = text.replace(known, "/[path]")
-    # A slash that begins a word, and all to its end; "and/or", "1 / 2" and "https://" stay.
-    text = re.sub(r"(?<![\w.)\]/])(?:file://|~)?/(?!/)[^\s'\"`,;)]+", "[path]", text)
-    return re.sub(rf"\b{re.escape(user_name())}\b", "[user]", text)
+    # A slash that begins a word, and all to its end; "and/or", "1 / 2", "</b>", "https://" stay.
+    text = re.sub(r"(?<![\w.)\]/<])(?:file://|~)?/(?!/)[^\s'\"`,;)]+", "[path]", text)
+    for name, word in ((platform.node(), "[machine]"), (user_name(), "[user]")):
+        if name not in NOBODY:
+            text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", word, text)
+    return text
 
 
 def user_name() -> str:
@@ -241,17 +310,32 @@ def write_sae(run: Path, at: str, folder: Path, metadata: dict[str, Any]) -> dic
     from sae_lens import SAE
     from sae_lens.saes.sae import SAEMetadata
 
-    sae = SAE.load_from_disk(run / "sae" / at)
+    try:
+        sae = SAE.load_from_disk(run / "sae" / at)
+    except Exception as error:
+        raise ExperimentError(
+            f"{run.name} can't be published, as sae/{at} is damaged ({first_line(error)}): delete "
+            "it, and run it again, which trains nothing that is kept"
+        ) from error
     kept = {key: sae.cfg.metadata[key] for key in KEPT if key in sae.cfg.metadata}
     sae.cfg.metadata = SAEMetadata(**kept, **metadata)
     _, cfg = sae.save_model(folder)
-    pattern = f"{at.replace('/', '_')}_custom_sae_*.json"
-    for file in (run / "eval_results" / "core").glob(pattern):
-        rows = json.loads(file.read_text())["eval_result_details"]
-        density_F = torch.tensor([row["feature_density"] for row in rows])
-        if len(rows) == sae.cfg.d_sae:  # as SAELens writes it
-            save_file({"sparsity": torch.log10(density_F + 1e-10)}, folder / "sparsity.safetensors")
+    log_density_F = log_densities(run, at)
+    if log_density_F is None or len(log_density_F) != sae.cfg.d_sae:
+        print(f"{at} has no sparsity.safetensors, as eval_results/core has no densities of it")
+    else:
+        save_file({"sparsity": log_density_F}, folder / "sparsity.safetensors")
     return json.loads(cfg.read_text())
+
+
+def log_densities(run: Path, at: str) -> torch.Tensor | None:
+    """log10 of how often each feature fires (F,), as SAELens writes it; None: that isn't there."""
+    found = (run / "eval_results" / "core").glob(f"{at.replace('/', '_')}_custom_sae_*.json")
+    for file in found:
+        with contextlib.suppress(ValueError, KeyError):
+            rows = json.loads(file.read_text())["eval_result_details"]
+            return torch.log10(torch.tensor([row["feature_density"] for row in rows]) + 1e-10)
+    return None
 
 
 def copy_tinylm(config: dict[str, Any], folder: Path) -> None:
@@ -289,19 +373,29 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repo", help="its name on the hub, such as alice/run_10")
     parser.add_argument("--model", help="the language model's name on the hub")
     given = parser.parse_args(arguments)
+    asked = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, ended) for number in asked}
     try:
         folder = publish(given.run, given.repo, given.model)
     except ExperimentError as error:
         sys.exit(str(error))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     files = [file for file in folder.rglob("*") if file.is_file()]
     size = sum(file.stat().st_size for file in files)
-    shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
-    repo = given.repo or f"{PLACEHOLDER}/{folder.name}"
+    repo, shown = given.repo or placeholder(folder.name), quoted(folder)
     print(f"{shown}: {len(files)} files, {size / 1e6:.1f} MB; read its README.md, the model card")
-    if given.repo is None:
-        again = f"make publish RUN={given.run} REPO=alice/{folder.name}"
+    if not given.repo:
+        again = f"make publish RUN={quoted(given.run)} REPO=alice/{repo.split('/')[1]}"
         print(f"its card says {repo}: to have your name on the hub there, {again}")
     print(f"to upload it, after `hf auth login`:\nhf upload {repo} {shown} .")
+
+
+def ended(number: int, frame: FrameType | None) -> None:
+    """Leaves nothing half-made, and no traceback: `SystemExit` passes by way of each `finally`."""
+    print(f"ended by {signal.Signals(number).name}: nothing is published", file=sys.stderr)
+    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

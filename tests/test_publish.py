@@ -5,8 +5,12 @@ from __future__ import annotations
 import getpass
 import inspect
 import json
+import os
+import platform
 import re
+import shlex
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -159,13 +163,15 @@ def test_every_figure_of_the_card_stands_in_the_records(toy_run: Path, tmp_path:
     assert len(rows) == 2 + 6
     for layer, *cells in rows:
         entry = info[f"layer_{layer}"]
+        reader = ""
         if cells[0] in who:
             reader = who[cells.pop(0)]
             metrics = {f"{reader}_top_{k}_test_accuracy": 3 for k in (1, 2, 5)}
         else:
             metrics = columns
+        error = "" if reader == "llm" else " ± {:.{}f}"  # there is but one language model
         assert cells == [
-            f"{entry['means'][metric]:.{digits}f} ± {entry['stderrs'][metric]:.{digits}f}"
+            f"{entry['means'][metric]:.{digits}f}" + error.format(entry["stderrs"][metric], digits)
             for metric, digits in metrics.items()
         ]
     means, primary = info["layer_0"]["means"], "mean_topk_probe_accuracy"
@@ -197,11 +203,13 @@ def test_nothing_of_the_machine_is_published(
 ) -> None:
     """Paths, the user's name, tokens: where a run can have them, they are not in the folder."""
     monkeypatch.setattr(getpass, "getuser", lambda: "mallory")
+    monkeypatch.setattr(platform, "node", lambda: "node7.lab")
     monkeypatch.setattr(Path, "home", lambda: Path("/home/mallory stone"))
     text = tmp_path / "mallory-notes.jsonl"
     text.write_text('{"text": "x"}\n')
     token = "hf_" + "abcdefghijklmnop"
-    said = f"{toy_model}, ~/diary, '/home/mallory stone/run', file:///data/x, {token} by mallory"
+    said = (f"{toy_model}, ~/diary, '/home/mallory stone/run', file:///data/x, {token} by mallory, "
+            f"{text.name}: row 3, secret.csv is short, on node7.lab")  # fmt: skip
     run = edited(
         toy_run, tmp_path / "run_2", texts={str(text): {}},
         settings={"model": str(toy_model), "description": said, "training_text": str(text),
@@ -213,8 +221,8 @@ def test_nothing_of_the_machine_is_published(
         content["metadata"] |= {"model_name": str(toy_model), "checkpoint_path": str(tmp_path)}
         cfg.write_text(json.dumps(content))
     folder = publish(run, REPO, MODEL, tmp_path / "published")
-    names = ("mallory", "stone", "secret", "/home", "/data", "diary", str(tmp_path), str(ROOT),
-             str(toy_model), str(toy_run), token, *tmp_path.parts[2:-1])  # fmt: skip
+    names = ("mallory", "stone", "secret", "node7", "/home", "/data", "diary", str(tmp_path),
+             str(ROOT), str(toy_model), str(toy_run), token, *tmp_path.parts[2:-1])  # fmt: skip
     files = [file for file in folder.rglob("*") if file.is_file()]
     assert len(files) == 7
     for file in files:
@@ -227,9 +235,26 @@ def test_nothing_of_the_machine_is_published(
     assert "a local set that is not published" in card
 
 
-def test_what_is_no_path_stays() -> None:
-    said = "either/or, 1 / 2, https://example.org/a/b, blocks.2/x of and/or/else"
+def test_what_is_no_path_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(getpass, "getuser", lambda: "root")  # in a container: nobody's name
+    said = "either/or, 1 / 2, https://example.org/a/b, blocks.2/x of and/or/else, <b>x</b>, a root"
     assert scrubbed(said) == said
+
+
+def test_a_card_says_what_is_penalised(toy_run: Path, tmp_path: Path) -> None:
+    """Without a selection S holds all active features, and all but the strongest are penalised."""
+    said = "penalty on active features that are not in S"
+    text = (publish(toy_run, REPO, MODEL, tmp_path / "published") / "README.md").read_text()
+    assert said in text
+    run = edited(toy_run, tmp_path / "run_5", settings={"curriculum": False})
+    for cfg in run.glob("sae/*/*/cfg.json"):
+        content = json.loads(cfg.read_text()) | {"architecture": "standard"}
+        del content["k"], content["rescale_acts_by_decoder_norm"]
+        cfg.write_text(json.dumps(content))
+    text = (publish(run, REPO, MODEL, tmp_path / "published") / "README.md").read_text()
+    assert said not in text
+    assert "S holds all active features.\n" in text
+    assert "penalty on all active features but a token's strongest" in text
 
 
 def no_weights(run: Path) -> None:
@@ -244,6 +269,24 @@ def no_info(run: Path) -> None:
     (run / "final_info.json").unlink()
 
 
+def cut_weights(run: Path) -> None:
+    path = run / "sae/layer_2/seed_0/sae_weights.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def no_settings(run: Path) -> None:
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({"run": config["run"]}))
+
+
+def broken_info(run: Path) -> None:
+    (run / "final_info.json").write_text("{")
+
+
+def a_file_in_the_way(run: Path) -> None:
+    (run.parent / "published").write_text("")
+
+
 def other_settings(run: Path) -> None:
     path = run / "config.json"
     path.write_text(path.read_text().replace('"lr":', '"rate":'))
@@ -251,10 +294,14 @@ def other_settings(run: Path) -> None:
 
 @pytest.mark.parametrize(("change", "given", "words"), [
     (no_weights, {}, "no weights in sae/layer_0/seed_0, as runs that are committed have none: "
-                     "train it again, make run OUT=run_2 PROFILE=tinylm, and then make publish "
-                     "RUN=run_2"),
+                     "train it again, make run OUT=run_1 PROFILE=tinylm, and then make publish "
+                     "RUN=run_1"),
     (other_weights, {}, "SAELens' form of layer_2/seed_0 would compute something else"),
-    (no_info, {}, "make publish needs the folder of a complete run, but 'run_2' is none"),
+    (no_info, {}, "/run_2' is none (it has no final_info.json): make publish RUN=run_11"),
+    (broken_info, {}, "is none (final_info.json can't be read: "),
+    (cut_weights, {}, "run_2 can't be published, as sae/layer_2/seed_0 is damaged ("),
+    (no_settings, {}, "the card needs 'settings' of its settings or figures, and they have none"),
+    (a_file_in_the_way, {}, "run_2 can't be published, as a file can't be read or written ("),
     (other_settings, {}, "the card needs 'lr' of its settings or figures, and they have none"),
     (None, {"model": None}, "can't be published, as it reads a language model in a folder of this"),
     (None, {"repo": "saes"}, "'saes' is none (it has no owner)"),
@@ -307,6 +354,66 @@ def test_the_command_says_how_to_upload(
     with pytest.raises(SystemExit) as refused:
         main([str(tmp_path), "--model", MODEL])
     assert "make publish RUN=run_11" in str(refused.value.code)
+
+
+@pytest.mark.parametrize(("name", "on_hub"), [
+    ("run_3.1", "run_3.1"), ("run lr 1e-3", "run-lr-1e-3"), ("run_ä--b..", "run_-b"), ("'", "run"),
+])  # fmt: skip
+def test_what_the_command_prints_can_be_given_to_a_shell(
+    toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, name: str, on_hub: str
+) -> None:
+    monkeypatch.setattr(publish, "__defaults__", (None, None, tmp_path / "published"))
+    monkeypatch.chdir(tmp_path)
+    run = edited(toy_run, tmp_path / name)
+    main([str(run), "--model", MODEL])
+    again, _, upload = capsys.readouterr().out.splitlines()[-3:]
+    assert shlex.split(upload) == ["hf", "upload", f"your-name/{on_hub}", f"published/{name}", "."]
+    validate_repo_id(f"your-name/{on_hub}")
+    assert shlex.split(again.split(", ")[-1])[2:] == [f"RUN={name}", f"REPO=alice/{on_hub}"]
+    assert f'from_pretrained("your-name/{on_hub}"' in (
+        tmp_path / "published" / name / "README.md"
+    ).read_text()
+
+
+def test_a_run_in_its_profiles_folder_keeps_that(
+    toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tinylm/run_1 and run_1 are two runs: neither sets the other aside, or is trained as it."""
+    run = edited(toy_run, tmp_path / "tinylm" / "run_1")
+    monkeypatch.chdir(tmp_path)
+    folder = publish(run, REPO, MODEL, tmp_path / "published")
+    assert folder == tmp_path / "published" / "tinylm" / "run_1"
+    no_weights(run)
+    with pytest.raises(ExperimentError, match="again, make run OUT=tinylm/run_1, and then make pu"):
+        publish(run, REPO, MODEL, tmp_path / "published")
+
+
+def test_files_are_for_all_and_one_without_densities_is_told(
+    toy_run: Path, tmp_path: Path, capsys
+) -> None:
+    run = edited(toy_run, tmp_path / "run_2")
+    shutil.rmtree(run / "eval_results")
+    folder = publish(run, REPO, MODEL, tmp_path / "published")
+    assert "layer_0/seed_0 has no sparsity.safetensors" in capsys.readouterr().out
+    for path in folder.rglob("*"):
+        assert path.stat().st_mode & 0o777 == (0o755 if path.is_dir() else 0o644)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_nothing_half_made(
+    toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, number: int
+) -> None:
+    monkeypatch.setattr(publish, "__defaults__", (None, None, tmp_path / "published"))
+    left = tmp_path / "published" / ".partial-1-1"  # by a kill
+    left.mkdir(parents=True)
+    os.utime(left, (0, 0))
+    monkeypatch.setattr(room, "card", lambda published: os.kill(os.getpid(), number))
+    with pytest.raises(SystemExit) as ended:
+        main([str(toy_run), "--repo", REPO, "--model", MODEL])
+    assert ended.value.code == 128 + number
+    assert "nothing is published" in capsys.readouterr().err
+    assert not list((tmp_path / "published").iterdir())
+    assert signal.getsignal(signal.SIGTERM) is not room.ended
 
 
 @pytest.fixture
