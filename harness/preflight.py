@@ -223,7 +223,7 @@ def tracker(settings: SettingsLike) -> str:
     """What a run is watched in: "wandb", "tensorboard", or "", nothing.
 
     Raises:
-        ExperimentError: there is no such tracker, or it isn't installed.
+        ExperimentError: there is no such tracker, it isn't installed, or W&B knows no key.
     """
     kind = settings.track or os.environ.get("SAE_TRACK", "")
     if kind not in tracking.STARTS:
@@ -234,5 +234,10 @@ def tracker(settings: SettingsLike) -> str:
         raise ExperimentError(
             f"track={kind!r} takes the package {kind}, which is not installed: "
             f"`pip install {kind}`, or set track to ''"
+        )
+    if kind == "wandb" and tracking.lacks_login():
+        raise ExperimentError(
+            "track='wandb' needs an API key of W&B, and there is none: `wandb login`, or "
+            "WANDB_MODE=offline, which writes to the cache alone"
         )
     return kind

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from harness.verdict import OWN, without_effect
 
 # A dataclass whose values must have their field's type and bounds: a bool is no number.
 checked = pydantic.dataclasses.dataclass(
-    frozen=True, config=pydantic.ConfigDict(strict=True, extra="forbid")
+    frozen=True, config=pydantic.ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 )
 
 
@@ -40,7 +41,7 @@ def must_hold(settings: object, rules: dict[str, tuple[Any, str]]) -> None:
 
 
 def sweep(
-    name: str, given: dict[str, Any] | None = None, **values: tuple
+    name: str, given: dict[str, Any] | None = None, **values: Iterable[Any]
 ) -> dict[str, dict[str, Any]]:
     """Runs for a plan, one per value, or per combination of the values of several fields.
 
@@ -48,14 +49,41 @@ def sweep(
 
     Args:
         name: of the sweep. given: what all its runs have. values: by field, those that it takes.
+    Raises:
+        ExperimentError: a field has no values, or two runs would have one name.
     """
-    runs = {}
-    for combination in itertools.product(*values.values()):
-        changes = dict(zip(values, combination))
-        ending = "_".join(f"{v:g}" if isinstance(v, float) else str(v) for v in combination)
+    runs: dict[str, dict[str, Any]] = {}
+    for field, of in values.items():
+        if isinstance(of, (str, bytes)) or not isinstance(of, Iterable):
+            raise ExperimentError(
+                f"sweep({name!r}): {field} must be a tuple of values, but is {of!r}: write "
+                f"{field}=({of!r},)"
+            )
+    choices = {field: tuple(of) for field, of in values.items()}
+    if not choices or not all(choices.values()):
+        raise ExperimentError(
+            f"sweep({name!r}) must have one or more values of one or more fields, but has "
+            f"{choices}: such as sweep({name!r}, k_min=(8, 16))"
+        )
+    for combination in itertools.product(*choices.values()):
+        changes = dict(zip(choices, combination))
+        run = "_".join(["run", name, *map(word, combination)])
+        if run in runs:
+            raise ExperimentError(
+                f"sweep({name!r}): the names of runs must differ, but two would be {run}: leave "
+                "one value out, or write these runs into PLAN"
+            )
         said = ", ".join(f"{field} {value}" for field, value in changes.items())
-        runs[f"run_{name}_{ending}"] = {"description": said} | (given or {}) | changes
+        runs[run] = {"description": said} | (given or {}) | changes
     return runs
+
+
+def word(value: Any) -> str:
+    """A value as the name of a folder can have it: 0.001, None, 1-2-4, alice-texts."""
+    if isinstance(value, (tuple, list)):
+        return "-".join(map(word, value))
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return re.sub(r"[^\w.+-]+", "-", text)
 
 
 def choose_profile(profiles: Iterable[str], runs: Path, home: Path) -> str:
@@ -99,7 +127,12 @@ def settings_of_run(
     Raises:
         ExperimentError: see `checked_settings` and `check_trainer`.
     """
-    given = plan.get(name, {}) | profile.get(name, {})
+    if not isinstance(planned := plan.get(name, {}), dict):
+        raise ExperimentError(
+            f"PLAN[{name!r}] must be a dict of settings, but is {planned!r}: look for a comma too "
+            "many or brackets too few in its line, such as dict(k_min=8)"
+        )
+    given = planned | profile.get(name, {})
     of_all = {field: value for field, value in profile.items() if field not in plan}
     of_trainer = of_all.pop("trainers", {})
     trainer = str((of_all | given).get("trainer", getattr(make, "trainer", OWN)))

@@ -206,7 +206,7 @@ def perform(main: Callable[[Run], None], run: Run, whole: bool = True) -> None:
     seed_generators("main")
     STAGE.begin("train")
     kind = tracker(run.settings) if RANKS.first and not LEDGER.rehearsing else ""
-    with TRACKER.watching(kind, run.out_dir.name, run.settings):
+    with TRACKER.watching(kind, f"{run.profile}/{run.out_dir.name}", run.settings):
         main(run)
     if RANKS.first:
         check_complete(run.out_dir)

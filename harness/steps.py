@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 from collections.abc import Callable
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,10 +46,16 @@ def numbers(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def shown(records: list[dict[str, Any]]) -> str:
-    """What progress says of the SAEs' last records: "fvu 0.27/0.31, L0 31/32, dead 0.08/0.05"."""
+    """What progress says of the SAEs' last records: "fvu 0.27/0.31, L0 31/32, dead 0.08/0.05".
+
+    Of each layer, the mean over its seeds.
+    """
     names = {"fvu": ("fvu", ".2f"), "L0": ("l0", ".0f"), "dead": ("dead_fraction", ".2f")}
+    layers: dict[int, list[dict[str, Any]]] = {}
+    for record in records:
+        layers.setdefault(record["layer"], []).append(record)
     return ", ".join(
-        f"{name} " + "/".join(format(record[key], form) for record in records)
+        f"{name} " + "/".join(format(fmean(r[key] for r in of), form) for of in layers.values())
         for name, (key, form) in names.items()
         if all(key in record for record in records)
     )

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from harness.console import print_line
@@ -33,7 +33,7 @@ class Tracker:
         """Inside, what `records` and `summary` are given is logged.
 
         Args:
-            kind: of STARTS; "": nowhere. name: of the run. config: its settings.
+            kind: of STARTS; "": nowhere. name: of the run, with its profile. config: its settings.
         """
         with contextlib.ExitStack() as ends:
             ends.callback(setattr, self, "log", None)
@@ -84,28 +84,49 @@ class Tracker:
 TRACKER = Tracker()
 
 
+def lacks_login() -> bool:
+    """Whether W&B is to send values to its server, and has no key for it.
+
+    By itself it would ask for one, on a terminal, and wait.
+    """
+    import wandb
+
+    known = wandb.setup(wandb.Settings(silent=True)).settings  # silent: it asks nobody
+    online = known.mode not in ("offline", "dryrun", "disabled")
+    return online and not (wandb.api.api_key or known.identity_token_file)
+
+
 def start_wandb(name: str, config: dict[str, Any]) -> tuple[Log, Callable[[], None]]:
-    """Weights & Biases; WANDB_MODE=offline writes to the folder of the cache alone."""
+    """Weights & Biases; WANDB_MODE=offline writes to the folder of the cache alone.
+
+    A server that doesn't answer holds up a run for 30 seconds at its start, and 60 at its end.
+    """
     import wandb
 
     place = place_for("wandb")
-    quiet = wandb.Settings(console="off", silent=True, disable_git=True, disable_code=True)
+    quiet = wandb.Settings(
+        console="off", silent=True, disable_git=True, disable_code=True, init_timeout=30,
+        finish_timeout=60, finish_timeout_raises=True,
+    )  # fmt: skip
+    wandb.setup(wandb.Settings(silent=True))
     run = wandb.init(
         project=os.environ.get("WANDB_PROJECT", PROJECT), name=name, config=config,
         dir=str(place), settings=quiet,
     )  # fmt: skip
-    print_line(f"wandb: {run.url or run.dir}")
+    folder = os.path.dirname(run.dir)
+    print_line(f"wandb: offline: wandb sync {folder}" if run.offline else f"wandb: {run.url}")
     return lambda values, step: run.log(values, step=step), run.finish
 
 
 def start_tensorboard(name: str, config: dict[str, Any]) -> tuple[Log, Callable[[], None]]:
-    """TensorBoard, by PyTorch's own writer."""
+    """TensorBoard, by PyTorch's own writer; each attempt in a folder of its own."""
     from torch.utils.tensorboard import SummaryWriter
 
-    folder = Path(place_for("tensorboard")) / name
-    writer = SummaryWriter(str(folder))
+    place = place_for("tensorboard")
+    began = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    writer = SummaryWriter(str(place / name / f"{began}-{os.getpid()}"))
     writer.add_text("settings", "\n".join(f"    {key}: {value}" for key, value in config.items()))
-    print_line(f"tensorboard: tensorboard --logdir {folder.parent}")
+    print_line(f"tensorboard: tensorboard --logdir {place}")
 
     def log(values: dict[str, float], step: int) -> None:
         for tag, value in values.items():

@@ -70,6 +70,7 @@ class TrainingLog:
     def __enter__(self) -> TrainingLog:
         self.file = self.path.open("w", encoding="utf-8")
         self._write(self.records)
+        TRACKER.records(self.records)  # a tracker begins anew with each attempt
         return self
 
     def __exit__(self, failed: type | None, *_: object) -> None:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import pty
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,10 +16,10 @@ import pytest
 from harness import preflight, tracking
 from harness.errors import ExperimentError
 from harness.preflight import tracker
-from harness.settings import sweep
+from harness.settings import settings_of_run, sweep
 from harness.steps import shown
 from harness.tracking import TRACKER
-from tests.conftest import run_command
+from tests.conftest import ROOT, run_command
 
 
 def logged_by_wandb(folder: Path) -> dict[int, dict[str, float]]:
@@ -53,7 +57,8 @@ def test_what_is_watched_is_the_training_log(kind, toy, tmp_path, own_cache, mon
     else:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-        events, found = EventAccumulator(str(own_cache / "tensorboard" / "run_try")), {}
+        (folder,) = (own_cache / "tensorboard" / "tinylm" / "run_try").iterdir()
+        events, found = EventAccumulator(str(folder)), {}
         for tag in events.Reload().Tags()["scalars"]:
             for event in events.Scalars(tag):
                 found.setdefault(event.step, {})[tag] = event.value
@@ -67,6 +72,25 @@ def test_what_is_watched_is_the_training_log(kind, toy, tmp_path, own_cache, mon
     assert last[f"final/{layer}/l0"] == pytest.approx(info[layer]["means"]["l0"], rel=1e-6)
 
 
+def test_a_training_that_is_reused_is_shown_whole(toy, tmp_path, own_cache, monkeypatch) -> None:
+    """One that goes on, or is done already: a tracker begins anew, with all records so far."""
+    logged, names = [], []
+
+    def start(name, config):
+        names.append(name)
+        return lambda values, step: logged.append((step, {*values})), lambda: None
+
+    monkeypatch.setitem(tracking.STARTS, "wandb", start)
+    monkeypatch.setattr(tracking, "lacks_login", lambda: False)
+    monkeypatch.setenv("SAE_TRACK", "wandb")
+    assert run_command(toy, tmp_path / "run_try") == 0
+    first = logged.copy()
+    logged.clear()
+    assert run_command(toy, tmp_path / "run_try") == 0
+    assert len(first) > 3 and logged == first
+    assert names == ["tinylm/run_try"] * 2
+
+
 def test_a_tracker_that_fails_ends_no_run(toy, tmp_path, own_cache, monkeypatch, capfd) -> None:
     calls = []
 
@@ -78,6 +102,7 @@ def test_a_tracker_that_fails_ends_no_run(toy, tmp_path, own_cache, monkeypatch,
         return log, lambda: calls.append("end")
 
     monkeypatch.setitem(tracking.STARTS, "wandb", start)
+    monkeypatch.setattr(tracking, "lacks_login", lambda: False)
     monkeypatch.setenv("SAE_TRACK", "wandb")
     assert run_command(toy, tmp_path / "run_try") == 0
     out = capfd.readouterr().out
@@ -98,6 +123,49 @@ def test_a_tracker_that_is_not_there_is_told_at_the_start(kind, sentence, toy, m
     assert tracker(toy.Settings()) == ""
 
 
+@pytest.mark.parametrize("mode, key, lacks", [
+    ("online", None, True), ("online", "a" * 40, False), ("offline", None, False),
+    ("disabled", None, False),
+])  # fmt: skip
+def test_wandb_asks_for_no_key_in_the_middle_of_a_run(
+    mode, key, lacks, toy, tmp_path, monkeypatch
+) -> None:
+    """In a process of its own, on a terminal, where W&B would ask and wait."""
+    code = """if True:
+        from types import SimpleNamespace
+        from harness import tracking
+        from harness.errors import ExperimentError
+        from harness.preflight import tracker
+        try:
+            print("found", tracker(SimpleNamespace(track="wandb")))
+        except ExperimentError as error:
+            print("refused", error)
+            try:
+                tracking.start_wandb("x", {})
+            except Exception as error:
+                print("not asked", error)
+        """
+    environment = {**os.environ, "HOME": str(tmp_path), "WANDB_MODE": mode, "TERM": "xterm"}
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "NETRC", "WANDB_CONFIG_DIR"):
+        environment.pop(name, None)
+    environment |= {"WANDB_API_KEY": key} if key else {}
+    ours, theirs = pty.openpty()
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env=environment, stdin=theirs, stderr=theirs,
+            stdout=subprocess.PIPE, text=True, timeout=120,
+        )  # fmt: skip
+    finally:
+        os.close(theirs)
+        os.close(ours)
+    said = done.stdout.splitlines()
+    if lacks:
+        assert "track='wandb' needs an API key of W&B, and there is none: `wandb login`" in said[-2]
+        assert said[-1].startswith("not asked")
+    else:
+        assert said == ["found wandb"]
+
+
 def test_a_sweep_is_a_run_per_value() -> None:
     assert sweep("k", k_min=(8, 16)) == {
         "run_k_8": {"description": "k_min 8", "k_min": 8},
@@ -108,9 +176,44 @@ def test_a_sweep_is_a_run_per_value() -> None:
     assert pairs["run_two_0.001_8"] == {
         "description": "lr 0.001, k_min 8", "seeds": (0, 1, 2), "lr": 1e-3, "k_min": 8,
     }  # fmt: skip
+    assert list(sweep("k", k_min=range(8, 24, 8))) == ["run_k_8", "run_k_16"]
+
+
+def test_a_sweeps_names_are_those_of_folders() -> None:
+    assert sweep("l", layers=((1,), (1, 2)), core_text=("alice/a text",), tau_sel=(None,)) == {
+        f"run_l_{layers}_alice-a-text_None": {
+            "description": f"layers {value}, core_text alice/a text, tau_sel None",
+            "layers": value, "core_text": "alice/a text", "tau_sel": None,
+        }
+        for layers, value in (("1", (1,)), ("1-2", (1, 2)))
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("values, sentence", [
+    ({"k_min": 8}, "k_min must be a tuple of values, but is 8: write k_min=(8,)"),
+    ({"hook": "mlp_out"}, "hook must be a tuple of values, but is 'mlp_out': write hook=("),
+    ({}, "must have one or more values of one or more fields, but has {}"),
+    ({"k_min": ()}, "must have one or more values of one or more fields, but has {'k_min': ()}"),
+    ({"lr": (1e-3, 0.001)}, "the names of runs must differ, but two would be run_s_0.001"),
+    ({"lr": (0.12345678, 0.12345679)}, "must differ, but two would be run_s_0.123457"),
+])  # fmt: skip
+def test_a_sweep_that_would_lose_runs_is_refused(values, sentence) -> None:
+    with pytest.raises(ExperimentError) as refused:
+        sweep("s", **values)
+    assert sentence in str(refused.value)
+
+
+def test_a_plans_line_that_is_no_dict_is_told(toy) -> None:
+    with pytest.raises(ExperimentError, match=r"PLAN\['run_2'\] must be a dict of .* a comma too"):
+        settings_of_run("run_2", toy.Settings, {}, {"run_2": (dict(k_min=8),)})
+    with pytest.raises(ExperimentError, match="run_2: lr must be a finite number, but is inf"):
+        settings_of_run("run_2", toy.Settings, {}, {"run_2": dict(lr=float("inf"))})
 
 
 def test_progress_says_what_an_sae_has_come_to() -> None:
-    records = [{"fvu": 0.271, "l0": 31.6, "dead_fraction": 0.08}, {"fvu": 0.3, "l0": 32.0}]
+    records = [{"layer": 1, "fvu": 0.271, "l0": 31.6, "dead_fraction": 0.08},
+               {"layer": 2, "fvu": 0.3, "l0": 32.0}]  # fmt: skip
     assert shown(records[:1]) == "fvu 0.27, L0 32, dead 0.08"
     assert shown(records) == "fvu 0.27/0.30, L0 32/32"  # another project's trainer
+    seeds = [{"layer": layer, "l0": layer + seed} for seed in range(5) for layer in (10, 20)]
+    assert shown(seeds) == "L0 12/22"  # of each layer the mean: fifteen numbers fit no line
