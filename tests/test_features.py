@@ -257,6 +257,9 @@ def test_what_fails_is_a_warning(
     gatherer.add(torch.ones(2, 3, 4), tokens_NL[:2, :3], torch.ones(2, 3))  # too late
     sae = an_sae(toy, settings, stream_NLD, "topk")
     run = run_on(lm, settings, out_dir=tmp_path)
+    assert FeatureGatherer().gathered() == {
+        "problem": "core_metrics decodes nothing in the sparsity batches"
+    }
     write_features(run, sae, gatherer.gathered())
     sae.W_dec = None
     write_features(run, sae, {"n_tokens": 1, "edges": [1, 2], "features": []})

@@ -83,7 +83,7 @@ class FeatureGatherer:
                 self.problem = in_words(error)
 
     def _add(self, acts_BLF: Tensor, tokens_BL: Tensor, counts_BL: Tensor) -> None:
-        acts_BLF = acts_BLF.float().clamp(min=0) * counts_BL[..., None]
+        acts_BLF = acts_BLF.float().clamp(min=0).mul_(counts_BL[..., None])
         if not self.top:
             self._start(acts_BLF)
         self.n_tokens += int(counts_BL.sum())
@@ -118,8 +118,7 @@ class FeatureGatherer:
         if len(self.seen) == n_known:
             return
         passage_B = torch.tensor(numbers, device=acts_BLF.device)
-        peak_BF, at_BF = acts_BLF.max(dim=1)
-        peak_BF = peak_BF.masked_fill((passage_B < 0)[:, None], 0.0)
+        peak_BF = acts_BLF.amax(1).masked_fill((passage_B < 0)[:, None], 0.0)
         both = torch.cat([self.top["peak"], peak_BF])
         self.top["peak"], from_KF = both.topk(N_CONTEXTS, dim=0)
         kept_KF = from_KF.clamp(max=N_CONTEXTS - 1)
@@ -129,7 +128,7 @@ class FeatureGatherer:
             self.top[name] = old.gather(0, kept)
         new = (from_KF >= N_CONTEXTS).nonzero(as_tuple=True)
         row_N, feature_N = from_KF[new] - N_CONTEXTS, new[1]
-        at_N = at_BF[row_N, feature_N]
+        at_N = acts_BLF[row_N, :, feature_N].argmax(1)
         place_NW = at_N[:, None] + torch.arange(-BEFORE, AFTER + 1, device=at_N.device)
         inside_NW = (place_NW >= 0) & (place_NW < tokens_BL.shape[1])
         place_NW = place_NW.clamp(0, tokens_BL.shape[1] - 1)
@@ -146,6 +145,8 @@ class FeatureGatherer:
             n_tokens, edges, and of each feature density, mean, max, histogram and contexts, as in
             features/layer_L.json.gz, but with token ids.
         """
+        if self.problem is None and not self.top:
+            self.problem = "core_metrics decodes nothing in the sparsity batches"
         if self.problem is not None:
             return {"problem": self.problem}
         edges, counts_FX = trimmed(self.counts_FX.cpu().numpy())
@@ -272,7 +273,7 @@ def write_record(out_dir: Path, layer: int, record: dict[str, Any]) -> None:
     """Writes the features of a layer: the same bytes for the same record."""
     path = path_of(out_dir, layer)
     text = json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    packed = gzip.compress(text.encode(), mtime=0)
+    packed = gzip.compress(text.encode(), compresslevel=6, mtime=0)
     write_whole(path.parent, lambda file: file.write(packed), lambda _: path.name)
 
 
