@@ -770,8 +770,8 @@ def figures_of(key: Key, training: Training, scores: dict[str, dict]) -> dict[st
     figures |= {f"untrained_{m[4:]}": v for m, v in untrained.items() if m.startswith("sae_")}
     for metric in ("l0", "ce_loss_score", "fvu"):
         figures[f"untrained_{metric}"] = core[f"{name}_untrained"][metric]
-    own = (*LEARNED_SCALARS, "w", "dead_fraction")  # of SAELens' trainers the last alone
-    return figures | {m: v for m, v in last.items() if m in own or m.startswith("loss")}
+    own = (*LEARNED_SCALARS, "w", "dead_fraction", *(m for m in last if m.startswith("loss")))
+    return figures | {metric: last[metric] for metric in own if metric in last}
 
 
 # ---- MAIN ---------------------------------------------------------------------------------------
