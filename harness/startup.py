@@ -325,9 +325,7 @@ def rehearse(main: Callable[[Run], None], run: Run) -> Run:
     OBSERVED.restore(found)
     import_seen()
     problems = problems_in(found)
-    if RANKS.of > 1 and (why := problems.get("unresumable") or problems.get("moved")):
-        raise ExperimentError(f"several ranks can't share this run's training, since {why}; or run "
-                              "it as one process: python experiment.py")  # fmt: skip
+    check_sharable(problems)
     for problem in problems.values():
         print_line(problem)
     return dataclasses.replace(
@@ -336,6 +334,15 @@ def rehearse(main: Callable[[Run], None], run: Run) -> Run:
         keeps=run.keeps and not {"moved", "started"} & problems.keys(),
         warnings=tuple(problems.values()),
     )
+
+
+def check_sharable(problems: dict[str, str]) -> None:
+    """ExperimentError where several ranks can't share a training: see `problems_in`."""
+    if RANKS.of > 1 and (why := problems.get("unresumable") or problems.get("moved")):
+        raise ExperimentError(
+            f"several ranks can't share this run, since what is trained on one has to come to the "
+            f"others, but {why}; or run it as one process: python experiment.py"
+        )
 
 
 def check_equal(key: dict[str, Any]) -> None:

@@ -15,7 +15,9 @@ import pytest
 import torch
 
 from harness.errors import ExperimentError
-from harness.ranks import Ranks
+from harness.observation import Observer
+from harness.ranks import RANKS, Ranks
+from harness.startup import check_equal, check_sharable
 from tests import forked
 from tests.test_loop import Driver
 
@@ -159,6 +161,33 @@ def test_more_ranks_than_gpus_are_one_sentence(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ExperimentError, match="a GPU of its own, .* has 2 for 3 and more: lower"):
         ranks.use(torch.device("cuda"))
     ranks.use(torch.device("cpu"))
+
+
+def test_an_edit_that_ranks_can_not_share_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    problems = {"unresumable": "this edit can't be resumed", "started": "a program"}
+    check_sharable(problems)
+    monkeypatch.setattr(RANKS, "of", 2)
+    with pytest.raises(ExperimentError, match="can't share this run, .* but this edit can't be re"):
+        check_sharable(problems)
+    check_sharable({"started": "a program", "irreproducible": "a clock"})
+
+
+def test_ranks_that_differ_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = {"code of": {}, "setting": {"lr": 1.0}, "model": "m", "version of": {"torch": "1"}}
+    seen = {}
+    monkeypatch.setattr(RANKS, "by_first", lambda function: seen.setdefault("first", function()))
+    check_equal(key)
+    check_equal(key)
+    other = key | {"setting": {"lr": 2.0}, "version of": {"torch": "2"}}
+    with pytest.raises(ExperimentError, match="rank 0 differ in setting and version: give each"):
+        check_equal(other)
+
+
+def test_what_another_rank_has_read_counts_for_what_the_first_keeps() -> None:
+    observer = Observer()
+    observer.key_made("training")
+    observer.learn({"training": {("file read", "notes.json")}})
+    assert observer.unforeseen("training") == ["file read notes.json"]
 
 
 def test_each_item_has_one_rank_and_neighbours_stay_together() -> None:
