@@ -184,7 +184,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{given.out}: its run_0 is {given.run.name}, {PRIMARY} {primary:.4f}\n"
           "AI-Scientist calls `python`, which has to be the one of this project:\n"
           f"cp -r {given.out} AI-Scientist/templates/{name}\n"
-          f"PATH={HERE / '.venv' / 'bin'}:$PATH /its/own/python launch_scientist.py "
+          f"PATH={Path(sys.executable).parent}:$PATH /its/own/python launch_scientist.py "
           f"--experiment {name}")  # fmt: skip
 
 

@@ -39,7 +39,8 @@ def scores():
         axes.plot(verdict["means"][PRIMARY], row, "|", color="#D55E00", markersize=18)
     axes.set_yticks(range(len(labels)), labels.values())
     axes.set_ylim(len(labels) - 0.5, -0.5)
-    axes.set_xlabel("mean accuracy of probes on the best 1, 2 and 5 features")
+    axes.set_xlabel("mean accuracy of probes on the best 1, 2 and 5 features\n"
+                    "(a point per seed; bar: their mean)")
     figure.savefig(HERE / "scores.png", dpi=200)
 
 
