@@ -23,8 +23,8 @@ from tests import forked
 from tests.conftest import ROOT, SOURCES, TOY_TASKS, add_runs, copy_project, edit
 
 SIZES = dict(
-    layers=(0, 2), context=32, d_sae=64, k_min=4, training_tokens=8192, batch=128, seeds=(0, 1, 2),
-    buffer_tokens=4096, harvest_contexts=8, dead_feature_window=1024, log_every=8, core_prompts=4,
+    layers=(2,), context=32, d_sae=64, k_min=4, training_tokens=4096, batch=128, seeds=(0, 1, 2),
+    buffer_tokens=2048, harvest_contexts=8, dead_feature_window=1024, log_every=8, core_prompts=4,
     core_reconstruction_batches=2, core_sparsity_batches=4, probe_ks=(1, 2, 5), probe_train=40,
     probe_test=20, probe_llm_batch=8, probe_sae_batch=15, description="a toy",
 )  # fmt: skip
@@ -153,9 +153,7 @@ def test_driven_as_its_driver_does(template: Path, hf_home: Path, tmp_path: Path
     status, out, error = drive(1)
     assert status == 0, error
     info = json.loads((folder / "run_1" / "final_info.json").read_text())
-    assert {key: entry["means"] for key, entry in info.items()}.keys() == {
-        "layer_0", "layer_2", "verdict"
-    }  # fmt: skip
+    assert {key: entry["means"] for key, entry in info.items()}.keys() == {"layer_2", "verdict"}
     assert info["verdict"]["means"]["comparable"] == 1.0
     baseline = json.loads((folder / "run_0" / "final_info.json").read_text())["verdict"]
     reference = info["verdict"]["means"][f"{PRIMARY}_reference"]
