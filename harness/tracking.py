@@ -60,7 +60,7 @@ class Tracker:
     def records(self, records: list[dict[str, Any]]) -> None:
         """Logs lines of train_log.jsonl: layer_1/seed_0/fvu and so on, at their step."""
         steps: dict[int, dict[str, float]] = {}
-        for record in records:
+        for record in records if self.log is not None else ():
             place = f"layer_{record['layer']}/seed_{record['seed']}"
             values = steps.setdefault(record["step"], {})
             values |= {f"{place}/{name}": float(value) for name, value in record.items()
