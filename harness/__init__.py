@@ -47,6 +47,7 @@
     reference        the run that another is compared to, or takes constants from
     plans            the runs of a plan: which come first, how they stand (plan.py)
     template         a run as a folder that AI-Scientist starts from: a program of its own
+    curves           runs of one method at several L0: which are on one curve
     generators       the random generators that code draws from unless it is given one
     verdict          better or worse, and what can be compared
     errors           failures whose message is the whole story

@@ -8,13 +8,17 @@ import re
 from pathlib import Path
 from typing import Any
 
+from harness.curves import ASIDE, method_code, on_one_curve
 from harness.errors import ExperimentError
 from harness.interfaces import RunLike
 from harness.verdict import (
     OF_EVALUATION,
     PRIMARY,
     Comparison,
+    Curve,
     compare_records,
+    mean,
+    same_l0,
     verdict,
     with_current_names,
 )
@@ -139,4 +143,39 @@ def verdict_of(
         theirs, info = read_records(folder)
     except ValueError as error:  # it became so during the run
         return verdict(per_seed, None, str(error))
-    return verdict(per_seed, lists_of(info), folder.name, compare_records(config, theirs))
+    at = mean(lists_of(info)["l0"])
+    curve = None if same_l0(mean(per_seed["l0"]), at) else reference_curve(run, config, folder)
+    compared = compare_records(config, theirs)
+    return verdict(per_seed, lists_of(info), folder.name, compared, curve)
+
+
+def reference_curve(run: RunLike, config: dict[str, Any], reference: Path) -> Curve:
+    """The curve of a run's reference: the complete runs beside it of the same settings and code.
+
+    Args:
+        config: of the run. reference: the reference's folder.
+    """
+    theirs, info = read_records(reference)
+    code = method_code(reference, theirs)
+    if on_one_curve(config, theirs) and method_code(run.out_dir, config) == code:
+        return Curve({}, f"on {reference.name}'s own curve")
+    points, edited = {reference.name: lists_of(info)}, []
+    for folder in sorted(run.runs.glob("run_*")):
+        if ASIDE.search(folder.name) or folder.resolve() in (run.out_dir.resolve(), reference):
+            continue
+        try:
+            other, info = read_records(folder)
+        except ValueError:  # unfinished, or damaged: no point of the curve
+            continue
+        if not on_one_curve(other, theirs):
+            continue
+        if method_code(folder, other) == code:
+            points[folder.name] = lists_of(info)
+        else:
+            edited.append(folder.name)
+    if edited and len(points) == 1:
+        return Curve(
+            {}, f"{', '.join(edited)} ran another experiment.py than {reference.name}, so they are "
+            f"not its curve: run {reference.name} again"
+        )  # fmt: skip
+    return Curve(points)

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+Lists = dict[str, list[float]]  # of a run, per seed: "seed", `PRIMARY`, "l0" (the mean over layers)
+
 PRIMARY = "mean_topk_probe_accuracy"  # the primary metric
 PRIMARY_KS = (1, 2, 5)  # the primary metric averages the SAE's probes of 1, 2 and 5 features
 MAX_L0_RATIO = 1.2  # runs whose L0 differ by more than 20% are not compared
@@ -295,26 +297,103 @@ def as_text(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
+@dataclass(frozen=True)
+class Curve:
+    """The reference's method at several L0.
+
+    Attributes:
+        points: {name of a run: its lists per seed}; see `harness.curves.reference_curve`.
+        apart: why there is none, or why a run can't be held against it; for the sentence.
+    """
+
+    points: dict[str, Lists]
+    apart: str = ""
+
+
+def read_off(curve: Curve, run: Lists, metric: str = PRIMARY) -> tuple[list[str], dict]:
+    """A metric of the curve at a run's mean L0, for each seed that is there.
+
+    Between the two runs around that L0 each seed's value lies on the straight line between its
+    own two, over log L0. Both runs weigh the same for all seeds, by their own mean L0.
+
+    Returns:
+        the names of the two, lower L0 first, of one where it has that L0 itself, and {seed:
+        value}; nothing where the L0 is outside of the curve. A run that shares fewer than 3 seeds
+        is no part of it.
+    """
+    at, seeds = mean(run["l0"]), set(run["seed"])
+    places = sorted(
+        (mean(lists["l0"]), name)
+        for name, lists in curve.points.items()
+        if len(seeds & set(lists["seed"])) >= MIN_SEEDS
+    )
+    below = [place for place in places if 0 < place[0] <= at]
+    above = [place for place in places if place[0] >= at]
+    if not below or not above:
+        return [], {}
+    (low, left), (high, right) = below[-1], above[0]
+    part = math.log(at / low) / math.log(high / low) if high > low else 0.0
+    lower, upper = (
+        dict(zip(curve.points[name]["seed"], curve.points[name][metric])) for name in (left, right)
+    )
+    values = {s: (1 - part) * lower[s] + part * upper[s] for s in lower if s in upper}
+    return list(dict.fromkeys([left, right])), values
+
+
+def at_equal_l0(
+    run: Lists, curve: Curve, compare_to: str, compared: Comparison
+) -> tuple[str, dict[str, float]] | None:
+    """The verdict against the reference's curve, see `verdict`; None where there is none."""
+    names, values = read_off(curve, run)
+    found = paired_difference(dict(zip(run["seed"], run[PRIMARY])), values)
+    if curve.apart or "p" not in found:
+        return None
+    l0s = [mean(curve.points[name]["l0"]) for name in names]
+    paired = [values[seed] for seed in run["seed"] if seed in values]
+    found |= {f"{PRIMARY}_reference": mean(paired), "l0_reference": mean(run["l0"])}
+    found |= {"l0_below": l0s[0], "l0_above": l0s[-1], "interpolated": 1.0, "comparable": 1.0}
+    source = f"interpolated between {' and '.join(names)}" if len(names) > 1 else f"by {names[0]}"
+    return (
+        f"{word_for(found)} at equal L0 ({source}: {difference_text(found)} against {compare_to}'s "
+        f"curve, L0 {mean(run['l0']):.1f} against {' and '.join(f'{l0:.1f}' for l0 in l0s)}"
+        f"{compared.also()})",
+        found,
+    )
+
+
+def word_for(found: dict[str, float]) -> str:
+    if found["ci95_low"] > 0:
+        return "better"
+    return "worse" if found["ci95_high"] < 0 else "no difference"
+
+
+def difference_text(found: dict[str, float]) -> str:
+    low, high = found["ci95_low"], found["ci95_high"]
+    return f"{found['difference']:+.4f} [{low:+.4f}, {high:+.4f}]"
+
+
 def verdict(
-    run: dict[str, list[float]],
-    reference: dict[str, list[float]] | None,
+    run: Lists,
+    reference: Lists | None,
     compare_to: str,
     compared: Comparison | None = None,
+    curve: Curve | None = None,
 ) -> tuple[str, dict[str, float]]:
     """Is this run better than the one it is compared to?
 
     The paired difference of the primary metric over the seeds both have, with its 95% interval
-    (Student's t). Not comparable where what must be equal isn't, where the mean L0 differ by over
-    20%, or where fewer than 3 seeds pair.
+    (Student's t). Where the mean L0 differ by over 20%, it is the difference to the reference's
+    curve at the run's L0, if there is one. Not comparable where there is none, where what must be
+    equal isn't, or where fewer than 3 seeds pair.
 
     Args:
-        run, reference: lists per seed under "seed", `PRIMARY` and "l0" (the mean over layers);
-            reference is None where there is no such run.
+        run, reference: `Lists`; reference is None where there is no such run.
         compare_to: the reference's name, for the sentence; where there is none, what is missing.
-        compared: what they differ in.
+        compared: what they differ in. curve: of the reference.
     Returns:
         the sentence that follows "verdict: ", and its figures as numbers; "comparable" is 1 where
-        it is better, worse or no difference.
+        it is better, worse or no difference, and "interpolated" is 1, and there, where it is so
+        on the curve.
     """
     numbers = {PRIMARY: mean(run[PRIMARY]), "l0": mean(run["l0"]), "comparable": 0.0}
     if reference is None:
@@ -336,12 +415,15 @@ def verdict(
             f"{MIN_SEEDS} are needed{shown}, {l0s}{compared.also()})",
             numbers,
         )
-    low, high = numbers["ci95_low"], numbers["ci95_high"]
-    figures = (
-        f"{numbers['difference']:+.4f} [{low:+.4f}, {high:+.4f}] against {compare_to}, {l0s}"
-        f"{compared.also()}"
-    )
-    if not same_l0(numbers["l0"], numbers["l0_reference"]):
-        return f"not comparable ({figures})", numbers
-    word = "better" if low > 0 else "worse" if high < 0 else "no difference"
-    return f"{word} ({figures})", numbers | {"comparable": 1.0}
+    figures = f"{difference_text(numbers)} against {compare_to}, {l0s}"
+    if same_l0(numbers["l0"], numbers["l0_reference"]):
+        return f"{word_for(numbers)} ({figures}{compared.also()})", numbers | {"comparable": 1.0}
+    curve = curve or Curve({})
+    if read := at_equal_l0(run, curve, compare_to, compared):
+        return read[0], numbers | read[1]
+    apart = curve.apart
+    if len(curve.points) > 1:
+        ends = sorted(mean(lists["l0"]) for lists in curve.points.values())
+        apart = f"{compare_to}'s curve has L0 {ends[0]:.1f} to {ends[-1]:.1f}"
+    apart = f"; {apart}" if apart else ""
+    return f"not comparable ({figures}{apart}{compared.also()})", numbers

@@ -16,7 +16,8 @@ from tests.conftest import ROOT
 # From the ground up: a room imports only from rooms below its own line.
 FLOORS = (
     ("errors", "start", "observation", "signals", "witness", "partials", "verdict", "interfaces",
-     "settings", "reference", "generators", "object_parts", "object_state", "report", "ranks"),
+     "settings", "curves", "reference", "generators", "object_parts", "object_state", "report",
+     "ranks"),
     ("reads", "console", "machine"),
     ("ledger", "gpu"),
     ("store",),

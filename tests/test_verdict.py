@@ -7,15 +7,26 @@ import dataclasses
 import json
 import math
 import shutil
+import types
 from pathlib import Path
 
 import pytest
 
+from harness.curves import on_one_curve
 from harness.errors import ExperimentError
 from harness.records import final_values
 from harness.reference import check_references, verdict_of
 from harness.startup import Run
-from harness.verdict import ASIDE, BEFORE, PRIMARY, compare_records, verdict, with_current_names
+from harness.verdict import (
+    ASIDE,
+    BEFORE,
+    PRIMARY,
+    Curve,
+    compare_records,
+    read_off,
+    verdict,
+    with_current_names,
+)
 from tests.conftest import ROOT, run_command, settings_of
 from tests.test_command import words
 
@@ -53,6 +64,126 @@ def test_verdict_interval_worked_out_by_hand() -> None:
     assert numbers["difference"] == pytest.approx(0.0966667, abs=1e-6)
     assert numbers["ci95_low"] == pytest.approx(0.0966667 - half, abs=1e-6)
     assert numbers["ci95_high"] == pytest.approx(0.0966667 + half, abs=1e-6)
+
+
+# ---- at another L0: the reference's curve -----------------------------------------------------
+
+CURVE = Curve({
+    "run_1": of([0.70, 0.71, 0.73], 16.0),
+    "run_k_8": of([0.60, 0.63, 0.65], 8.0),
+    "run_k_64": of([0.80, 0.80, 0.80], 64.0),
+})  # fmt: skip
+
+
+def test_a_verdict_at_equal_l0_worked_out_by_hand() -> None:
+    """At L0 32, half-way from 16 to 64 in log L0: the reference has 0.75, 0.755 and 0.765 there.
+
+    Differences 0.05, 0.055, 0.055: mean 0.0533333, sd 0.00288675, t(0.975, 2) = 4.3027.
+    """
+    run = of([0.80, 0.81, 0.82], 32.0)
+    said, numbers = verdict(run, CURVE.points["run_1"], "run_1", None, CURVE)
+    assert said == (
+        "better at equal L0 (interpolated between run_1 and run_k_64: +0.0533 [+0.0462, +0.0605] "
+        "against run_1's curve, L0 32.0 against 16.0 and 64.0)"
+    )
+    half = 4.302653 * 0.00288675 / math.sqrt(3)
+    wanted = {
+        "difference": 0.0533333, "ci95_low": 0.0533333 - half, "ci95_high": 0.0533333 + half,
+        f"{PRIMARY}_reference": 0.7566667, "l0_reference": 32.0, "l0_below": 16.0, "l0_above": 64.0,
+        "interpolated": 1.0, "comparable": 1.0, "n_paired_seeds": 3, PRIMARY: 0.81, "l0": 32.0,
+    }  # fmt: skip
+    assert {name: numbers[name] for name in wanted} == pytest.approx(wanted, abs=1e-6)
+    assert numbers.keys() == wanted.keys() | {"p"}
+
+
+@pytest.mark.parametrize("run, said", [
+    (of([0.50, 0.51, 0.53], 10.0), "worse at equal L0 (interpolated between run_k_8 and run_1: -0"),
+    (of([0.60, 0.65, 0.64], 8.0), "no difference at equal L0 (by run_k_8: +0.0033"),
+    (of([0.80, 0.81, 0.82], 65.0), "not comparable (+0.0967"),  # nothing is extrapolated
+    (of([0.80, 0.81, 0.82], 7.9), "not comparable (+0.0967"),
+    (of([0.80, 0.81], 32.0), "not comparable (2 seeds shared"),
+    (of([0.80, 0.81, 0.82], 32.0, 1), "not comparable (2 seeds shared"),
+    (of([0.80, 0.81, 0.82], 16.5), "better (+0.0967"),  # L0 is equal: the curve is not asked
+    (of([0.80, 0.81, 0.82], 0.0), "not comparable"),
+])  # fmt: skip
+def test_a_curve_is_read_between_its_ends_alone(run, said) -> None:
+    sentence, numbers = verdict(run, CURVE.points["run_1"], "run_1", None, CURVE)
+    assert sentence.startswith(said), sentence
+    assert ("interpolated" in numbers) == (" at equal L0" in said)
+    assert all(math.isfinite(value) for value in numbers.values())
+    if run["l0"][0] in (65.0, 7.9):
+        assert sentence.endswith("; run_1's curve has L0 8.0 to 64.0)")
+
+
+def test_a_run_that_shares_too_few_seeds_is_no_point_of_the_curve() -> None:
+    """run_k_32 is nearer than run_k_64, and has one seed."""
+    points = CURVE.points | {"run_k_32": of([0.1], 32.0)}
+    names, values = read_off(Curve(points), of([0.80, 0.81, 0.82], 32.0))
+    assert names == ["run_1", "run_k_64"] and values == pytest.approx({0: 0.75, 1: 0.755, 2: 0.765})
+
+
+@pytest.fixture()
+def beside(tmp_path: Path):
+    """A function that writes a complete run beside others: its folder and config.json."""
+
+    def make(name: str, primary: list[float], l0: float, code: str = "", **settings):
+        folder = tmp_path / name
+        folder.mkdir()
+        record = changed(RUN_1, **settings)
+        (folder / "config.json").write_text(json.dumps(record))
+        shutil.copy(ROOT / "run_1" / "experiment.py", folder)
+        (folder / "final_info.json").write_text(
+            json.dumps({"verdict": {"final_info_dict": of(primary, l0)}})
+        )
+        with (folder / "experiment.py").open("a") as file:
+            file.write(code)
+        return folder, record
+
+    return make
+
+
+def test_the_reference_s_curve_is_found_among_the_runs_beside_it(beside, tmp_path) -> None:
+    beside("run_1", [0.70, 0.71, 0.73], 16.0)
+    plan = "\nPLAN |= {'run_k_64': dict(k_min=64)}  # a comment\n"
+    beside("run_k_64", [0.80] * 3, 64.0, code=plan, k_min=64, description="another", log_every=7)
+    beside("run_2", [0.1] * 3, 40.0, k_min=40, lr=0.5)  # another method
+    beside("run_3", [0.1] * 3, 50.0, code="\ndef loss():\n    return 0\n", k_min=50)  # edited
+    beside("run_4", [0.1] * 3, 33.0, k_min=33, context=16)
+    beside("run_k_64.1", [0.1] * 3, 60.0, k_min=60)  # set aside
+    (tmp_path / "run_5").mkdir()  # unfinished
+    folder, config = beside("run_11", [0.80, 0.81, 0.82], 32.0, lr=0.7, k_min=20)
+    settings = types.SimpleNamespace(compare_to="run_1")
+    run = Run(settings, None, out_dir=folder, runs=tmp_path)
+    said, numbers = verdict_of(run, config, of([0.80, 0.81, 0.82], 32.0))
+    assert said.startswith("better at equal L0 (interpolated between run_1 and run_k_64: +0.0533")
+    assert "differing in k_min 20 against" in said and "lr 0.7 against" in said
+    assert numbers["interpolated"] == 1
+    # The same method at another L0: the curve's own bend would be the difference.
+    folder, like = beside("run_12", [0.80, 0.81, 0.82], 32.0, k_min=20)
+    same = dataclasses.replace(run, out_dir=folder)
+    assert "; on run_1's own curve; " in verdict_of(same, like, of([0.8, 0.81, 0.82], 32.0))[0]
+    (folder / "experiment.py").write_text("edited")  # and no longer on it
+    assert verdict_of(same, like, of([0.8, 0.81, 0.82], 32.0))[0].startswith("better at equal")
+    shutil.rmtree(tmp_path / "run_k_64")
+    said, numbers = verdict_of(run, config, of([0.80, 0.81, 0.82], 32.0))
+    assert "run_12, run_3 ran another experiment.py than run_1" in said and said.startswith("not")
+    assert "interpolated" not in numbers
+
+
+def test_what_moves_l0() -> None:
+    mine = current(RUN_1)
+    for change, equal in (
+        (dict(k_min=8), True), (dict(k_min=8, k_start_factor=3.0), False), (dict(gamma=0.1), False),
+        (dict(k_min=8, description="x", seeds=[7]), True), (dict(training_tokens=5), False),
+    ):  # fmt: skip
+        assert on_one_curve(changed(mine, **change), mine) is equal, change
+    none = dict(curriculum=False)  # without a selection the penalty's weight moves it
+    for gamma, equal in ((0.1, True), (None, False)):
+        two = (changed(mine, gamma=g, **none) for g in (gamma, 0.05))
+        assert on_one_curve(*two) is equal
+    moved = changed(mine, l1_coefficient=3.0), changed(mine, l1_coefficient=5.0)
+    assert on_one_curve(*moved)
+    assert on_one_curve(mine | {"hardware": {"processor": "another"}}, mine)
 
 
 # ---- what can be compared ---------------------------------------------------------------------
