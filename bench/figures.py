@@ -11,9 +11,11 @@ import math
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from harness.drawing import DOUBLE, GREY, STYLE, label_ends, plain_log_axis, save
+from harness.run_records import COLOURS, seed_means
+from harness.tables import interval, markdown, pm, show, show_p
 from harness.verdict import (
     PRIMARY,
     PRIMARY_KS,
@@ -24,32 +26,18 @@ from harness.verdict import (
     stderr,
     with_current_names,
 )
-from plot import (
-    COLOURS,
-    DOUBLE,
-    GREY,
-    REFERENCE,
-    STYLE,
-    interval,
-    legend_above,
-    markdown,
-    plain_log_axis,
-    pm,
-    save,
-    seed_means,
-    show,
-    show_p,
-)
 
+REFERENCE = "run_1"  # of the plan: whose form the tables of forms are about
 PEER = "BatchTopK"  # what methods are compared to
 OURS = "this project"  # what the names of its methods begin with
 UNTRAINED = "untrained"
 LLM = f"llm_{PRIMARY}"
-PANELS = (("FVU", "fvu"), ("CE loss score", "ce_loss_score"), ("primary metric", PRIMARY))
+PANELS = (("FVU ↓", "fvu"), ("CE loss score ↑", "ce_loss_score"), ("primary metric ↑", PRIMARY))
 QUALITY = {  # heading -> metric of bench/quality.jsonl, digits
     "primary": (PRIMARY, 4), "L0": ("l0", 2), "FVU": ("fvu", 4),
     "CE loss score": ("ce_loss_score", 4), "alive": ("frac_alive", 3),
 }
+BETTER = {"dead": "↓", "FVU": "↓", "L0": ""}  # which way is; of the others' panels: up
 GROUND_TRUTH = {  # the same of bench/ground_truth.jsonl
     "MCC": ("mcc", 3), "uniqueness": ("uniqueness", 3), "precision": ("precision", 3),
     "recall": ("recall", 3), "dead": ("dead", 3), "FVU": ("fvu", 3), "L0": ("l0", 2),
@@ -228,12 +216,13 @@ def forms_table(frame, untrained):
 
 
 def other_l0(report):
-    """The runs like the reference whose L0 is too far from its own for a comparison."""
+    """The runs whose L0 is too far from the reference's for a comparison, of other methods."""
     if not report or not report.reference:
         return []
     at = report.value(report.reference, "l0")
-    return [run for run in report.styles
-            if not report.unlike(run) and not same_l0(report.value(run, "l0"), at)]
+    return [run for run in report.complete
+            if not (run.given or report.unlike(run) or report.reference_curve(run).apart)
+            and not same_l0(report.value(run, "l0"), at)]
 
 
 def read_off(frame, metric, at):
@@ -290,7 +279,28 @@ def method_styles(methods):
 def against_l0(axes, label):
     axes.set_xscale("log")
     plain_log_axis(axes.xaxis, *axes.get_xlim())
-    axes.set_ylabel(label)
+    axes.set_title(label)
+
+
+def comparable_trainers(source, report):
+    """SAELens' trainers over L0, for `Report.trainers`; None where runs can't be held beside them.
+
+    They can on tinylm, on these layers, where the language model's own best dimensions tell the
+    same: the model, the texts and the tasks are the same then.
+    """
+    rows = of(read_rows(source / "quality.jsonl"), stage="curves")
+    base = report.reference or next((run for run in report.complete if not run.given), None)
+    if not rows or base is None or base.profile != "tinylm":
+        return None
+    curves = frames(rows)["curves"]
+    mine = report.records[report.records["run"] == base.name]
+    mine = mine[mine["metric"] == LLM].groupby("layer")["value"].mean()
+    theirs = curves.groupby("layer")[LLM].mean()
+    if set(mine.index) != set(theirs.index) or not (mine - theirs).abs().max() < 0.005:
+        return None
+    curves = curves[~curves["method"].str.startswith((OURS, UNTRAINED))]
+    metrics = ["l0", *(metric for _, metric in PANELS)]
+    return curves.groupby(["method", "sparsity"], sort=False)[metrics].mean().reset_index()
 
 
 def draw_forms(frame, report, path):
@@ -299,8 +309,9 @@ def draw_forms(frame, report, path):
     A contrast of runs with unequal L0 is read off these lines. Bars: s.e. over seeds.
     """
     styles = method_styles(frame["method"].unique())
-    figure, line = plt.subplots(1, 3, figsize=(DOUBLE, 2.8), layout="constrained")
+    figure, line = plt.subplots(1, 3, figsize=(DOUBLE, 2.5), layout="constrained")
     for axes, (label, metric) in zip(line, PANELS):
+        ends = []
         for method, mine in groups(frame, "method"):
             points = []
             for _, here in groups(mine, "sparsity"):
@@ -308,8 +319,9 @@ def draw_forms(frame, report, path):
                 points.append((here["l0"].mean(), mean(values), stderr(values)))
             l0, height, error = zip(*sorted(points))
             colour, marker = styles[method]
-            axes.errorbar(l0, height, yerr=error, color=colour, marker=marker, label=method,
-                          elinewidth=0.7, capsize=1.5)
+            axes.errorbar(l0, height, yerr=error, color=colour, marker=marker, elinewidth=0.7,
+                          capsize=1.5)
+            ends.append((l0[-1], height[-1], method, colour))
         for run in other_l0(report):
             at = report.value(run, "l0"), report.value(run, metric)
             axes.scatter(*at, s=60, facecolor="white", edgecolor="black", linewidth=0.6, zorder=4)
@@ -318,7 +330,7 @@ def draw_forms(frame, report, path):
         against_l0(axes, label)
     figure.supxlabel("L0: active features per token (mean over layers); in circles: runs of the "
                      f"plan at another L0 than {REFERENCE}", fontsize=7)
-    legend_above(figure)
+    label_ends(figure, {axes: ends}, wrap=24)  # in the last panel
     save(figure, path)
 
 
@@ -328,29 +340,30 @@ def draw_quality(stages, path):
     styles = method_styles(list(dict.fromkeys([*curves["method"], *seeds["method"]])))
     figure, line = plt.subplots(1, 3, figsize=(DOUBLE, 2.6), layout="constrained")
     for axes, (label, metric) in zip(line, PANELS):
+        ends = []
         for method, mine in groups(curves, "method"):
             colour, marker = styles[method]
             points = sorted((here["l0"].mean(), here[metric].mean())
                             for _, here in groups(mine, "sparsity"))
-            axes.plot(*zip(*points), color=colour, marker=marker, label=method)
+            axes.plot(*zip(*points), color=colour, marker=marker)
+            ends.append((*points[-1], method, colour))
         for method, mine in groups(seeds, "method"):
             values = by_seed(mine, metric).values()
             if method == UNTRAINED:
                 if metric == PRIMARY:
-                    axes.axhline(mean(list(values)), color=GREY, linestyle="-.")
+                    height = mean(list(values))
+                    axes.axhline(height, color=GREY, linestyle="-.")
+                    ends.append((axes.get_xlim()[1], height, "untrained SAE", GREY))
                 continue
             axes.plot(list(by_seed(mine, "l0").values()), list(values), color=styles[method][0],
-                      linestyle="none", marker=".", alpha=0.6,
-                      label=None if method in set(curves["method"]) else method)
+                      linestyle="none", marker=".", alpha=0.6)
         if metric == PRIMARY:
             axes.axhline(curves[LLM].mean(), color="black", linestyle=":")
+            ends.append((axes.get_xlim()[1], curves[LLM].mean(), "language model", "black"))
         against_l0(axes, label)
-    handles = line[0].get_legend_handles_labels()[0]
-    handles += [Line2D([], [], color="black", linestyle=":", label="language model")]
-    if UNTRAINED in set(seeds["method"]):
-        handles += [Line2D([], [], color=GREY, linestyle="-.", label="untrained SAE")]
-    figure.supxlabel("L0: active features per token (mean over layers)", fontsize=7)
-    legend_above(figure, handles)
+    figure.supxlabel("L0: active features per token (mean over layers); dots: five seeds at L0 16",
+                     fontsize=7)
+    label_ends(figure, {axes: ends})  # in the last panel
     save(figure, path)
 
 
@@ -372,7 +385,7 @@ def draw_ground_truth(frame, path):
             axes.plot([mine[metric].mean()], [i], "|", color=colour, markersize=9)
         if metric == "l0":
             axes.axvline(frame["true_l0"].mean(), color="black", linestyle=":")
-        axes.set_xlabel(heading)
+        axes.set_xlabel(f"{heading} {BETTER.get(heading, '↑')}")
         axes.xaxis.set_major_locator(MaxNLocator(2))
     line[0].set_yticks(range(len(methods)), [method for method, _ in methods])
     line[0].set_ylim(len(methods) - 0.5, -0.5)

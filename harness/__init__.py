@@ -48,6 +48,11 @@
     plans            the runs of a plan: which come first, how they stand (plan.py)
     template         a run as a folder that AI-Scientist starts from: a program of its own
     curves           runs of one method at several L0: which are on one curve
+    run_records      what plot.py reads: the records of runs, as frames
+    tables           every run beside the reference, as rows and as Markdown
+    figures          what came out, a function per figure
+    training_figures the same of training
+    drawing          their parts: style, axes, lines that are labelled where they end
     generators       the random generators that code draws from unless it is given one
     verdict          better or worse, and what can be compared
     errors           failures whose message is the whole story

@@ -28,7 +28,8 @@ def bench_row(stage, method, seed, l0, gain=0.0, value=16, layer=1):
 def test_what_bench_measured_is_in_tables_and_figures(tmp_path, monkeypatch):
     make_run(tmp_path, "run_1", tests="the full method", seeds=range(3), layers=(1, 2))
     for name, l0 in {"run_5": 30.0, "run_7": 800.0}.items():
-        info = make_run(tmp_path, name, tests="elsewhere", seeds=range(4), layers=(1, 2))
+        info = make_run(tmp_path, name, tests="elsewhere", seeds=range(4), layers=(1, 2),
+                        fixed={"gamma": l0 / 1000})
         for record in (record for record in info.values() if "l0" in record["means"]):
             record["means"]["l0"], record["final_info_dict"]["l0"] = l0, [l0] * 4
         (tmp_path / name / "final_info.json").write_text(json.dumps(info))
@@ -78,8 +79,30 @@ def test_what_bench_measured_is_in_tables_and_figures(tmp_path, monkeypatch):
     assert f" | {np.mean(differences):+.4f} [" in lines[0] and lines[0].endswith("| 3 |")
     assert "30.0 | " in lines[0] and "outside of the curve | - | - |" in lines[1]
     quality, forms = drawn["quality"], drawn["forms"]
-    assert [a.get_ylabel() for a in quality.axes] == ["FVU", "CE loss score", "primary metric"]
+    titles = [axes.get_title() for axes in quality.axes]
+    assert titles == ["FVU ↓", "CE loss score ↑", "primary metric ↑"]
+    assert {"ours", "BatchTopK", "untrained SAE"} <= {t.get_text() for t in quality.axes[2].texts}
     assert list(quality.axes[0].get_lines()[0].get_xdata()) == [8.0, 32.0]
     # The runs whose L0 can't be compared with run_1's, and no other.
     assert [text.get_text() for text in forms.axes[0].texts] == ["5", "7"]
+    # What others' trainers do is behind the runs: at these L0, where the model tells the same.
+    over = figures.comparable_trainers(tmp_path / "bench", plot.load_reports(tmp_path)["tinylm"])
+    assert over is None  # the runs' language model tells 0.63 to 0.855, the bench's 0.65
+    for path in tmp_path.glob("run_*/final_info.json"):
+        info = json.loads(path.read_text())
+        for layer in (1, 2):
+            for k in (1, 2, 5):
+                values = info[f"layer_{layer}"]["final_info_dict"]
+                values[f"llm_top_{k}_test_accuracy"] = [0.65] * len(values["l0"])
+        path.write_text(json.dumps(info))
+    report = plot.load_reports(tmp_path)["tinylm"]
+    over = figures.comparable_trainers(tmp_path / "bench", report)
+    assert list(over["method"]) == ["ours", "ours", "BatchTopK", "BatchTopK", "penalised",
+                                    "penalised", "penalised"][:len(over)]
+    mine = over[over["method"] == "BatchTopK"]
+    assert list(mine["l0"]) == [8.0, 32.0]
+    monkeypatch.setattr(plot, "save", lambda figure, path: drawn.update({path.name: figure}))
+    plot.main(tmp_path, ("over_l0",))
+    assert "BatchTopK" in {text.get_text() for text in drawn["over_l0"].axes[2].texts}
+    assert "beyond: run_7 (L0 800)" in drawn["over_l0"].get_supxlabel()
     plt.close("all")

@@ -18,6 +18,7 @@ FLOORS = (
     ("errors", "start", "observation", "signals", "witness", "partials", "verdict", "interfaces",
      "settings", "curves", "reference", "generators", "object_parts", "object_state", "report",
      "ranks"),
+    ("run_records", "tables", "drawing", "figures", "training_figures"),
     ("reads", "console", "machine"),
     ("ledger", "gpu"),
     ("store",),
@@ -34,7 +35,7 @@ FLOORS = (
     ("training", "peers", "steps", "provenance", "records"),
     ("startup", "model_card", "publish", "plans", "template"),
 )
-MAX_LINES = {"experiment.py": 800, "plot.py": 800}
+MAX_LINES = {"experiment.py": 800, "plot.py": 500}
 REASON = "one piece"  # with this in its docstring a function may have more than 60 lines
 
 
@@ -84,7 +85,8 @@ def test_imports_go_down_alone(room: str) -> None:
 
 def test_the_map_imports_nothing_and_the_ground_needs_no_torch() -> None:
     assert not imported(ROOMS["__init__"]) - {"__future__"}
-    code = "import sys, harness, harness.report, harness.errors; assert 'torch' not in sys.modules"
+    rooms = "harness, harness.report, harness.errors, harness.figures"
+    code = f"import sys, {rooms}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

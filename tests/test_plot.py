@@ -1,6 +1,8 @@
 """plot.py: the figures and tables that a user reads after a few runs."""
 
+import gzip
 import json
+import math
 import runpy
 import shutil
 import struct
@@ -16,6 +18,7 @@ from run_fixture import KS, make_run, table
 from scipy import stats
 
 import plot
+from harness import drawing, run_records, tables
 
 REPO = Path(__file__).resolve().parent.parent
 REFERENCE = REPO.parent / "shared" / "reference" / "run_0_baseline.json"
@@ -66,8 +69,9 @@ def line_data(axes, colour):
             if to_rgb(line.get_color()) == to_rgb(colour)]
 
 
-def legend_texts(figure):
-    return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+def names(figure):
+    """What the lines of a figure are called, where they end."""
+    return [text.get_text().replace("\n", " ") for axes in figure.axes for text in axes.texts]
 
 
 # ---- tables -----------------------------------------------------------------------------------
@@ -139,8 +143,11 @@ def test_what_can_not_be_compared_is_not(tmp_path, figures):
     assert ("Not comparable with the others: run_2 (layers 1, 2 against 1, 2, 4); "
             "run_5 (probe_sets tinylm/A against tinylm/B).") in text
     assert [rows[f"run_{i}"]["verdict"] for i in (2, 3, 4, 5)] == 4 * ["not comparable"]
+    assert [rows[f"run_{i}"]["p"] for i in (2, 3, 4, 5)] == 4 * ["-"]
     assert rows["run_2"]["difference to run_1"] == rows["run_5"]["difference to run_1"] == "-"
-    assert "[" not in rows["run_4"]["difference to run_1"]  # a difference, and no interval
+    for i in (3, 4):  # a difference, and no interval: neither of FVU
+        assert rows[f"run_{i}"]["difference to run_1"] != "-"
+        assert not any("[" in cell for cell in rows[f"run_{i}"].values())
 
 
 def test_another_language_models_figures_are_not_pooled(tmp_path, figures):
@@ -165,8 +172,7 @@ def test_another_language_models_figures_are_not_pooled(tmp_path, figures):
         scores = [one[f"layer_{layer}"]["means"][f"{who}_top_{k}_test_accuracy"]
                   for layer in (1, 2, 4) for k in (1, 2, 5)]
         assert rows[row]["primary"] == f"{np.mean(scores):.4f}"
-    assert "language model, best k dimensions (not of run_2)" in legend_texts(
-        figures["tinylm", "probing"])
+    assert "references: not of run_2" in figures["tinylm", "probing"].get_supxlabel()
     (lines,) = [line for line in line_data(figures["tinylm", "probing"].axes[0], "black")
                 if len(line) == 6]
     assert lines[0, 1] == one["layer_1"]["means"]["llm_top_1_test_accuracy"]
@@ -180,7 +186,7 @@ def test_a_probe_on_all_dimensions_that_chooses_nothing_is_shown_where_recorded(
     note, label = "probe on all dimensions", "language model, all dimensions"
     text = (tmp_path / "figures" / "tinylm" / "ablation.md").read_text()
     assert f"{note} (best epoch): 0.9300" in text and "llm all (best epoch)" in text
-    assert f"{label} (best epoch)" in legend_texts(figures["tinylm", "probing"])
+    assert f"{label} (best epoch)" in names(figures["tinylm", "probing"])
     for part, value in (("means", 0.88), ("final_info_dict", [0.88])):
         info["layer_1"][part]["llm_all_test_accuracy"] = value
     (tmp_path / "run_2" / "final_info.json").write_text(json.dumps(info))
@@ -189,7 +195,7 @@ def test_a_probe_on_all_dimensions_that_chooses_nothing_is_shown_where_recorded(
     assert f"{note}: 0.8800" in text and "best epoch" not in text
     layers = table(text, "run", 1)
     assert layers["run_1"]["llm all"] == "-" and layers["run_2"]["llm all"] == "0.8800"
-    assert label in legend_texts(figures["tinylm", "probing"])
+    assert label in names(figures["tinylm", "probing"])
     (line,) = [line for line in line_data(figures["tinylm", "probing"].axes[0], "black")
                if len(line) == 2]
     assert set(line[:, 1]) == {0.88}
@@ -213,7 +219,7 @@ def test_records_with_the_names_of_before_are_read(tmp_path, figures):
     plot.main(tmp_path, ("training_losses",))
     assert ablation(tmp_path)["run_9"]["gamma"].endswith("(fixed)")
     labels = [axes.get_ylabel() for axes in figures["tinylm", "training_losses"].axes]
-    assert len(labels) == 4 and labels[-1].startswith("cost by frequency")
+    assert len(labels) == 4 and labels[-1].startswith("density penalty")
 
 
 def test_a_run_without_probing_is_in_the_table(tmp_path, figures):
@@ -244,28 +250,33 @@ def test_a_missing_metric_is_a_dash(tmp_path, figures):
 # ---- figures ----------------------------------------------------------------------------------
 
 
-def test_adaptation_curves_show_the_log_and_the_bounds(tmp_path, figures):
+def test_adaptation_shows_the_runs_that_learn_on_one_layer(tmp_path, figures):
     make_run(tmp_path, "run_1", seeds=(0, 1, 2))
     make_run(tmp_path, "run_2", seeds=(0, 1, 2), fixed={"gamma": 0.15})
-    plot.main(tmp_path, ("adaptation",))
+    make_run(tmp_path, "run_3", fixed={"gamma": 0.15, "tau_sel": 0.3, "tau_pen": 0.1})
+    plot.main(tmp_path, ("adaptation", "adaptation_supplement"))
     figure = figures["tinylm", "adaptation"]
-    assert len(figure.axes) == 4 * 3  # a row per parameter and w, a column per layer
     log = [json.loads(line) for line in (tmp_path / "run_1" / "train_log.jsonl").open()]
-    for row, metric, bounds in ((0, "tau_sel", (0.1, 0.5)), (1, "tau_pen", (0.05, 0.25)),
-                                (2, "gamma", (0, 0.3)), (3, "w", None)):
-        axes = figure.axes[3 * row + 1]  # the second column: layer 2
+    assert figure.get_suptitle() == "layer 2" and len(figure.axes) == 4
+    for axes, metric in zip(figure.axes, ("tau_sel", "tau_pen", "gamma", "w")):
         by_tokens = {}
         for entry in log:
             if entry["layer"] == 2:
                 by_tokens.setdefault(entry["tokens"], []).append(entry[metric])
         expected = [(t, sum(values) / 3) for t, values in sorted(by_tokens.items())]
-        (line,) = line_data(axes, plot.COLOURS[0])
+        (line,) = line_data(axes, run_records.COLOURS[0])
         np.testing.assert_allclose(line, expected)
-        grey = [line[0, 1] for line in line_data(axes, plot.GREY)]
-        assert sorted(grey) == sorted(bounds or ())
-        assert bounds is None or (axes.get_ylim()[0] < bounds[0] and bounds[1] < axes.get_ylim()[1])
-    (constant,) = line_data(figure.axes[6], plot.COLOURS[1])  # run_2's gamma in layer 1
-    assert set(constant[:, 1]) == {0.15}
+        low, high = axes.get_ylim()  # by the data
+        assert low <= line[:, 1].min() and line[:, 1].max() <= high
+        assert high - low < 1.6 * np.ptp(np.concatenate(
+            [line, *line_data(axes, run_records.COLOURS[1])])[:, 1])
+        assert len(line_data(axes, run_records.COLOURS[1])) == (metric != "gamma")  # run_2's
+        assert not line_data(axes, run_records.COLOURS[2])  # run_3 learns nothing
+    assert [line[0, 1] for line in line_data(figure.axes[2], drawing.GREY)] == [0]  # in sight
+    assert not line_data(figure.axes[0], drawing.GREY)  # 0.1 and 0.5 are not
+    titles = [axes.get_title() for axes in figures["tinylm", "adaptation_supplement"].axes]
+    assert titles[:2] == ["layer 1", "layer 4"]
+    assert {"run_1", "run_2"} == {name for name in names(figure) if ":" not in name}
 
 
 def test_seeds_logged_at_other_steps_are_read_between_their_own(tmp_path):
@@ -285,17 +296,17 @@ def test_seeds_logged_at_other_steps_are_read_between_their_own(tmp_path):
 
 def test_l0_is_drawn_with_its_curriculum(tmp_path, figures):
     make_run(tmp_path, "run_1", layers=(1,))
-    make_run(tmp_path, "run_2", curriculum=False, layers=(1,))
+    make_run(tmp_path, "run_2", curriculum=False, layers=(1,), fixed={"gamma": 0.1})
     plot.main(tmp_path, ("training_sparsity",))
     panel = figures["tinylm", "training_sparsity"].axes[0]
     (k_t,) = line_data(panel, "black")
     assert k_t[-1, 1] == 16 and k_t[0, 1] > 50
     dashed = [line for line in panel.get_lines() if line.get_linestyle() == "--"]
-    assert len(dashed) == 1 and len(line_data(panel, plot.COLOURS[1])) == 1
+    assert len(dashed) == 1 and len(line_data(panel, run_records.COLOURS[1])) == 1
     shutil.rmtree(tmp_path / "run_1")
     plot.main(tmp_path, ("training_sparsity",))
     figure = figures["tinylm", "training_sparsity"]
-    assert not line_data(figure.axes[0], "black") and "$k_t$" not in str(legend_texts(figure))
+    assert not line_data(figure.axes[0], "black") and "$k_t$" not in str(names(figure))
 
 
 def test_probing_figure_holds_saes_and_references(tmp_path, figures):
@@ -303,7 +314,8 @@ def test_probing_figure_holds_saes_and_references(tmp_path, figures):
     plot.main(tmp_path, ("probing",))
     panel = figures["tinylm", "probing"].axes[2]
     means = info["layer_4"]["means"]
-    for colour, who in ((plot.COLOURS[0], "sae"), (plot.GREY, "untrained"), ("black", "llm")):
+    for colour, who in ((run_records.COLOURS[0], "sae"), (drawing.GREY, "untrained"),
+                        ("black", "llm")):
         expected = [(k, means[f"{who}_top_{k}_test_accuracy"]) for k in KS]
         assert any(line.shape == (6, 2) and np.allclose(line, expected)
                    for line in line_data(panel, colour)), who
@@ -315,10 +327,10 @@ def test_probing_figure_holds_saes_and_references(tmp_path, figures):
 
 def test_coinciding_curves_can_all_be_seen(tmp_path, figures):
     for i in range(1, 4):
-        make_run(tmp_path, f"run_{i}", fixed={"gamma": 0.15}, layers=(1,))
-    plot.main(tmp_path, ("adaptation",))
-    lines = [line for line in figures["tinylm", "adaptation"].axes[2].get_lines()
-             if line.get_color() in plot.COLOURS]
+        make_run(tmp_path, f"run_{i}", layers=(1,), tests=str(i))
+    plot.main(tmp_path, ("training_sparsity",))
+    lines = [line for line in figures["tinylm", "training_sparsity"].axes[1].get_lines()
+             if line.get_color() in run_records.COLOURS]
     patterns = {line._unscaled_dash_pattern for line in lines}  # (offset, (on, off))
     offsets = sorted(offset for offset, _ in patterns)
     assert len(lines) == 3 and offsets == [0, 4, 8]
@@ -343,9 +355,9 @@ def test_a_log_of_one_line_is_a_point(tmp_path, figures):
 def test_nothing_overlaps_in_ten_runs_of_five_seeds(tmp_path, figures):
     ten_runs(tmp_path, seeds=range(5), steps=4)
     plot.main(tmp_path)
-    assert len(figures) == 7
+    assert {name for _, name in figures} == set(plot.FIGURES) - {"density", "cost"}
     for (_, name), figure in figures.items():
-        assert figure.get_figwidth() == plot.DOUBLE
+        assert figure.get_figwidth() == drawing.DOUBLE
         figure.draw_without_rendering()
         page = figure.bbox
         boxes = [axes.get_window_extent() for axes in figure.axes if axes.axison]
@@ -356,8 +368,10 @@ def test_nothing_overlaps_in_ten_runs_of_five_seeds(tmp_path, figures):
         texts = [text for text in figure.findobj(plt.Text)
                  if text.get_text().strip() and text.get_visible() and text.get_figure()]
         assert min(text.get_fontsize() for text in texts) >= 5.5, name
-        extents = [text.get_window_extent() for text in texts if name == "forest"]
-        assert all(page.x0 <= box.x0 and box.x1 <= page.x1 for box in extents), name
+        for axes in figure.axes:
+            ends = [plt.Text.get_window_extent(text) for text in axes.texts]
+            assert all(page.x0 <= box.x0 and box.x1 <= page.x1 for box in ends), name
+            assert not any(a.overlaps(b) for i, a in enumerate(ends) for b in ends[:i]), name
         if name == "ablation":
             cells = [text.get_window_extent() for text in figure.axes[0].texts]
             assert all(page.x0 <= box.x0 and box.x1 <= page.x1 for box in cells)
@@ -380,18 +394,18 @@ def test_profiles_are_never_mixed(tmp_path, figures):
     assert gemma["run_3"]["difference to run_1"] == "-"  # run_1 is of the other profile
     for (profile, name), figure in figures.items():
         texts = " ".join(text.get_text() for text in figure.findobj(plt.Text))
-        assert ("large" in texts) == (profile == "gemma-2-2b"), name
-        assert ("small" in texts) == (profile == "tinylm"), name
+        assert ("run_3" in texts) == (profile == "gemma-2-2b"), name
+        assert ("run_1" in texts) == (profile == "tinylm"), name
 
 
 def test_given_baseline_is_in_the_tables_and_not_in_the_curves(tmp_path, figures, capsys):
     shutil.copytree(REPO / "run_0", tmp_path / "run_0")
     assert plot.main(tmp_path) == 0
     assert capsys.readouterr().err == ""
-    assert {name for _, name in figures} == {"probing", "ablation"}
+    assert {name for _, name in figures} == {"probing", "ablation"}, figures
     rows = ablation(tmp_path, "gemma-2-2b")
     assert rows["run_0"]["primary"] == "0.5000"
-    assert rows["run_0"]["what it tests"] == plot.GIVEN
+    assert rows["run_0"]["what it tests"] == tables.GIVEN
     assert rows["language model"]["primary"] == "0.7283"  # (0.684275 + 0.7260625 + 0.774625) / 3
     tasks = json.loads((tmp_path / "run_0" / "config.json").read_text())["settings"]["probe_sets"]
     make_run(tmp_path, "run_1", profile="gemma-2-2b", layers=(5,), probe_sets=tasks)
@@ -400,9 +414,9 @@ def test_given_baseline_is_in_the_tables_and_not_in_the_curves(tmp_path, figures
     assert rows["run_0"]["difference to run_1"] == rows["run_0"]["verdict"] == "-"
     assert rows["language model"]["primary"] == "0.6750"  # run_1's own, not mixed with run_0's
     for name in ("adaptation", "training_losses", "training_sparsity"):
-        assert "run_0" not in str(legend_texts(figures["gemma-2-2b", name]))
-    assert plot.GIVEN in legend_texts(figures["gemma-2-2b", "probing"])
-    points = line_data(figures["gemma-2-2b", "probing"].axes[0], plot.GREY)
+        assert "run_0" not in str(names(figures["gemma-2-2b", name]))
+    assert tables.GIVEN in names(figures["gemma-2-2b", "probing"])
+    points = line_data(figures["gemma-2-2b", "probing"].axes[0], drawing.GREY)
     assert any(set(line[:, 1]) == {0.5} for line in points)
 
 
@@ -418,7 +432,7 @@ def test_labels_choose_name_and_order_runs(tmp_path, figures, monkeypatch, capsy
     rows = ablation(tmp_path)
     assert list(rows)[:2] == ["third (run_3)", "second (run_2)"] and len(rows) == 4
     assert rows["third (run_3)"]["verdict"] == "better"  # against run_1, which isn't shown
-    assert legend_texts(figures["tinylm", "adaptation"])[:2] == ["third", "second"]
+    assert {"third", "second"} <= set(names(figures["tinylm", "adaptation"]))
     assert "run_8" in capsys.readouterr().err
 
 
@@ -426,7 +440,7 @@ def test_labels_choose_name_and_order_runs(tmp_path, figures, monkeypatch, capsy
 
 
 @pytest.mark.parametrize("file, content", [
-    ("final_info.json", '{"layer_1": {"means"'), ("final_info.json", None),
+    ("final_info.json", '{"layer_1": {"means"'),
     ("final_info.json", "[]"), ("final_info.json", '{"layer_1": {}}'),
     ("config.json", None), ("config.json", '{"profile": "../../elsewhere"}'),
 ])
@@ -451,7 +465,7 @@ def test_a_broken_log_keeps_the_run_in_the_tables(tmp_path, figures, capsys, con
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "run_2/train_log.jsonl" in said
     assert "run_2" in ablation(tmp_path)
-    assert legend_texts(figures["tinylm", "training_losses"]) == ["run_1"]
+    assert set(names(figures["tinylm", "training_losses"])) == {"run_1"}
 
 
 def test_only_broken_runs_or_none_is_an_error(tmp_path, capsys):
@@ -460,6 +474,142 @@ def test_only_broken_runs_or_none_is_an_error(tmp_path, capsys):
     assert said.count("\n") == 1 and "no complete run" in said
     (tmp_path / "run_1").mkdir()
     assert plot.main(tmp_path) == 1 and "run_1/final_info.json" in capsys.readouterr().err
+
+
+def test_an_unfinished_run_is_in_the_curves_and_has_no_figures(tmp_path, figures, capsys):
+    """It goes on, or has failed; its last line may be half-written."""
+    for i in (1, 2):
+        make_run(tmp_path, f"run_{i}", layers=(1,), seeds=range(3), tests=f"test {i}", gain=i / 100)
+    (tmp_path / "run_2" / "final_info.json").unlink()
+    path = tmp_path / "run_2" / "train_log.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if json.loads(line)["step"] <= 13) + '{"st')
+    config = json.loads((tmp_path / "run_2" / "config.json").read_text())
+    config["settings"]["training_tokens"] = 1_000_000
+    (tmp_path / "run_2" / "config.json").write_text(json.dumps(config))
+    assert plot.main(tmp_path) == 0
+    assert capsys.readouterr().err == ""
+    row = ablation(tmp_path)["run_2"]
+    assert row["verdict"] == "unfinished: 43% of training" and row["what it tests"] == "test 2"
+    assert row["primary"] == row["difference to run_1"] == row["L0"] == row["seeds"] == "-"
+    figure = figures["tinylm", "training_sparsity"]
+    assert names(figure).count("run_2, unfinished") == 3 and "run_1" in names(figure)
+    lines = line_data(figure.axes[1], run_records.COLOURS[1])
+    assert max(line[-1, 0] for line in lines) == round(1e6 * 13 / 30)
+    for name in ("probing", "forest", "over_l0"):
+        assert ("tinylm", name) not in figures or "run_2" not in str(names(figures["tinylm", name]))
+    shutil.rmtree(tmp_path / "run_1")  # and alone
+    assert plot.main(tmp_path) == 0
+    text = (tmp_path / "figures" / "tinylm" / "ablation.md").read_text()
+    assert "nan" not in text.lower() and "By layer" not in text
+
+
+# ---- runs at several L0 -----------------------------------------------------------------------
+
+
+def sweep_of(root, name, values, gain=0.0, **settings):
+    """Runs that differ in k_min alone, of L0 k_min; returns {k_min: the primary metric by seed}."""
+    scores = {}
+    for k in values:
+        info = make_run(root, f"{name}_{k}", layers=(1, 2), seeds=range(3), log=False,
+                        gain=gain + 0.01 * math.log2(k))
+        for layer in (1, 2):
+            info[f"layer_{layer}"]["final_info_dict"]["l0"] = 3 * [float(k)]
+        (root / f"{name}_{k}" / "final_info.json").write_text(json.dumps(info))
+        config = json.loads((root / f"{name}_{k}" / "config.json").read_text())
+        config["settings"] |= {"k_min": k, "description": f"k_min {k}", **settings}
+        (root / f"{name}_{k}" / "config.json").write_text(json.dumps(config))
+        scores[k] = np.array(scores_by_seed(info))
+    return scores
+
+
+def test_runs_that_differ_in_what_moves_l0_are_a_curve(tmp_path, figures, monkeypatch):
+    sweep_of(tmp_path, "run_k", (8, 16, 32))
+    sweep_of(tmp_path, "run_t", (8, 32), gain=0.02, lr=0.5)
+    sweep_of(tmp_path, "run_n", (16,), lr=0.7)
+    monkeypatch.setattr(plot, "REFERENCE", "run_k_16")
+    report = plot.load_reports(tmp_path)["tinylm"]
+    curves = [[run.name for run in curve] for curve in report.curves]
+    assert curves == [["run_k_8", "run_k_16", "run_k_32"], ["run_n_16"], ["run_t_8", "run_t_32"]]
+    colours = {run.name: colour for run, (colour, _) in report.styles.items()}
+    assert len({colours[name] for name in curves[0]}) == 1 and len(set(colours.values())) == 3
+    assert len(set(report.styles.values())) == 6
+    plot.main(tmp_path, ("over_l0",))
+    figure = figures["tinylm", "over_l0"]
+    assert [axes.get_title()[:-2] for axes in figure.axes] == ["FVU", "CE loss score",
+                                                               "primary metric"]
+    lines = [line for line in line_data(figure.axes[0], colours["run_k_8"]) if len(line) > 1]
+    np.testing.assert_allclose(lines[0][:, 0], [8, 16, 32])
+    assert sorted(names(figure)) == ["lr 0.5", "run_k_8 to run_k_32", "run_n_16"]
+
+
+def test_a_curve_is_named_by_what_sets_it_apart(tmp_path, figures, monkeypatch):
+    sweep_of(tmp_path, "run_k", (8, 16), lr=0.1)
+    sweep_of(tmp_path, "run_t", (8, 16), lr=0.5)
+    plot.main(tmp_path, ("over_l0",))
+    assert sorted(names(figures["tinylm", "over_l0"])) == ["lr 0.1", "lr 0.5"]
+
+
+def test_other_code_is_another_curve(tmp_path, figures):
+    """A run of an edited loss, of equal settings, isn't a point of the method before it."""
+    sweep_of(tmp_path, "run_k", (8, 16, 32))
+    for k, code in ((8, "x = 1  # one\n"), (16, "PLAN = {}\nx = 1\n"), (32, "x = 2\n")):
+        (tmp_path / f"run_k_{k}" / "experiment.py").write_text(code)
+    report = plot.load_reports(tmp_path)["tinylm"]
+    assert [[run.name[6:] for run in curve] for curve in report.curves] == [["8", "16"], ["32"]]
+
+
+def test_the_table_reads_the_reference_s_curve(tmp_path, figures, monkeypatch):
+    theirs = sweep_of(tmp_path, "run_k", (8, 32))
+    mine = sweep_of(tmp_path, "run_n", (16,), gain=0.03, lr=0.7)[16]
+    sweep_of(tmp_path, "run_n", (64,), lr=0.9)
+    monkeypatch.setattr(plot, "REFERENCE", "run_k_8")
+    plot.main(tmp_path, ("forest", "ablation"))
+    rows = ablation(tmp_path)
+    gaps = mine - (theirs[8] + theirs[32]) / 2  # 16 is half-way in log L0
+    low, high = stats.t.interval(0.95, 2, loc=gaps.mean(), scale=stats.sem(gaps))
+    row = rows["run_n_16"]
+    assert row["difference to run_k_8"] == f"{gaps.mean():+.4f} [{low:+.4f}, {high:+.4f}]"
+    assert row["verdict"] == "better at equal L0" and "[" in row["FVU: difference to run_k_8"]
+    assert rows["run_n_64"]["verdict"] == "not comparable"  # beyond the curve
+    assert rows["run_k_32"]["verdict"] == "on run_k_8's own curve"
+    assert "[" not in rows["run_n_64"]["difference to run_k_8"]
+    forest = figures["tinylm", "forest"].axes[0]
+    assert len(forest.containers) == 1  # an interval for run_n_16 alone
+    assert any("better at equal L0" in text for text in names(figures["tinylm", "forest"]))
+    cells = [text.get_text() for text in figures["tinylm", "ablation"].axes[0].texts]
+    assert any(cell.startswith(f"{gaps.mean():+.3f} = L0\n[") for cell in cells)
+
+
+# ---- densities and costs ----------------------------------------------------------------------
+
+
+def test_densities_and_costs_are_drawn_where_they_are_recorded(tmp_path, figures, capsys):
+    info = make_run(tmp_path, "run_1", layers=(1,), steps=4)
+    for part, wrap in (("means", float), ("final_info_dict", lambda value: [value])):
+        seconds = {"seconds_training": 120.0, "seconds_core": 30.0, "seconds_total": 200.0}
+        info["layer_1"][part] |= {name: wrap(value) for name, value in seconds.items()}
+    (tmp_path / "run_1" / "final_info.json").write_text(json.dumps(info))
+    densities = [0.0, 0.0, *np.geomspace(1e-3, 0.5, 62)]
+    (tmp_path / "run_1" / "features").mkdir()
+    for layer, content in ((1, {"layer": 1, "features": [{"density": d} for d in densities]}),
+                           (2, {"layer": 2})):  # damaged
+        with gzip.open(tmp_path / "run_1" / "features" / f"layer_{layer}.json.gz", "wt") as file:
+            json.dump(content, file)
+    plot.main(tmp_path, ("density", "cost"))
+    assert "features/layer_2.json.gz can't be read" in capsys.readouterr().err
+    (axes,) = figures["tinylm", "density"].axes
+    (steps,) = axes.patches
+    assert steps.get_data().values.sum() == 62
+    (dot,) = line_data(axes, run_records.COLOURS[0])
+    assert dot[0, 1] == 2  # the silent ones
+    row = table((tmp_path / "figures" / "tinylm" / "ablation.md").read_text(), "run", 2)["run_1"]
+    assert row["tokens per second"] == "9000" and row["training, minutes"] == "2.0"
+    assert row["total, minutes"] == "3.3" and row["sparse probing, minutes"] == "-"
+    (text,) = names(figures["tinylm", "cost"])
+    assert text == "1 seeds   9000 tokens/s   3.3 min"
+    widths = [patch.get_width() for patch in figures["tinylm", "cost"].axes[0].patches]
+    assert sum(widths) == pytest.approx(200 / 60)
 
 
 def test_a_figure_that_is_no_longer_true_is_removed(tmp_path, figures):
@@ -492,7 +642,7 @@ def test_the_command_writes_files_without_torch(tmp_path):
     assert (folder / "ablation.md").read_text() in done.stdout
     for name in ("adaptation", "training_losses", "training_sparsity", "probing", "ablation"):
         width, _ = struct.unpack(">II", (folder / f"{name}.png").read_bytes()[16:24])
-        assert width == round(plot.DOUBLE * 220), name  # the PNG header's pixels, at 220 a inch
+        assert width == round(drawing.DOUBLE * 220), name  # the PNG header's pixels, at 220 a inch
         assert (folder / f"{name}.pdf").read_bytes().startswith(b"%PDF")
 
 
