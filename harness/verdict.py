@@ -12,6 +12,9 @@ Lists = dict[str, list[float]]  # of a run, per seed: "seed", `PRIMARY`, "l0" (t
 PRIMARY = "mean_topk_probe_accuracy"  # the primary metric
 PRIMARY_KS = (1, 2, 5)  # the primary metric averages the SAE's probes of 1, 2 and 5 features
 MAX_L0_RATIO = 1.2  # runs whose L0 differ by more than 20% are not compared
+# A curve over L0 is read between two of its runs that are at most so many times apart. The line
+# lies under the curve: over a factor of 4 by 0.013 in the mean (docs/method.md, At another L0).
+MAX_L0_STEP = 2.5
 MIN_SEEDS = 3  # nor are runs that share fewer seeds
 OLD_NAMES = {  # in records of before 2026-11-27: what is called so now
     "primary": PRIMARY,
@@ -318,8 +321,8 @@ def read_off(curve: Curve, run: Lists, metric: str = PRIMARY) -> tuple[list[str]
 
     Returns:
         the names of the two, lower L0 first, of one where it has that L0 itself, and {seed:
-        value}; nothing where the L0 is outside of the curve. A run that shares fewer than 3 seeds
-        is no part of it.
+        value}; nothing where the L0 is outside of the curve, or the two are too far apart. A run
+        that shares fewer than 3 seeds is no part of it.
     """
     at, seeds = mean(run["l0"]), set(run["seed"])
     places = sorted(
@@ -332,6 +335,8 @@ def read_off(curve: Curve, run: Lists, metric: str = PRIMARY) -> tuple[list[str]
     if not below or not above:
         return [], {}
     (low, left), (high, right) = below[-1], above[0]
+    if high > MAX_L0_STEP * low:
+        return [], {}
     part = math.log(at / low) / math.log(high / low) if high > low else 0.0
     lower, upper = (
         dict(zip(curve.points[name]["seed"], curve.points[name][metric])) for name in (left, right)
@@ -423,7 +428,8 @@ def verdict(
         return read[0], numbers | read[1]
     apart = curve.apart
     if len(curve.points) > 1:
-        ends = sorted(mean(lists["l0"]) for lists in curve.points.values())
-        apart = f"{compare_to}'s curve has L0 {ends[0]:.1f} to {ends[-1]:.1f}"
+        at = sorted(mean(lists["l0"]) for lists in curve.points.values())
+        apart = f"{compare_to}'s curve has L0 {', '.join(f'{l0:.1f}' for l0 in at)} and is read " \
+                f"between two that are at most {MAX_L0_STEP:g} times apart"  # fmt: skip
     apart = f"; {apart}" if apart else ""
     return f"not comparable ({figures}{apart}{compared.also()})", numbers

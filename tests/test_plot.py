@@ -560,22 +560,22 @@ def test_other_code_is_another_curve(tmp_path, figures):
 
 
 def test_the_table_reads_the_reference_s_curve(tmp_path, figures, monkeypatch):
-    theirs = sweep_of(tmp_path, "run_k", (8, 32))
-    mine = sweep_of(tmp_path, "run_n", (16,), gain=0.03, lr=0.7)[16]
+    theirs = sweep_of(tmp_path, "run_k", (16, 36))
+    mine = sweep_of(tmp_path, "run_n", (24,), gain=0.03, lr=0.7)[24]
     sweep_of(tmp_path, "run_n", (64,), lr=0.9)
-    monkeypatch.setattr(plot, "REFERENCE", "run_k_8")
+    monkeypatch.setattr(plot, "REFERENCE", "run_k_16")
     plot.main(tmp_path, ("forest", "ablation"))
     rows = ablation(tmp_path)
-    gaps = mine - (theirs[8] + theirs[32]) / 2  # 16 is half-way in log L0
+    gaps = mine - (theirs[16] + theirs[36]) / 2  # 24 is half-way in log L0
     low, high = stats.t.interval(0.95, 2, loc=gaps.mean(), scale=stats.sem(gaps))
-    row = rows["run_n_16"]
-    assert row["difference to run_k_8"] == f"{gaps.mean():+.4f} [{low:+.4f}, {high:+.4f}]"
-    assert row["verdict"] == "better at equal L0" and "[" in row["FVU: difference to run_k_8"]
+    row = rows["run_n_24"]
+    assert row["difference to run_k_16"] == f"{gaps.mean():+.4f} [{low:+.4f}, {high:+.4f}]"
+    assert row["verdict"] == "better at equal L0" and "[" in row["FVU: difference to run_k_16"]
     assert rows["run_n_64"]["verdict"] == "not comparable"  # beyond the curve
-    assert rows["run_k_32"]["verdict"] == "on run_k_8's own curve"
-    assert "[" not in rows["run_n_64"]["difference to run_k_8"]
+    assert rows["run_k_36"]["verdict"] == "on run_k_16's own curve"
+    assert "[" not in rows["run_n_64"]["difference to run_k_16"]
     forest = figures["tinylm", "forest"].axes[0]
-    assert len(forest.containers) == 1  # an interval for run_n_16 alone
+    assert len(forest.containers) == 1  # an interval for run_n_24 alone
     assert any("better at equal L0" in text for text in names(figures["tinylm", "forest"]))
     cells = [text.get_text() for text in figures["tinylm", "ablation"].axes[0].texts]
     assert any(cell.startswith(f"{gaps.mean():+.3f} = L0\n[") for cell in cells)

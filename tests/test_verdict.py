@@ -71,26 +71,26 @@ def test_verdict_interval_worked_out_by_hand() -> None:
 CURVE = Curve({
     "run_1": of([0.70, 0.71, 0.73], 16.0),
     "run_k_8": of([0.60, 0.63, 0.65], 8.0),
-    "run_k_64": of([0.80, 0.80, 0.80], 64.0),
+    "run_k_36": of([0.80, 0.80, 0.80], 36.0),
 })  # fmt: skip
 
 
 def test_a_verdict_at_equal_l0_worked_out_by_hand() -> None:
-    """At L0 32, half-way from 16 to 64 in log L0: the reference has 0.75, 0.755 and 0.765 there.
+    """At L0 24, half-way from 16 to 36 in log L0: the reference has 0.75, 0.755 and 0.765 there.
 
     Differences 0.05, 0.055, 0.055: mean 0.0533333, sd 0.00288675, t(0.975, 2) = 4.3027.
     """
-    run = of([0.80, 0.81, 0.82], 32.0)
+    run = of([0.80, 0.81, 0.82], 24.0)
     said, numbers = verdict(run, CURVE.points["run_1"], "run_1", None, CURVE)
     assert said == (
-        "better at equal L0 (interpolated between run_1 and run_k_64: +0.0533 [+0.0462, +0.0605] "
-        "against run_1's curve, L0 32.0 against 16.0 and 64.0)"
+        "better at equal L0 (interpolated between run_1 and run_k_36: +0.0533 [+0.0462, +0.0605] "
+        "against run_1's curve, L0 24.0 against 16.0 and 36.0)"
     )
     half = 4.302653 * 0.00288675 / math.sqrt(3)
     wanted = {
         "difference": 0.0533333, "ci95_low": 0.0533333 - half, "ci95_high": 0.0533333 + half,
-        f"{PRIMARY}_reference": 0.7566667, "l0_reference": 32.0, "l0_below": 16.0, "l0_above": 64.0,
-        "interpolated": 1.0, "comparable": 1.0, "n_paired_seeds": 3, PRIMARY: 0.81, "l0": 32.0,
+        f"{PRIMARY}_reference": 0.7566667, "l0_reference": 24.0, "l0_below": 16.0, "l0_above": 36.0,
+        "interpolated": 1.0, "comparable": 1.0, "n_paired_seeds": 3, PRIMARY: 0.81, "l0": 24.0,
     }  # fmt: skip
     assert {name: numbers[name] for name in wanted} == pytest.approx(wanted, abs=1e-6)
     assert numbers.keys() == wanted.keys() | {"p"}
@@ -99,10 +99,10 @@ def test_a_verdict_at_equal_l0_worked_out_by_hand() -> None:
 @pytest.mark.parametrize("run, said", [
     (of([0.50, 0.51, 0.53], 10.0), "worse at equal L0 (interpolated between run_k_8 and run_1: -0"),
     (of([0.60, 0.65, 0.64], 8.0), "no difference at equal L0 (by run_k_8: +0.0033"),
-    (of([0.80, 0.81, 0.82], 65.0), "not comparable (+0.0967"),  # nothing is extrapolated
+    (of([0.80, 0.81, 0.82], 36.5), "not comparable (+0.0967"),  # nothing is extrapolated
     (of([0.80, 0.81, 0.82], 7.9), "not comparable (+0.0967"),
-    (of([0.80, 0.81], 32.0), "not comparable (2 seeds shared"),
-    (of([0.80, 0.81, 0.82], 32.0, 1), "not comparable (2 seeds shared"),
+    (of([0.80, 0.81], 24.0), "not comparable (2 seeds shared"),
+    (of([0.80, 0.81, 0.82], 24.0, 1), "not comparable (2 seeds shared"),
     (of([0.80, 0.81, 0.82], 16.5), "better (+0.0967"),  # L0 is equal: the curve is not asked
     (of([0.80, 0.81, 0.82], 0.0), "not comparable"),
 ])  # fmt: skip
@@ -111,15 +111,24 @@ def test_a_curve_is_read_between_its_ends_alone(run, said) -> None:
     assert sentence.startswith(said), sentence
     assert ("interpolated" in numbers) == (" at equal L0" in said)
     assert all(math.isfinite(value) for value in numbers.values())
-    if run["l0"][0] in (65.0, 7.9):
-        assert sentence.endswith("; run_1's curve has L0 8.0 to 64.0)")
+    if run["l0"][0] in (36.5, 7.9):
+        assert sentence.endswith(
+            "; run_1's curve has L0 8.0, 16.0, 36.0 and is read between two that are at most 2.5 "
+            "times apart)"
+        )
 
 
 def test_a_run_that_shares_too_few_seeds_is_no_point_of_the_curve() -> None:
-    """run_k_32 is nearer than run_k_64, and has one seed."""
-    points = CURVE.points | {"run_k_32": of([0.1], 32.0)}
-    names, values = read_off(Curve(points), of([0.80, 0.81, 0.82], 32.0))
-    assert names == ["run_1", "run_k_64"] and values == pytest.approx({0: 0.75, 1: 0.755, 2: 0.765})
+    """run_k_30 is nearer than run_k_36, and has one seed."""
+    points = CURVE.points | {"run_k_30": of([0.1], 30.0)}
+    names, values = read_off(Curve(points), of([0.80, 0.81, 0.82], 24.0))
+    assert names == ["run_1", "run_k_36"] and values == pytest.approx({0: 0.75, 1: 0.755, 2: 0.765})
+
+
+def test_a_curve_is_not_read_over_a_gap() -> None:
+    """A straight line over a factor of 4 would lie under the curve, and the run seem better."""
+    points = {name: lists for name, lists in CURVE.points.items() if name != "run_1"}
+    assert read_off(Curve(points), of([0.80, 0.81, 0.82], 24.0)) == ([], {})  # from 8 to 36
 
 
 @pytest.fixture()
@@ -144,28 +153,28 @@ def beside(tmp_path: Path):
 
 def test_the_reference_s_curve_is_found_among_the_runs_beside_it(beside, tmp_path) -> None:
     beside("run_1", [0.70, 0.71, 0.73], 16.0)
-    plan = "\nPLAN |= {'run_k_64': dict(k_min=64)}  # a comment\n"
-    beside("run_k_64", [0.80] * 3, 64.0, code=plan, k_min=64, description="another", log_every=7)
-    beside("run_2", [0.1] * 3, 40.0, k_min=40, lr=0.5)  # another method
-    beside("run_3", [0.1] * 3, 50.0, code="\ndef loss():\n    return 0\n", k_min=50)  # edited
-    beside("run_4", [0.1] * 3, 33.0, k_min=33, context=16)
-    beside("run_k_64.1", [0.1] * 3, 60.0, k_min=60)  # set aside
+    plan = "\nPLAN |= {'run_k_36': dict(k_min=36)}  # a comment\n"
+    beside("run_k_36", [0.80] * 3, 36.0, code=plan, k_min=36, description="another", log_every=7)
+    beside("run_2", [0.1] * 3, 20.0, k_min=40, lr=0.5)  # another method
+    beside("run_3", [0.1] * 3, 28.0, code="\ndef loss():\n    return 0\n", k_min=50)  # edited
+    beside("run_4", [0.1] * 3, 23.0, k_min=33, context=16)
+    beside("run_k_36.1", [0.1] * 3, 30.0, k_min=30)  # set aside
     (tmp_path / "run_5").mkdir()  # unfinished
-    folder, config = beside("run_11", [0.80, 0.81, 0.82], 32.0, lr=0.7, k_min=20)
+    folder, config = beside("run_11", [0.80, 0.81, 0.82], 24.0, lr=0.7, k_min=20)
     settings = types.SimpleNamespace(compare_to="run_1")
     run = Run(settings, None, out_dir=folder, runs=tmp_path)
-    said, numbers = verdict_of(run, config, of([0.80, 0.81, 0.82], 32.0))
-    assert said.startswith("better at equal L0 (interpolated between run_1 and run_k_64: +0.0533")
+    said, numbers = verdict_of(run, config, of([0.80, 0.81, 0.82], 24.0))
+    assert said.startswith("better at equal L0 (interpolated between run_1 and run_k_36: +0.0533")
     assert "differing in k_min 20 against" in said and "lr 0.7 against" in said
     assert numbers["interpolated"] == 1
     # The same method at another L0: the curve's own bend would be the difference.
-    folder, like = beside("run_12", [0.80, 0.81, 0.82], 32.0, k_min=20)
+    folder, like = beside("run_12", [0.80, 0.81, 0.82], 24.0, k_min=20)
     same = dataclasses.replace(run, out_dir=folder)
-    assert "; on run_1's own curve; " in verdict_of(same, like, of([0.8, 0.81, 0.82], 32.0))[0]
+    assert "; on run_1's own curve; " in verdict_of(same, like, of([0.8, 0.81, 0.82], 24.0))[0]
     (folder / "experiment.py").write_text("edited")  # and no longer on it
-    assert verdict_of(same, like, of([0.8, 0.81, 0.82], 32.0))[0].startswith("better at equal")
-    shutil.rmtree(tmp_path / "run_k_64")
-    said, numbers = verdict_of(run, config, of([0.80, 0.81, 0.82], 32.0))
+    assert verdict_of(same, like, of([0.8, 0.81, 0.82], 24.0))[0].startswith("better at equal")
+    shutil.rmtree(tmp_path / "run_k_36")
+    said, numbers = verdict_of(run, config, of([0.80, 0.81, 0.82], 24.0))
     assert "run_12, run_3 ran another experiment.py than run_1" in said and said.startswith("not")
     assert "interpolated" not in numbers
 
