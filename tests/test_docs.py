@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -52,20 +53,17 @@ def test_links_and_pictures_lead_somewhere(page: Path) -> None:
 
 
 def test_the_tree_in_the_readme_is_the_tree() -> None:
-    """Each path that it names exists; it names every room of the harness."""
+    """Each path that it names exists; it names each folder and module at the root."""
     text = (ROOT / "README.md").read_text().split("## Where everything is")[1]
-    named, folder = set(), ROOT
-    for line in text.split("```")[1].strip("\n").splitlines():
-        paths = re.split(r"\s{2,}", line.strip())[0]
-        if not line.startswith(" "):
-            folder = ROOT
-        for path in re.split(r", | … ", paths):
-            assert (folder / path).exists(), path
-            named.add((folder / path).resolve())
-        if not line.startswith(" ") and paths.endswith("/"):
-            folder = ROOT / paths
-    rooms = {path for path in (ROOT / "harness").iterdir() if not path.name.startswith("__")}
-    assert rooms <= named, rooms - named
+    lines = text.split("```")[1].strip("\n").splitlines()
+    named = {path.strip("/") for line in lines
+             for path in re.split(r", | … ", re.split(r"\s{2,}", line)[0])}  # fmt: skip
+    assert [path for path in named if not (ROOT / path).exists()] == []
+    listing = ["git", "ls-files"]
+    listed = subprocess.run(listing, cwd=ROOT, check=True, capture_output=True, text=True)
+    tops = {line.split("/")[0] for line in listed.stdout.splitlines()}
+    tops = {top for top in tops if top.endswith(".py") or (ROOT / top).is_dir()}
+    assert {top for top in tops if not top.startswith((".", "run_"))} <= named
 
 
 @pytest.mark.parametrize("page", PAGES[:-1], ids=lambda page: page.name)
