@@ -246,7 +246,7 @@ function feature(id) {
       + `seed ${current.seed}`),
     make("dl", { class: "facts" }, ...facts.map(([name, value]) => make("div", {},
       make("dt", {}, name), make("dd", {}, value)))),
-    ...(one.contexts.length ? [make("h4", {}, "Strongest contexts"),
+    ...(one.density > 0 ? [make("h4", {}, "Strongest contexts"),
       make("p", { class: "keys" }, "· a space, ·×8 eight, ⏎ a line end; underlined: the strongest"),
       make("ol", { class: "contexts" }, ...one.contexts.map((each) => context(one, each)))] : [
       make("p", {}, `Never active on ${count(current.n_tokens)} tokens.`)]),
