@@ -153,9 +153,7 @@ def check_trainer(name: str, settings: Any, given: dict[str, Any]) -> None:
     trainer = getattr(settings, "trainer", OWN)
     where = "change it at the top of experiment.py"
     if ignored := sorted(given.keys() & without_effect(trainer)):
-        hint = ""
-        if {"k_min"} & {*ignored}:
-            hint = ", whose L0 follows from sparsity_coefficient"
+        hint = ", whose L0 follows from sparsity_coefficient" if "k_min" in ignored else ""
         raise ExperimentError(
             f"{name}: {' and '.join(ignored)} must be left out, as nothing reads "
             f"{'it' if len(ignored) == 1 else 'them'} with trainer={trainer!r}{hint}: {where}"
