@@ -11,6 +11,8 @@ from scipy import stats
 
 import plot
 from bench import figures
+from harness.verdict import PRIMARY
+from tests.conftest import ROOT
 
 
 def bench_row(stage, method, seed, l0, gain=0.0, value=16, layer=1):
@@ -106,3 +108,27 @@ def test_what_bench_measured_is_in_tables_and_figures(tmp_path, monkeypatch):
     assert "BatchTopK" in {text.get_text() for text in drawn["over_l0"].axes[2].texts}
     assert "beyond: run_7 (L0 800)" in drawn["over_l0"].get_supxlabel()
     plt.close("all")
+
+
+def test_what_a_line_over_l0_leaves_out_is_what_the_docs_say():
+    """The middle one of three points of a curve lies above the line through its neighbours."""
+    stages = figures.frames(figures.read_rows(ROOT / "bench" / "quality.jsonl"))
+
+    def misses(frame):
+        found = []
+        for _, mine in figures.groups(frame, "method"):
+            points = sorted((math.log(here["l0"].mean()), here[PRIMARY].mean())
+                            for _, here in figures.groups(mine, "sparsity"))
+            found += [b[1] - np.interp(b[0], [a[0], c[0]], [a[1], c[1]])
+                      for a, b, c in zip(points, points[1:], points[2:])]
+        return found
+
+    forms = stages["forms"][stages["forms"]["method"] == "run_1"]
+    text = " ".join((ROOT / "docs" / "method.md").read_text().split())
+    for found, said in ((misses(stages["curves"]), "by {:.3f} in the mean over {} methods (up to"
+                                                   " {:.3f}; one seed"),
+                        (misses(forms), "by {:.3f} in the mean (up to {:.3f})")):
+        words = {11: "eleven"}[stages["curves"]["method"].nunique()]
+        values = np.mean(found), max(map(abs, found))
+        numbers = (values[0], words, values[1]) if "methods" in said else values
+        assert said.format(*numbers) in text, values
