@@ -17,6 +17,7 @@ help:
 	@echo 'make pack RUN=run_11   pack the long files of that run, so that it can be committed'
 	@echo 'make publish RUN=run_11   make a folder of its SAEs for the Hugging Face hub, with a card'
 	@echo '                       REPO=you/run_11: its name there; MODEL=you/model: its language model'
+	@echo '                       FORM=sparsify: in the form that sparsify and delphi read'
 	@echo 'make template OUT=folder   make a folder that AI-Scientist takes as a template'
 	@echo 'make test              run the tests'
 	@echo 'make clean-cache       remove what runs keep for the next one (logs stay)'
@@ -60,7 +61,8 @@ pack: $(READY)
 	@$(PY) -c 'import sys; from harness.records import pack; pack(sys.argv[1])' '$(RUN)'
 
 publish: $(READY)
-	@$(PY) -m harness.publish '$(RUN)' $(if $(REPO),--repo '$(REPO)') $(if $(MODEL),--model '$(MODEL)')
+	@$(PY) -m harness.publish '$(RUN)' $(if $(REPO),--repo '$(REPO)') $(if $(MODEL),--model '$(MODEL)') \
+	    $(if $(FORM),--form '$(FORM)')
 
 template: $(READY)
 	@$(PY) -m harness.template '$(OUT)' $(if $(RUN),--run '$(RUN)')

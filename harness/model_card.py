@@ -49,8 +49,9 @@ class Published(NamedTuple):
     """What a card tells of.
 
     name: the run's. repo: the hub's. config, info: config.json and final_info.json.
-    saes: cfg.json of each SAE, by its sub-folder. texts: what the settings' texts are, by setting,
-    in words or by the hub's name; probe_sets likewise. description, warnings: as all may read them.
+    saes: SAELens' configuration of each, by its sub-folder. texts: what the settings' texts are, by
+    setting, in words or by the hub's name; probe_sets likewise. description, warnings: as all may
+    read them. form: "saelens" or "sparsify".
     """
 
     name: str
@@ -63,6 +64,7 @@ class Published(NamedTuple):
     probe_sets: list[str]
     description: str
     warnings: list[str]
+    form: str = "saelens"
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -79,12 +81,13 @@ def card(run: Published) -> str:
     """README.md: front matter and text."""
     text = run.texts["training_text"]
     front = ModelCardData(
-        library_name="saelens", license=run.source.licence, base_model=run.source.hub,
+        library_name=run.form, license=run.source.licence, base_model=run.source.hub,
         datasets=[text] if text == run.settings["training_text"] else None,  # a name on the hub
-        tags=["sparse-autoencoder", "interpretability", "saelens", run.architecture],
+        tags=["sparse-autoencoder", "interpretability", run.form, run.architecture],
     )  # fmt: skip
+    use = loading_by_sparsify(run) if run.form == "sparsify" else loading(run)
     parts = (
-        f"---\n{front.to_yaml()}\n---", heading(run), loading(run), figures(run), measured(run),
+        f"---\n{front.to_yaml()}\n---", heading(run), use, figures(run), measured(run),
         method(run), data(run), origin(run), listed_warnings(run),
     )  # fmt: skip
     return "\n\n".join(parts) + "\n"
@@ -103,12 +106,17 @@ def heading(run: Published) -> str:
     note = f"\n\n{run.source.note}" if run.source.note else ""
     model = run.source.name.split(" (")[0]
     where = f"{cfg['d_in']} dimensions at `blocks.L.hook_{hook}`"
+    form, place = f"SAELens' form `{run.architecture}`", "layer_L/seed_S"
+    if run.form == "sparsify":
+        seed, _, module = next(iter(run.saes)).rpartition("/")
+        place = f"{'seed_S/' if seed else ''}{module.rpartition('.')[0]}.L"
+        form = "the form of EleutherAI's sparsify"
     return (
         f"# {run.name}: sparse autoencoders on {model}\n\n"
         f"{len(run.saes)} sparse autoencoders (SAEs) of {cfg['d_sae']:,} features each, in "
-        f"SAELens' form `{run.architecture}`. They read {where}: "
+        f"{form}. They read {where}: "
         f"layers L = {layers}, with seed{'s' * (len(s['seeds']) > 1)} S = {seeds}. Each lies in "
-        f"`layer_L/seed_S`. The run's own description: {run.description}.{note}"
+        f"`{place}`. The run's own description: {run.description}.{note}"
     )
 
 
@@ -159,6 +167,38 @@ Ablate a feature: take away what it alone adds to the reconstruction.
 ablate = lambda x, hook: x - sae.encode(x)[..., feature, None] * sae.W_dec[feature]
 with lm.hooks(fwd_hooks=[(hook, ablate)]):
     ablated = lm(tokens)
+```
+
+Activations are taken as they are, in raw units. The first {skipped} of a context, BOS, EOS and \
+padding were left out in training: features mean nothing there."""
+
+
+def loading_by_sparsify(run: Published) -> str:
+    """Lines that load an SAE by sparsify with its language model, and read the features."""
+    first, name = int(run.settings.get("first_positions", 1)), next(iter(run.saes))
+    skipped = "position" if first == 1 else f"{first} positions"
+    return f"""## Use
+
+With eai-sparsify 1.3.3 and transformers. Load an SAE and its language model:
+
+```python
+import torch
+from sparsify import SparseCoder
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+sae = SparseCoder.load_from_hub("{run.repo}", "{name}")
+model = AutoModelForCausalLM.from_pretrained({run.source.load})
+tokenizer = AutoTokenizer.from_pretrained({run.source.load})
+```
+
+Read the features of a text: of each token the values of its k features, and which they are.
+
+```python
+tokens, seen = tokenizer("A text to look at", return_tensors="pt").input_ids, {{}}
+module = model.base_model.get_submodule("{name.rpartition("/")[2]}")
+module.register_forward_hook(lambda module, inputs, output: seen.update(x=output))
+logits = model(tokens).logits
+values, features, _ = sae.encode(seen["x"])
 ```
 
 Activations are taken as they are, in raw units. The first {skipped} of a context, BOS, EOS and \

@@ -1,7 +1,7 @@
 """A complete run as a folder for the Hugging Face hub: `python -m harness.publish run_10`.
 
-The folder has SAELens' layout, a sub-folder for each SAE, and a model card. No path, user name or
-token of this machine gets into it.
+The folder has SAELens' layout, or sparsify's, a sub-folder for each SAE, and a model card. No path,
+user name or token of this machine gets into it.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from harness.errors import ExperimentError, first_line, redact
 from harness.model_card import Published, Source, card
 from harness.partials import mark, partial_in, remove_left
+from harness.sparsify_form import hookpoints, write_as_sparsify
 from harness.start import HERE
 from harness.store import sha256_file, write_atomic
 from harness.text_files import BUILT_IN, form_of
@@ -42,6 +43,12 @@ TINYLM = (
     "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
     "tokenizer_config.json", "manifest.tsv",
 )  # fmt: skip
+# In sparsify's form no language model lies beside the SAEs.
+AT_HOME = Source(
+    "tinylm (a folder of the project)", None, "mit", '"tinylm"',
+    "tinylm is a Gemma-2 of 7 M parameters, trained on Python source. It lies in the project's own "
+    "repository, in `tinylm/`, as transformers reads it.",
+)  # fmt: skip
 TEXTS = {
     "tinylm": "Python source of packages, listed in the project's tinylm/manifest.tsv",
     "smollm2": "texts of sae-probes 0.4.2, listed in the project's smollm2/manifest.tsv",
@@ -54,29 +61,36 @@ KEPT = (  # of a cfg.json's metadata
 
 
 def publish(
-    run: Path, repo: str | None = None, model: str | None = None, into: Path = HERE / "published"
-) -> Path:
+    run: Path, repo: str | None = None, model: str | None = None, into: Path = HERE / "published",
+    form: str = "saelens",
+) -> Path:  # fmt: skip
     """Makes the folder of a complete run; one of before is set aside as `run_10.1`, `.2`, ….
 
     Args:
         repo: the hub's name that the card gives. model: the hub's name of the language model, where
-            the run's own is of this machine.
+            the run's own is of this machine. form: of the SAEs, "saelens" or "sparsify".
     Returns:
-        the folder: `smollm2/run_10` for a run in a folder that is named after its profile.
+        the folder: `smollm2/run_10` for a run in a folder that is named after its profile. In
+        sparsify's form its name ends in _sparsify, as its loader takes each folder of a repository
+        for an SAE.
     Raises:
-        ExperimentError: the run isn't complete, has no SAEs, what it read can't be named, or the
-            folder can't be written.
+        ExperimentError: the run isn't complete, has no SAEs, what it read can't be named, the form
+            can't hold its SAEs, or the folder can't be written.
     """
     config, info, warnings = records_of(run)
-    name, profile = run.resolve().name, run.resolve().parent.name
+    name, profile, sparsify = run.resolve().name, run.resolve().parent.name, form == "sparsify"
     into = into / profile if profile == config.get("profile") else into
+    folder = f"{name}_sparsify" if sparsify else name
     try:
         for given in filter(None, (repo, model)):
             check_hub_name(given)
-        repo = repo or placeholder(name)
+        repo = repo or placeholder(folder)
         settings = with_current_names(config["settings"])
         folders = sae_folders(run, config, settings)
+        places = hookpoints(run, folders, settings) if sparsify else {}
         source = source_of(settings["model"], model, repo, name)
+        if sparsify and source.hub is None:
+            source = AT_HOME
         texts = {field: public_text(config, field) for field in ("training_text", "core_text")}
         metadata = {
             "model_name": source.name, "dataset_path": texts["training_text"],
@@ -84,21 +98,21 @@ def publish(
             "seqpos_slice": [settings.get("first_positions", 1), None],
         }  # fmt: skip
         with partial_folder(into) as partial:
-            saes = {at: write_sae(run, at, partial / at, metadata) for at in folders}
-            if source.hub is None:
+            written = write_saes(run, folders, partial, metadata, places)
+            if source.hub is None and not sparsify:
                 copy_tinylm(config, partial / "tinylm")
             local = local_names(config)
             published = Published(
-                name, repo, source, config, info, saes, texts,
+                name, repo, source, config, info, written, texts,
                 [public_set(probe_set) for probe_set in settings["probe_sets"]],
                 scrubbed(settings["description"], local),
-                [scrubbed(warning, local) for warning in warnings],
+                [scrubbed(warning, local) for warning in warnings], form,
             )  # fmt: skip
             write_atomic(partial / "README.md", card(published))
             for path in (partial, *partial.rglob("*")):  # SAELens' are of their owner alone
                 path.chmod(0o755 if path.is_dir() else 0o644)
-            set_aside(into / name)
-            return partial.rename(into / name)
+            set_aside(into / folder)
+            return partial.rename(into / folder)
     except KeyError as error:
         raise ExperimentError(
             f"{name} can't be published, as the card needs {error} of its settings or figures, and "
@@ -109,6 +123,16 @@ def publish(
             f"{name} can't be published, as a file can't be read or written ({first_line(error)}): "
             "mend that, and give the same command again"
         ) from error
+
+
+def write_saes(
+    run: Path, folders: list[str], partial: Path, metadata: dict[str, Any], places: dict[str, str]
+) -> dict[str, Any]:
+    """Writes a run's SAEs, in sparsify's form where it has `places` for them; by folder, see there.
+    """
+    if not places:
+        return {at: write_sae(run, at, partial / at, metadata) for at in folders}
+    return {to: write_as_sparsify(run / "sae" / at, partial / to) for at, to in places.items()}
 
 
 def placeholder(name: str) -> str:
@@ -372,11 +396,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("run", type=Path, help="the folder of a complete run")
     parser.add_argument("--repo", help="its name on the hub, such as alice/run_10")
     parser.add_argument("--model", help="the language model's name on the hub")
+    parser.add_argument("--form", choices=("saelens", "sparsify"), default="saelens")
     given = parser.parse_args(arguments)
     asked = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.signal(number, ended) for number in asked}
     try:
-        folder = publish(given.run, given.repo, given.model)
+        folder = publish(given.run, given.repo, given.model, form=given.form)
     except ExperimentError as error:
         sys.exit(str(error))
     finally:
@@ -387,7 +412,8 @@ def main(arguments: list[str] | None = None) -> None:
     repo, shown = given.repo or placeholder(folder.name), quoted(folder)
     print(f"{shown}: {len(files)} files, {size / 1e6:.1f} MB; read its README.md, the model card")
     if not given.repo:
-        again = f"make publish RUN={quoted(given.run)} REPO=alice/{repo.split('/')[1]}"
+        form = " FORM=sparsify" if given.form == "sparsify" else ""
+        again = f"make publish RUN={quoted(given.run)} REPO=alice/{repo.split('/')[1]}{form}"
         print(f"its card says {repo}: to have your name on the hub there, {again}")
     print(f"to upload it, after `hf auth login`:\nhf upload {repo} {shown} .")
 

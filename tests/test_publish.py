@@ -19,6 +19,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData, constants
 from huggingface_hub.utils import validate_repo_id
 from sae_lens import SAE
+from safetensors.torch import load_file
 
 from harness import publish as room
 from harness.errors import ExperimentError
@@ -36,14 +37,18 @@ def published(toy_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def hub(published: Path, toy_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The hub's cache, as it is once both repositories were downloaded."""
-    for name, folder in ((REPO, published), (MODEL, toy_model)):
-        into = tmp_path / f"models--{name.replace('/', '--')}"
+    return put_on_hub(tmp_path, monkeypatch, {REPO: published, MODEL: toy_model})
+
+
+def put_on_hub(cache: Path, monkeypatch: pytest.MonkeyPatch, folders: dict[str, Path]) -> Path:
+    """The hub's cache, as it is once these repositories were downloaded."""
+    for name, folder in folders.items():
+        into = cache / f"models--{name.replace('/', '--')}"
         (into / "refs").mkdir(parents=True)
         (into / "refs" / "main").write_text("0" * 40)
         shutil.copytree(folder, into / "snapshots" / ("0" * 40))
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    return tmp_path
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    return cache
 
 
 def edited(toy_run: Path, folder: Path, **changes) -> Path:
@@ -287,6 +292,16 @@ def a_file_in_the_way(run: Path) -> None:
     (run.parent / "published").write_text("")
 
 
+def threshold(run: Path) -> None:
+    path = run / "sae/layer_2/seed_0/cfg.json"
+    path.write_text(path.read_text().replace('"topk"', '"jumprelu"'))
+
+
+def other_hook(run: Path) -> None:
+    path = run / "config.json"
+    path.write_text(path.read_text().replace('"resid_post"', '"mlp_out"'))
+
+
 def other_settings(run: Path) -> None:
     path = run / "config.json"
     path.write_text(path.read_text().replace('"lr":', '"rate":'))
@@ -303,6 +318,10 @@ def other_settings(run: Path) -> None:
     (no_settings, {}, "the card needs 'settings' of its settings or figures, and they have none"),
     (a_file_in_the_way, {}, "run_2 can't be published, as a file can't be read or written ("),
     (other_settings, {}, "the card needs 'lr' of its settings or figures, and they have none"),
+    (threshold, {"form": "sparsify"}, "can't be published in sparsify's form, which has SAEs that "
+                                      "keep the k largest features alone, and sae/layer_2/seed_0 "
+                                      "is 'jumprelu': leave FORM out"),
+    (other_hook, {"form": "sparsify"}, "reads what a module puts out, and hook is 'mlp_out'"),
     (None, {"model": None}, "can't be published, as it reads a language model in a folder of this"),
     (None, {"repo": "saes"}, "'saes' is none (it has no owner)"),
     (None, {"model": "run_2/sae"}, "'run_2/sae' is none (a folder of that name lies here)"),
@@ -339,7 +358,7 @@ def test_the_command_says_how_to_upload(
     """One line, of the hub's own command; a folder of before is kept; refusals have status 1."""
     from huggingface_hub.cli.upload import upload
 
-    monkeypatch.setattr(publish, "__defaults__", (None, None, tmp_path))
+    monkeypatch.setattr(publish, "__defaults__", (None, None, tmp_path, "saelens"))
     monkeypatch.chdir(tmp_path)
     main([str(toy_run), "--repo", REPO, "--model", MODEL])
     last = capsys.readouterr().out.splitlines()[-1]
@@ -362,7 +381,7 @@ def test_the_command_says_how_to_upload(
 def test_what_the_command_prints_can_be_given_to_a_shell(
     toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, name: str, on_hub: str
 ) -> None:
-    monkeypatch.setattr(publish, "__defaults__", (None, None, tmp_path / "published"))
+    monkeypatch.setattr(publish, "__defaults__", (None, None, tmp_path / "published", "saelens"))
     monkeypatch.chdir(tmp_path)
     run = edited(toy_run, tmp_path / name)
     main([str(run), "--model", MODEL])
@@ -403,7 +422,7 @@ def test_files_are_for_all_and_one_without_densities_is_told(
 def test_a_signal_leaves_nothing_half_made(
     toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, number: int
 ) -> None:
-    monkeypatch.setattr(publish, "__defaults__", (None, None, tmp_path / "published"))
+    monkeypatch.setattr(publish, "__defaults__", (None, None, tmp_path / "published", "saelens"))
     left = tmp_path / "published" / ".partial-1-1"  # by a kill
     left.mkdir(parents=True)
     os.utime(left, (0, 0))
@@ -414,6 +433,75 @@ def test_a_signal_leaves_nothing_half_made(
     assert "nothing is published" in capsys.readouterr().err
     assert not list((tmp_path / "published").iterdir())
     assert signal.getsignal(signal.SIGTERM) is not room.ended
+
+
+@pytest.fixture(scope="module")
+def sparsified(toy_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return publish(toy_run, REPO, MODEL, tmp_path_factory.mktemp("published"), form="sparsify")
+
+
+def activations(n: int = 50) -> torch.Tensor:
+    return torch.randn(n, 32, generator=torch.Generator().manual_seed(0))
+
+
+def test_sparsify_s_form_computes_what_saelens_form_does(sparsified: Path, toy_run: Path) -> None:
+    """By its formula, written out; each folder is one of its own loader's, named by the module."""
+    assert sparsified.name == "run_1_sparsify"
+    found = {file.relative_to(sparsified).as_posix() for file in sparsified.rglob("*.*")}
+    files = ("cfg.json", "sae.safetensors")
+    assert found - {"layers.0", "layers.2"} == {
+        "README.md", *(f"layers.{layer}/{file}" for layer in (0, 2) for file in files),
+    }  # fmt: skip
+    for layer in (0, 2):
+        folder = sparsified / f"layers.{layer}"
+        cfg, w = json.loads((folder / "cfg.json").read_text()), load_file(folder / files[1])
+        assert (cfg["activation"], cfg["transcode"], cfg["d_in"]) == ("topk", False, 32)
+        assert w["encoder.weight"].shape == w["W_dec"].shape == (cfg["num_latents"], 32)
+        x_ND = activations()
+        pre_NF = torch.relu((x_ND - w["b_dec"]) @ w["encoder.weight"].T + w["encoder.bias"])
+        top = pre_NF.topk(cfg["k"], dim=-1)
+        acts_NF = torch.zeros_like(pre_NF).scatter(-1, top.indices, top.values)
+        own = SAE.load_from_disk(toy_run / f"sae/layer_{layer}/seed_0")
+        assert torch.allclose(acts_NF, own.encode(x_ND), atol=1e-4) and acts_NF.any()
+        assert torch.allclose(acts_NF @ w["W_dec"] + w["b_dec"], own(x_ND), atol=1e-4)
+
+
+def test_sparsify_s_own_loader_reads_it(sparsified: Path, toy_run: Path) -> None:
+    sparsify = pytest.importorskip("sparsify", reason="takes the package eai-sparsify")
+    saes = sparsify.SparseCoder.load_many(str(sparsified), local=True)
+    assert list(saes) == ["layers.0", "layers.2"]
+    for layer in (0, 2):
+        own, x_ND = SAE.load_from_disk(toy_run / f"sae/layer_{layer}/seed_0"), activations()
+        out = saes[f"layers.{layer}"](x_ND)
+        acts_NF = torch.zeros(50, own.cfg.d_sae).scatter(-1, out.latent_indices, out.latent_acts)
+        assert torch.allclose(acts_NF, own.encode(x_ND), atol=1e-4)
+        assert torch.allclose(out.sae_out, own(x_ND), atol=1e-4)
+
+
+def test_the_card_of_sparsify_s_form_does_what_it_says(
+    sparsified: Path, toy_run: Path, toy_model: Path, tmp_path: Path, streams,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    front = ModelCard.load(sparsified / "README.md").data
+    assert front.library_name == "sparsify" and front.base_model == MODEL
+    assert "Each lies in `layers.L`." in (sparsified / "README.md").read_text()
+    pytest.importorskip("sparsify", reason="takes the package eai-sparsify")
+    put_on_hub(tmp_path, monkeypatch, {REPO: sparsified, MODEL: toy_model})
+    names = run_blocks(sparsified / "README.md")
+    x_BLD = streams(names["tokens"], 0)
+    expected = SAE.load_from_disk(toy_run / "sae" / SAES[0]).encode(x_BLD)
+    found = torch.zeros_like(expected).scatter(-1, names["features"], names["values"])
+    assert torch.allclose(found, expected, atol=1e-4) and found.any()
+
+
+def test_seeds_have_a_folder_each_in_sparsify_s_form(toy_run: Path, tmp_path: Path) -> None:
+    run = edited(toy_run, tmp_path / "run_2", settings={"seeds": [0, 1]})
+    for name in SAES:
+        shutil.copytree(run / "sae" / name, run / "sae" / name.replace("seed_0", "seed_1"))
+    folder = publish(run, REPO, MODEL, tmp_path / "published", form="sparsify")
+    places = {cfg.parent.relative_to(folder).as_posix() for cfg in folder.rglob("cfg.json")}
+    assert places == {f"seed_{seed}/layers.{layer}" for seed in (0, 1) for layer in (0, 2)}
+    assert "Each lies in `seed_S/layers.L`." in (folder / "README.md").read_text()
 
 
 @pytest.fixture
@@ -456,11 +544,7 @@ def test_a_card_of_tinylm_loads_it_from_its_own_repository(
     folder = publish(run, REPO, into=tmp_path / "published")
     (folder / "tinylm" / "model.safetensors").unlink()
     shutil.copytree(toy_model, folder / "tinylm", dirs_exist_ok=True)
-    into = tmp_path / "hub" / f"models--{REPO.replace('/', '--')}"
-    (into / "refs").mkdir(parents=True)
-    (into / "refs" / "main").write_text("0" * 40)
-    shutil.copytree(folder, into / "snapshots" / ("0" * 40))
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    put_on_hub(tmp_path / "hub", monkeypatch, {REPO: folder})
     names = run_blocks(folder / "README.md")
     check_edits(names, streams, 0, names["strength"])
 
