@@ -108,7 +108,7 @@ function row(feature, place) {
     : by === "probe" ? signed(weight(feature, name)) : percent(feature.density);
   return make("div", { role: "option", id: `row-${feature.id}`, "data-place": place,
     "aria-selected": "false" }, make("span", {}, String(feature.id)),
-  make("b", {}, ...gist(feature), ...flags(feature)), make("span", {}, figure));
+  make("b", {}, ...gist(feature)), make("span", {}, ...flags(feature), " ", figure));
 }
 
 function list() {

@@ -231,7 +231,7 @@ def figures_html(folder: Path) -> str:
     """The figures in folder; a palette makes a chart a third as large and changes nothing seen."""
     from PIL import Image  # matplotlib requires it
 
-    made = []
+    made = ["<p>Each lies beside this page as PDF, too.</p>"]
     for path in sorted(folder.glob("*.png")):
         buffer = io.BytesIO()
         with Image.open(path) as image:
@@ -245,7 +245,7 @@ def figures_html(folder: Path) -> str:
             f'alt="Figure: {name}" src="data:image/png;base64,'
             f'{base64.b64encode(buffer.getvalue()).decode()}"></div></figure>'
         )
-    return "\n".join(made) or "<p>No figures were drawn.</p>"
+    return "\n".join(made) if len(made) > 1 else "<p>No figures were drawn.</p>"
 
 
 def warnings_html(runs: Sequence[Path]) -> str:
@@ -282,4 +282,6 @@ def settings_html(runs: Sequence[Path]) -> str:
             lines.append([name, *texts])
     if not lines:
         return "<p>None.</p>"
-    return table("Settings that differ", ["setting", *found], lines)
+    return "<p>A dash: the run’s record doesn’t have the setting.</p>" + table(
+        "Settings that differ", ["setting", *found], lines
+    )
