@@ -110,7 +110,7 @@ class Settings:
     probe_llm_batch: PositiveInt = 32
     probe_sae_batch: PositiveInt = 125
     probe_seed: NonNegativeInt = 42
-    extra_evals: tuple[Literal["sae_probes"], ...] = ()  # SAE-Bench's, beside core and probing
+    extra_evals: tuple[str, ...] = ()  # SAE-Bench's: sae_probes, absorption, scr, tpp, autointerp
     sae_probes_sets: tuple[str, ...] = ()  # data sets of sae_probes; none: all 113, for hours
     compare_to: str = "run_1"  # the run that the verdict compares this one to
 

@@ -14,7 +14,7 @@
     model_card       its README.md there
     sparsify_form    its SAEs in sparsify's form
     evaluation/      core, probing: SAE-Bench's figures, each pass of the language model made once;
-                     extra: sae-probes' data sets, where they are asked for;
+                     extra, stock: SAE-Bench's others, where they are asked for;
                      shared_forward, probe_texts, probe_features, estimate: their parts;
                      export: an SAE as SAELens stores it;
                      features, logit_lens: what can be looked at of each feature

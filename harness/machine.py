@@ -21,6 +21,7 @@ from harness.errors import ExperimentError
 from harness.generators import generator_states, same_states, set_generator_states
 from harness.interfaces import SettingsLike
 from harness.ranks import RANKS
+from harness.start import VARIABLES
 
 LONGEST_CALL = 2.0  # seconds that calls side by side are waited for once one of them has failed
 DRAWING: set[Any] = set()  # code that drew from the process's own generators: see `in_order`
@@ -51,6 +52,8 @@ def n_cores() -> int:
 
 def make_reproducible() -> None:
     """The same seed on the same machine gives the same results, bit for bit."""
+    for name, value in VARIABLES.items():  # where a notebook calls launch
+        os.environ.setdefault(name, value)
     torch.set_num_threads(n_cores())
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # no result depends on it

@@ -21,6 +21,10 @@ from harness.probe_sets import check_probe_sets, known_to_sae_bench
 from harness.text_files import BUILT_IN, form_of
 
 DATA_GB = 5.0  # set aside for the probing data sets, which datasets stores twice
+BIOS, REVIEWS = "LabHC/bias_in_bios", "canrager/amazon_reviews_mcauley_1and5"
+EXTRA_DATA = {  # of the hub, that an evaluation of `extra_evals` reads
+    "scr": (BIOS, REVIEWS), "tpp": (BIOS, REVIEWS), "autointerp": ("monology/pile-uncopyrighted",),
+}  # fmt: skip
 
 
 def preflight(settings: SettingsLike, device: torch.device) -> list[str]:
@@ -40,11 +44,18 @@ def preflight(settings: SettingsLike, device: torch.device) -> list[str]:
     wanted += [("dataset", text) for text in texts if text not in BUILT_IN]
     sets = [name for name in settings.probe_sets if name in known_to_sae_bench()]
     wanted += [("dataset", hub_name(name)) for name in sets]
+    extra = {name: kind for kind in settings.extra_evals for name in EXTRA_DATA.get(kind, ())}
+    wanted += [("dataset", name) for name in extra]
     if not wanted:
         return []
     wanted = list(dict.fromkeys(wanted))
     with ThreadPoolExecutor(len(wanted)) as pool:
-        problems = [p for p in pool.map(lambda kind_name: hub_problem(*kind_name), wanted) if p]
+        found = dict(zip(wanted, pool.map(lambda kind_name: hub_problem(*kind_name), wanted)))
+    for name, kind in extra.items():
+        if problem := found["dataset", name]:
+            problem = problem.removesuffix(f"; {TRY_TINYLM}")
+            found["dataset", name] = f"{problem}; or leave {kind!r} out of extra_evals"
+    problems = [problem for problem in found.values() if problem]
     if problems:
         more = f" (and {len(problems) - 1} more of the kind)" if len(problems) > 1 else ""
         raise ExperimentError(problems[0] + more)

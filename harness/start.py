@@ -29,12 +29,16 @@ ENDS = tuple(  # signals that ask a process to end; SIGINT is a KeyboardInterrup
     getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGXCPU", "SIGUSR1", "SIGUSR2")
 )
 
-# Read when the libraries start: the same seed on the same machine gives the same weights.
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-# Threads that wait don't spin: beside other jobs a run took half to a third of the time.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+PROGRAM = getattr(sys.modules["__main__"], "__file__", None) or ""  # none in a notebook
+VARIABLES = {  # that the libraries read when they start
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # the same seed on the same machine: the same weights
+    "TOKENIZERS_PARALLELISM": "true",
+    # Threads that wait don't spin: beside other jobs a run took half to a third of the time.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+for name in VARIABLES if PROGRAM else ():  # a notebook's own stay as they are
+    os.environ.setdefault(name, VARIABLES[name])
 # What torchrun tells each process. Of threads it allows one, where nothing was said: figures are to
 # be those of a single process, bit for bit.
 OF_TORCHRUN = (
@@ -131,7 +135,6 @@ def source_at_start(file: Path) -> str:
 
 _open_closed_streams()
 WATCH = _Watch()
-PROGRAM = getattr(sys.modules["__main__"], "__file__", None) or ""
 if Path(PROGRAM).resolve() == HERE / "experiment.py":
     WATCH.begin()
 SOURCES_AT_START = _sources()

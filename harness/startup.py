@@ -28,6 +28,7 @@ from harness.evaluation.estimate import evaluation_seconds
 from harness.evaluation.extra import check_extra_evals
 from harness.evaluation.probe_texts import read_probe_texts
 from harness.evaluation.probing import Probe
+from harness.evaluation.stock import check_letters
 from harness.fingerprint import environment_fingerprint, result_key, text_identity
 from harness.fused_model import FusedLanguageModel, for_harvest
 from harness.generators import generators_of, seed_generators
@@ -240,6 +241,7 @@ def set_up(
     RANKS.by_first(look_at_texts, settings)
     with redirect_output(log):
         models = RANKS.after_first(load_models, settings, train_dtype, device)
+        RANKS.by_first(check_letters, settings, models["sae_bench_model"], device)
         given = settings, models["language_model"].tokenizer, device
         return Run(
             settings=settings,
@@ -400,8 +402,10 @@ def memory_settings(stage: str) -> str:
         "train": "batch, harvest_contexts or buffer_tokens",
         "core evaluation": "core_prompts",
         "sparse probing": "probe_llm_batch or probe_sae_batch",
-        "sae_probes": "the number of layers and seeds, or leave out extra_evals",
-    }
+    } | dict.fromkeys(
+        ("sae_probes", "absorption", "scr", "tpp", "autointerp"),
+        "the number of layers and seeds, or leave out extra_evals",
+    )
     return settings.get(stage.split(": ")[-1], "d_sae or the number of layers and seeds")
 
 

@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 os.environ["SAE_PROFILE"] = "tinylm"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as experiment.py has it
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 # Its threads spin while they wait: a toy run took twice the time. They change no bit (the golden
 # run passes with and without).
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

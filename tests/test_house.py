@@ -31,7 +31,7 @@ FLOORS = (
     ("evaluation.logit_lens", "evaluation.features", "evaluation.shared_forward",
      "evaluation.probe_texts", "evaluation.probe_features"),
     ("evaluation.core", "evaluation.export", "evaluation.probing",
-     "evaluation.estimate", "evaluation.extra"),
+     "evaluation.estimate", "evaluation.stock", "evaluation.extra"),
     ("training", "peers", "steps", "provenance", "records"),
     ("startup", "model_card", "sparsify_form", "publish", "plans", "template"),
 )

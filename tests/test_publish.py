@@ -11,6 +11,8 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,7 @@ from safetensors.torch import load_file
 from harness import publish as room
 from harness.errors import ExperimentError
 from harness.publish import main, publish, scrubbed
+from harness.start import VARIABLES
 from tests.conftest import ROOT
 
 REPO, MODEL = "alice/run_1", "alice/toy-gemma-2"
@@ -547,6 +550,24 @@ def test_a_card_of_tinylm_loads_it_from_its_own_repository(
     put_on_hub(tmp_path / "hub", monkeypatch, {REPO: folder})
     names = run_blocks(folder / "README.md")
     check_edits(names, streams, 0, names["strength"])
+
+
+IMPORTING = """
+import os
+before = dict(os.environ)
+import experiment
+changed = {name for name in {*before, *os.environ} if before.get(name) != os.environ.get(name)}
+print(*changed)
+"""
+
+
+def test_a_notebook_that_imports_the_experiment_keeps_its_environment() -> None:
+    """But for what libraries set of themselves: scikit-learn KMP_…, torch its cache's folder."""
+    own = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    done = subprocess.run([sys.executable, "-c", IMPORTING], cwd=ROOT, env=own, text=True,
+                          capture_output=True, check=True)  # fmt: skip
+    changed = {*done.stdout.split()}
+    assert not {name for name in changed if not name.startswith(("KMP_", "TORCHINDUCTOR_"))}
 
 
 def test_the_page_of_uses_is_true(

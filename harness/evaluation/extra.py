@@ -1,12 +1,12 @@
-"""SAE-Bench's sparse probing on the data sets of sae-probes: an evaluation that is asked for.
+"""The evaluations that `extra_evals` asks for: SAE-Bench's, beside core and sparse probing.
 
-Stock code computes each data set's figures and collates them. This gives it the run's own language
-model, where stock would load one by its name, and keeps what is done from run to run.
+Here is its sparse probing on the data sets of sae-probes; for the others see `stock`. Stock code
+computes each data set's figures and collates them. This gives it the run's own language model,
+where stock would load one by its name, and keeps what is done from run to run.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.metadata
 import json
@@ -20,6 +20,7 @@ from torch import Tensor
 from harness.console import Progress
 from harness.errors import ExperimentError, error_context
 from harness.evaluation.core import prepare_for_sae_bench
+from harness.evaluation.stock import MODULES, check_stock, stock_evaluation, tokenizer_as_it_was
 from harness.fingerprint import result_key
 from harness.identity import describe
 from harness.interfaces import RunLike, SAELike, SettingsLike
@@ -32,7 +33,14 @@ BASELINE = "language model, "  # before a hook's name: the probes on all its dim
 
 
 def check_extra_evals(settings: SettingsLike) -> None:
-    """ExperimentError where a data set of `sae_probes_sets` is none of sae-probes."""
+    """ExperimentError where an evaluation is none, or can't be had."""
+    known = ("sae_probes", *MODULES)
+    if unknown := [name for name in settings.extra_evals if name not in (*known, "ravel")]:
+        raise ExperimentError(
+            f"extra_evals must be among {', '.join(known)}, but one is {unknown[0]!r}: choose "
+            "among these"
+        )
+    check_stock(settings)
     if "sae_probes" in settings.extra_evals:
         from sae_probes import DATASETS
 
@@ -48,23 +56,39 @@ def extra_evaluations(
 ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     """What `extra_evals` asks for beside core and sparse probing, of folded SAEs.
 
-    Writes eval_results/sparse_probing_sae_probes/….json in SAE-Bench's own form.
-
     Args:
         saes: by name; an untrained one's ends in "_untrained".
     Returns:
-        the figures of each trained SAE, with those of its untrained one and of the language model,
-        all under names that begin with sae_probes_; and the seconds that it took.
+        the figures of each trained SAE, with those of its untrained one, all under names that begin
+        with the evaluation's; and the seconds that each took, as seconds_sae_probes or
+        seconds_absorption.
     """
-    if "sae_probes" not in run.settings.extra_evals:
-        return dict.fromkeys(saes, {}), {}
-    return RANKS.by_first(sae_probes, run, saes)
+    return RANKS.by_first(by_kind, run, saes)
 
 
-def sae_probes(
+def by_kind(
     run: RunLike, saes: dict[str, SAELike]
 ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     """See `extra_evaluations`. Of several ranks the first does it alone."""
+    figures: dict[str, dict[str, float]] = {name: {} for name in saes}
+    seconds = {}
+    for kind in run.settings.extra_evals:
+        if kind == "sae_probes":
+            found, seconds[f"seconds_{kind}"] = sae_probes_evaluation(run, saes)
+        else:
+            found, seconds[f"seconds_{kind}"] = stock_evaluation(run, kind, saes)
+        figures = {name: figures[name] | found[name] for name in saes}
+    return figures, seconds
+
+
+def sae_probes_evaluation(
+    run: RunLike, saes: dict[str, SAELike]
+) -> tuple[dict[str, dict[str, float]], float]:
+    """SAE-Bench's sparse probing on sae-probes' data sets; see `extra_evaluations`.
+
+    Writes eval_results/sparse_probing_sae_probes/….json in SAE-Bench's own form. With the figures
+    of an SAE stand those of the language model.
+    """
     from sae_probes.utils_data import get_dataset_sizes
 
     rehearsing, sizes = run.training_pass is not None, get_dataset_sizes()
@@ -77,7 +101,7 @@ def sae_probes(
             config.include_llm_baseline = False  # the slowest part, and no edit changes it
         files_of_sets(run, ready, config, progress)
         means = collated(run, ready, config)
-    return means, {"seconds_sae_probes": progress.seconds()}
+    return means, progress.seconds()
 
 
 def sae_probes_config(run: RunLike, sets: list[str], folder: Path) -> Any:
@@ -208,19 +232,6 @@ def last_activations(run: RunLike, dataset: str, hooks: list[str]) -> list[Tenso
     acts = cache.get("all", passes)
     cache.flush()
     return acts
-
-
-@contextlib.contextmanager
-def tokenizer_as_it_was(tokenizer: Any) -> Iterator[None]:
-    """sae-probes has it cut texts on the left and pad them on the right; afterwards undone."""
-    before = tokenizer.truncation_side, tokenizer.padding_side
-    try:
-        yield
-    finally:
-        tokenizer.truncation_side, tokenizer.padding_side = before
-        if backend := getattr(tokenizer, "backend_tokenizer", None):
-            backend.no_truncation()
-            backend.no_padding()
 
 
 def collated(run: RunLike, saes: dict[str, SAELike], config: Any) -> dict[str, dict[str, float]]:
