@@ -21,6 +21,7 @@ from harness.evaluation import stock
 from harness.evaluation.core import prepare_for_sae_bench
 from harness.evaluation.extra import check_extra_evals, extra_evaluations
 from harness.preflight import hub_problem, preflight
+from harness.store import store_dir
 from tests import gemma_fixture
 from tests.conftest import ROOT
 
@@ -225,3 +226,37 @@ def test_ravel_is_refused_for_a_reason_that_holds(toy_lm) -> None:
     except Exception:
         return
     assert found.shape != expected.shape or not torch.allclose(found, expected)
+
+
+# ---- autointerp ---------------------------------------------------------------------------------
+
+
+def test_autointerp_asks_with_the_key_and_leaves_untrained_saes_out(asked, monkeypatch) -> None:
+    """With an answering machine in OpenAI's place, and a text of its own in the hub's."""
+    main = importlib.import_module("sae_bench.evals.autointerp.main")
+    config_of, keys = stock.config_of, []
+    text = {"text": "def self(a): return None if a else 1 " * 99}
+
+    def small(*given) -> object:
+        config = config_of(*given)
+        config.n_latents, config.total_tokens = 3, 4000
+        return config
+
+    def client(api_key: str) -> SimpleNamespace:
+        keys.append(api_key)
+        answer = SimpleNamespace(message=SimpleNamespace(content="1, 2"))
+        create = lambda **_: SimpleNamespace(choices=[answer])  # noqa: E731
+        return SimpleNamespace(chat=SimpleNamespace(completions=SimpleNamespace(create=create)))
+
+    monkeypatch.setattr(stock, "config_of", small)
+    monkeypatch.setattr(main, "OpenAI", client)
+    monkeypatch.setattr(dataset_utils, "load_dataset", lambda *_, **__: [text] * 40)
+    monkeypatch.setattr(stock, "ENVIRON_AT_START", {stock.KEY: "not-a-key"})
+    run, saes = asked("autointerp", context=32)
+    figures, _ = extra_evaluations(run, saes)
+    assert {*keys} == {"not-a-key"} and {*records_in(run, "autointerp")} == {NAMES[0]}
+    assert 0 <= figures[NAMES[0]]["autointerp_score"] <= 1 and figures[NAMES[1]] == {}
+    asked_before = len(keys)
+    assert extra_evaluations(run, saes)[0] == figures and len(keys) == asked_before
+    kept = [path.read_text() for path in (store_dir() / "autointerp").rglob("*.json")]
+    assert kept and not any("not-a-key" in text for text in kept)
