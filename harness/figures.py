@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.ticker import MaxNLocator, NullLocator
 
+from harness.curves import moves_l0
 from harness.drawing import (
     DOUBLE,
     GREY,
@@ -110,7 +111,7 @@ def method_labels(methods):
         apart = {}
         for other in several:
             for name in compare_records(method[0].config, other[0].config).varied:
-                if name in method[0].settings and name != "k_min":
+                if name in method[0].settings and name not in moves_l0(method[0].config):
                     apart[name] = method[0].settings[name]
         text = ", ".join(f"{name} {value}" for name, value in apart.items())
         names = " to ".join(dict.fromkeys([method[0].label, method[-1].label]))
