@@ -285,10 +285,12 @@ class _Attempt:
         notes = [str(note) for note in reversed(getattr(error, "__notes__", []))]
         notes = [note for note in notes if len(note) < 80][:3]
         stage = STAGE.name + (f" ({', '.join(notes)})" if notes else "")
-        stage += "" if elsewhere else RANKS.on
         said = explained(error, self.lock, self.memory_settings, elsewhere)
+        at = f", at {said['at']}" if "at" in said else ""
+        in_short = f"during {stage}: {said['cause']}{at}"
+        stage += "" if elsewhere else RANKS.on
         words = last_words(stage, **said, log=str(self.log or ""))
-        speaks = not (elsewhere or told) and RANKS.announce(words)
+        speaks = not (elsewhere or told) and RANKS.announce(words, in_short)
         RANKS.leave()
         if RANKS.first or speaks:
             print(words, file=stderr or sys.stderr, flush=True)

@@ -222,15 +222,14 @@ class Ranks:
             with contextlib.suppress(RuntimeError):
                 self.store.set(f"over/{self.rank}", "")
 
-    def announce(self, words: str) -> bool:
-        """Tells the others, and torchrun, why this one fails: whether it is the first to say so."""
+    def announce(self, words: str, in_short: str) -> bool:
+        """Tells torchrun, and the others, why this one fails: whether it is the first to say so."""
         if self.store is None:
             return True
-        record = {"message": words, "extraInfo": {"py_callstack": "", "timestamp": _now()}}
         if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # what torchrun shows at its end
             with contextlib.suppress(OSError):
-                Path(path).write_text(json.dumps({"message": record}))
-        mine = json.dumps([self.rank, words])
+                Path(path).write_text(json.dumps({"message": words, "timestamp": int(time.time())}))
+        mine = json.dumps([self.rank, in_short])
         with contextlib.suppress(RuntimeError):
             return self.store.compare_set("failed", "", mine) == mine.encode()
         return True
@@ -245,8 +244,8 @@ class Ranks:
         while True:
             try:
                 if self.store.check(["failed"]):
-                    rank, words = json.loads(self.store.get("failed"))
-                    words = f"{self._called(rank)} has failed: {words}"
+                    rank, in_short = json.loads(self.store.get("failed"))
+                    words = f"{self._called(rank)} has failed {in_short}"
                     return None if rank == self.rank else words
                 if (gone := self._gone(beats, self.store, 3)) is not None:
                     return f"{self._called(gone)} has ended without a word: killed? out of memory?"
@@ -312,10 +311,6 @@ def is_alive(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
-
-
-def _now() -> str:
-    return str(int(time.time()))
 
 
 RANKS = Ranks()
