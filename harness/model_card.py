@@ -5,6 +5,7 @@ What it says is read from the run's records and from its SAEs as SAELens stores 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -49,9 +50,9 @@ class Published(NamedTuple):
     """What a card tells of.
 
     name: the run's. repo: the hub's. config, info: config.json and final_info.json.
-    saes: SAELens' configuration of each, by its sub-folder. texts: what the settings' texts are, by
-    setting, in words or by the hub's name; probe_sets likewise. description, warnings: as all may
-    read them. form: "saelens" or "sparsify".
+    saes: cfg.json of each SAE, by its sub-folder. texts: what the settings' texts are, by setting,
+    in words or by the hub's name; probe_sets likewise. public, warnings: all settings under their
+    names of now, and the run's warnings, as all may read them. form: "saelens" or "sparsify".
     """
 
     name: str
@@ -62,7 +63,7 @@ class Published(NamedTuple):
     saes: dict[str, dict[str, Any]]
     texts: dict[str, str]
     probe_sets: list[str]
-    description: str
+    public: dict[str, Any]
     warnings: list[str]
     form: str = "saelens"
 
@@ -88,7 +89,7 @@ def card(run: Published) -> str:
     use = loading_by_sparsify(run) if run.form == "sparsify" else loading(run)
     parts = (
         f"---\n{front.to_yaml()}\n---", heading(run), use, figures(run), measured(run),
-        method(run), data(run), origin(run), listed_warnings(run),
+        method(run), data(run), origin(run), listed_warnings(run), all_settings(run),
     )  # fmt: skip
     return "\n\n".join(parts) + "\n"
 
@@ -116,7 +117,7 @@ def heading(run: Published) -> str:
         f"{len(run.saes)} sparse autoencoders (SAEs) of {cfg['d_sae']:,} features each, in "
         f"{form}. They read {where}: "
         f"layers L = {layers}, with seed{'s' * (len(s['seeds']) > 1)} S = {seeds}. Each lies in "
-        f"`{place}`. The run's own description: {run.description}.{note}"
+        f"`{place}`. The run's own description: {run.public['description']}.{note}"
     )
 
 
@@ -363,3 +364,10 @@ def listed_warnings(run: Published) -> str:
     """The run's own warnings."""
     lines = [f"- {warning}" for warning in run.warnings] or ["None."]
     return "## Warnings of the run\n\n" + "\n".join(lines)
+
+
+def all_settings(run: Published) -> str:
+    """Every setting, as JSON, so that the run can be made again."""
+    lines = [f"  {json.dumps(field)}: {json.dumps(value, ensure_ascii=False)}"
+             for field, value in run.public.items()]  # fmt: skip
+    return "## Settings\n\n```json\n{\n" + ",\n".join(lines) + "\n}\n```"

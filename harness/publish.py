@@ -89,28 +89,24 @@ def publish(
         folders = sae_folders(run, config, settings)
         places = hookpoints(run, folders, settings) if sparsify else {}
         source = source_of(settings["model"], model, repo, name)
-        if sparsify and source.hub is None:
-            source = AT_HOME
+        source = AT_HOME if sparsify and source.hub is None else source
         texts = {field: public_text(config, field) for field in ("training_text", "core_text")}
-        metadata = {
-            "model_name": source.name, "dataset_path": texts["training_text"],
-            "exclude_special_tokens": True,  # BOS, EOS and padding
-            "seqpos_slice": [settings.get("first_positions", 1), None],
-        }  # fmt: skip
         with partial_folder(into) as partial:
-            written = write_saes(run, folders, partial, metadata, places)
+            written = write_saes(run, folders, partial, places, {
+                "model_name": source.name, "dataset_path": texts["training_text"],
+                "exclude_special_tokens": True,  # BOS, EOS and padding
+                "seqpos_slice": [settings.get("first_positions", 1), None],
+            })  # fmt: skip
             if source.hub is None and not sparsify:
                 copy_tinylm(config, partial / "tinylm")
-            local = local_names(config)
+            sets = [public_set(probe_set) for probe_set in settings["probe_sets"]]
+            named = {**texts, "probe_sets": sets}
+            public, warnings = as_all_may_read(config, named, source, warnings)
             published = Published(
-                name, repo, source, config, info, written, texts,
-                [public_set(probe_set) for probe_set in settings["probe_sets"]],
-                scrubbed(settings["description"], local),
-                [scrubbed(warning, local) for warning in warnings], form,
-            )  # fmt: skip
+                name, repo, source, config, info, written, texts, sets, public, warnings, form
+            )
             write_atomic(partial / "README.md", card(published))
-            for path in (partial, *partial.rglob("*")):  # SAELens' are of their owner alone
-                path.chmod(0o755 if path.is_dir() else 0o644)
+            set_readable(partial)
             set_aside(into / folder)
             return partial.rename(into / folder)
     except KeyError as error:
@@ -126,13 +122,34 @@ def publish(
 
 
 def write_saes(
-    run: Path, folders: list[str], partial: Path, metadata: dict[str, Any], places: dict[str, str]
+    run: Path, folders: list[str], partial: Path, places: dict[str, str], metadata: dict[str, Any]
 ) -> dict[str, Any]:
     """Writes a run's SAEs, in sparsify's form where it has `places` for them; by folder, see there.
     """
     if not places:
         return {at: write_sae(run, at, partial / at, metadata) for at in folders}
     return {to: write_as_sparsify(run / "sae" / at, partial / to) for at, to in places.items()}
+
+
+def as_all_may_read(
+    config: dict[str, Any], named: dict[str, Any], source: Source, warnings: list[str]
+) -> tuple[dict[str, Any], list[str]]:
+    """All settings under their names of now, and a run's warnings, without what is of its machine.
+
+    Args:
+        named: settings' texts and sets, as the card calls them.
+    """
+    settings, local = with_current_names(config["settings"]), local_names(config)
+    others = {at: called for at, called in {**named, "model": source.name}.items()
+              if settings[at] not in BUILT_IN}  # fmt: skip
+    public = {at: without_names(value, local) for at, value in {**settings, **others}.items()}
+    return public, [scrubbed(warning, local) for warning in warnings]
+
+
+def set_readable(folder: Path) -> None:
+    """For all: what SAELens writes is for its owner alone."""
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
 
 
 def placeholder(name: str) -> str:
@@ -313,6 +330,13 @@ def scrubbed(text: str, local: Iterable[str] = ()) -> str:
         if name not in NOBODY:
             text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", word, text)
     return text
+
+
+def without_names(value: Any, local: Iterable[str]) -> Any:
+    """A setting's value, `scrubbed` where it is a text or holds some."""
+    if isinstance(value, list):
+        return [without_names(item, local) for item in value]
+    return scrubbed(value, local) if isinstance(value, str) else value
 
 
 def user_name() -> str:

@@ -202,6 +202,8 @@ def test_the_card_names_the_code_and_the_warnings(toy_run: Path, tmp_path: Path)
     assert config["sha256"]["experiment.py"] in text
     assert f"SAE-Bench {config['versions']['sae-bench']}" in text
     assert "- layer_0: the codes are dense" in text
+    (shown,) = re.findall(r"^```json\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert json.loads(shown) == config["settings"] | {"model": MODEL}
     assert "docs/method.md" in text
     assert "tokens of held-out texts of sae-probes" in text
 
