@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from harness.errors import ExperimentError
-from harness.settings import settings_of_run
+from harness.settings import choose_profile, settings_of_run
 from harness.template import main, make_template
 from harness.verdict import PRIMARY, mean
 from tests import forked
@@ -79,6 +79,11 @@ def test_the_committed_baseline_as_a_template(tmp_path: Path, capsys) -> None:
     assert re.search(r"\\begin{filecontents}{references.bib}.*?\\end{filecontents}", paper, re.S)
     (figure,) = re.findall(r"\\includegraphics.*?{(.*?)}", paper)
     assert f'HERE / "{figure}"' in (out / "plot.py").read_text()
+
+
+def test_the_only_profile_of_a_template_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SAE_PROFILE")
+    assert choose_profile(["smollm2"]) == "smollm2"
 
 
 def test_what_is_no_baseline_is_refused(tmp_path: Path) -> None:
