@@ -123,7 +123,7 @@ def prepared_out_dir(out_dir: Path) -> Iterator[str | None]:
             lock.release()
             lock = lock_folder(out_dir)
         elif (out_dir / "config.json").exists():
-            for folder in ("sae", "eval_results"):
+            for folder in ("sae", "eval_results", "features"):
                 shutil.rmtree(out_dir / folder, ignore_errors=True)
             for file in ("code.zip", "warnings.json", "train_log.jsonl"):
                 (out_dir / file).unlink(missing_ok=True)

@@ -306,6 +306,7 @@ def test_a_run_that_ended_as_it_began_is_begun_again(
             write_config(run)
         for name in (".lock", ".partial-1-2"):  # had it been a kill
             (out_dir / name).write_text("")
+        (out_dir / "features").mkdir(exist_ok=True)  # another attempt's
     check_out_dir(out_dir)
     with prepared_out_dir(out_dir) as moved:
         names = {path.name for path in out_dir.iterdir()}
