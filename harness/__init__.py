@@ -12,6 +12,7 @@
     report           a profile's runs, figures and features on one page: plot.py's index.html
     publish          a run as a folder for the Hugging Face hub: a program of its own
     model_card       its README.md there
+    privacy          what of a run's records all may read
     sparsify_form    its SAEs in sparsify's form
     evaluation/      core, probing: SAE-Bench's figures, each pass of the language model made once;
                      extra, stock: SAE-Bench's others, where they are asked for;

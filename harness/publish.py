@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import getpass
 import json
 import os
-import platform
 import re
 import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,13 +24,13 @@ import torch
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors.torch import save_file
 
-from harness.errors import ExperimentError, first_line, redact
+from harness.errors import ExperimentError, first_line
 from harness.model_card import Published, Source, card
 from harness.partials import mark, partial_in, remove_left
+from harness.privacy import as_all_may_read, is_local, public_set, public_text
 from harness.sparsify_form import hookpoints, write_as_sparsify
 from harness.start import HERE
 from harness.store import sha256_file, write_atomic
-from harness.text_files import BUILT_IN, form_of
 from harness.verdict import with_current_names
 
 PLACEHOLDER = "your-name"  # on the hub, where no --repo says it
@@ -49,11 +47,6 @@ AT_HOME = Source(
     "tinylm is a Gemma-2 of 7 M parameters, trained on Python source. It lies in the project's own "
     "repository, in `tinylm/`, as transformers reads it.",
 )  # fmt: skip
-TEXTS = {
-    "tinylm": "Python source of packages, listed in the project's tinylm/manifest.tsv",
-    "smollm2": "texts of sae-probes 0.4.2, listed in the project's smollm2/manifest.tsv",
-}
-NOBODY = {"", "root", "user", "admin", "ubuntu", "debian", "runner", "localhost"}  # no one's name
 KEPT = (  # of a cfg.json's metadata
     "sae_lens_version", "sae_lens_training_version", "hook_name", "hook_layer", "context_size",
     "prepend_bos",
@@ -129,21 +122,6 @@ def write_saes(
     if not places:
         return {at: write_sae(run, at, partial / at, metadata) for at in folders}
     return {to: write_as_sparsify(run / "sae" / at, partial / to) for at, to in places.items()}
-
-
-def as_all_may_read(
-    config: dict[str, Any], named: dict[str, Any], source: Source, warnings: list[str]
-) -> tuple[dict[str, Any], list[str]]:
-    """All settings under their names of now, and a run's warnings, without what is of its machine.
-
-    Args:
-        named: settings' texts and sets, as the card calls them.
-    """
-    settings, local = with_current_names(config["settings"]), local_names(config)
-    others = {at: called for at, called in {**named, "model": source.name}.items()
-              if settings[at] not in BUILT_IN}  # fmt: skip
-    public = {at: without_names(value, local) for at, value in {**settings, **others}.items()}
-    return public, [scrubbed(warning, local) for warning in warnings]
 
 
 def set_readable(folder: Path) -> None:
@@ -243,15 +221,6 @@ def quoted(path: Path | str) -> str:
     return shlex.quote(str(below))
 
 
-def is_local(name: str) -> bool:
-    """Whether a text or a model is a file or folder of this machine, or can't be on the hub."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return True
-    return bool(form_of(name)) or name.endswith(".gguf") or Path(name).exists()
-
-
 def source_of(model: str, given: str | None, repo: str, run: str) -> Source:
     """The language model as others get it.
 
@@ -283,68 +252,6 @@ def source_of(model: str, given: str | None, repo: str, run: str) -> Source:
     name = given or model
     licence = next((known for begins, known in LICENCES.items() if name.startswith(begins)), None)
     return Source(name, name, licence, f'"{name}"')
-
-
-def public_text(config: dict[str, Any], field: str) -> str:
-    """What a setting's text is, in words or by its name on the hub; of a local one no name."""
-    name = config["settings"][field]
-    if name in BUILT_IN:
-        return f"held-out {TEXTS[name]}" if field == "core_text" else TEXTS[name]
-    if name in config.get("texts", {}) or is_local(name):
-        content = config.get("content", {}).get(field)
-        return "local texts that are not published" + (f" (digest {content})" if content else "")
-    return name
-
-
-def public_set(name: str) -> str:
-    """A probing set: its name, but of one that lies here that it is local."""
-    own = name.split("/")[0] not in BUILT_IN and is_local(name)
-    return "a local set that is not published" if own else name
-
-
-def local_names(config: dict[str, Any]) -> set[str]:
-    """What texts and probing sets of this machine are called: as the settings say it, and files."""
-    texts = config.get("texts", {})
-    names = {*texts, *filter(is_local, config["settings"]["probe_sets"])}
-    for text in texts.values():
-        names |= {*text.get("read", ()), *text.get("left_out", ())}
-    names = {name for name in names if name.split("/")[0] not in BUILT_IN}
-    return names | {Path(name).name for name in names}
-
-
-def scrubbed(text: str, local: Iterable[str] = ()) -> str:
-    """A text of the run without paths, names of user and machine, or what looks like a token.
-
-    Args:
-        local: names of files and folders that are left out, too.
-    """
-    text = redact(text)
-    for name in sorted(filter(None, local), key=len, reverse=True):
-        text = re.sub(rf"(?<![\w/]){re.escape(name)}(?!\w)", "[local text]", text)
-    places = {str(HERE), str(Path.home()), str(Path.cwd())} - {"/"}
-    for known in sorted(places, key=len, reverse=True):  # with the spaces that one may have
-        text = text.replace(known, "/[path]")
-    # A slash that begins a word, and all to its end; "and/or", "1 / 2", "</b>", "https://" stay.
-    text = re.sub(r"(?<![\w.)\]/<])(?:file://|~)?/(?!/)[^\s'\"`,;)]+", "[path]", text)
-    for name, word in ((platform.node(), "[machine]"), (user_name(), "[user]")):
-        if name not in NOBODY:
-            text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", word, text)
-    return text
-
-
-def without_names(value: Any, local: Iterable[str]) -> Any:
-    """A setting's value, `scrubbed` where it is a text or holds some."""
-    if isinstance(value, list):
-        return [without_names(item, local) for item in value]
-    return scrubbed(value, local) if isinstance(value, str) else value
-
-
-def user_name() -> str:
-    """Of who publishes; where the system has no name, that of the home folder."""
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return Path.home().name or "root"
 
 
 def write_sae(run: Path, at: str, folder: Path, metadata: dict[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,8 @@ from safetensors.torch import load_file
 
 from harness import publish as room
 from harness.errors import ExperimentError
-from harness.publish import main, publish, scrubbed
+from harness.privacy import scrubbed
+from harness.publish import main, publish
 from harness.start import VARIABLES
 from tests.conftest import ROOT
 
