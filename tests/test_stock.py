@@ -260,3 +260,15 @@ def test_autointerp_asks_with_the_key_and_leaves_untrained_saes_out(asked, monke
     assert extra_evaluations(run, saes)[0] == figures and len(keys) == asked_before
     kept = [path.read_text() for path in (store_dir() / "autointerp").rglob("*.json")]
     assert kept and not any("not-a-key" in text for text in kept)
+
+
+def test_a_rehearsal_tells_what_an_sae_can_not_do(asked) -> None:
+    """Codes of several texts at once, which nothing else asks for; no figures are made of it."""
+    run, saes = asked("tpp")
+    split = {"a": {"input_ids": torch.arange(3, 23).reshape(2, 10)}}
+    run = dataclasses.replace(run, probe_texts={"toy": [split, split]}, training_pass=object())
+    assert extra_evaluations(run, saes)[0] == {name: {} for name in NAMES}
+    with torch.no_grad():
+        saes[NAMES[0]].W_dec = torch.nn.Parameter(torch.zeros(64, 31))
+    with pytest.raises(RuntimeError):
+        extra_evaluations(run, saes)
