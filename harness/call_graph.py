@@ -31,6 +31,7 @@ from harness.store import digest
 from harness.syntax import (
     ALL,
     FUNCTIONS,
+    LISTS_OF_SETTINGS,
     PACKAGE,
     Statement,
     bound_by,
@@ -39,7 +40,6 @@ from harness.syntax import (
     statement_of,
 )
 
-LISTS_OF_SETTINGS = {"PROFILES", "PLAN"}  # left out: what they say is in the settings of a run
 EXPERIMENT = Path("experiment.py")  # stands for the file whose text a key is given
 # Without code of their own.
 PLAIN = (str, bytes, int, float, complex, type(None), torch.Tensor, torch.dtype, torch.device)

@@ -22,8 +22,9 @@ MAKERS = frozenset({
     "Field", "ConfigDict", "torch", "functools", "contextlib", "dataclasses", "dataclass",
     "checked", "property", "staticmethod", "classmethod", "cache", "lru_cache",
     "cached_property", "wraps", "contextmanager", "abstractmethod", "field_validator",
-    "model_validator",
+    "model_validator", "sweep",
 })  # fmt: skip
+LISTS_OF_SETTINGS = {"PROFILES", "PLAN"}  # what they say is in the settings of a run
 
 LOOKUPS = {"globals", "__globals__", "eval", "exec", "modules"}  # find a name that stands nowhere
 
@@ -117,12 +118,23 @@ def does_something(node: ast.stmt, makers: frozenset[str] = MAKERS) -> bool:
     elif isinstance(node, (ast.Assign, ast.AnnAssign)):
         targets = node.targets if isinstance(node, ast.Assign) else [node.target]
         targets = [n for t in targets for n in (t.elts if isinstance(t, ast.Tuple) else [t])]
-        if not all(isinstance(target, ast.Name) for target in targets):
+        entries = [t for t in targets if is_entry(t)]
+        if not all(isinstance(target, ast.Name) or target in entries for target in targets):
             return True
         evaluated = [node.value] if node.value else []
+    elif isinstance(node, ast.AugAssign) and first_name(node.target) in LISTS_OF_SETTINGS:
+        evaluated = [node.value]  # PLAN |= sweep("k", k_min=(8, 16))
     else:
         return not isinstance(node, ast.Pass)
     return any(calls_something(value, makers) for value in evaluated)
+
+
+def is_entry(target: ast.AST) -> bool:
+    """Whether it is an entry of a list of settings: PLAN["run_11"], PROFILES["tinylm"]["lr"]."""
+    inner = target
+    while isinstance(inner, ast.Subscript):
+        inner = inner.value
+    return inner is not target and first_name(inner) in LISTS_OF_SETTINGS
 
 
 def first_name(expression: ast.AST) -> str:

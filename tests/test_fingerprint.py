@@ -566,6 +566,21 @@ def test_what_a_key_that_starts_from_objects_covers(
     assert parts == (everything if found is None else found | always)
 
 
+@pytest.mark.parametrize(("line", "counts"), [
+    ('PLAN |= sweep("k", k_min=(8, 16))', False),
+    ('PLAN["run_11"] = dict(lr=1e-3, seeds=THREE)', False),
+    ('PROFILES["tinylm"]["lr"] = 1e-3', False),
+    ('PLAN |= {"run_11": seed_generators("plan")}', True),  # whatever that does
+    ("Settings.lr = 1e-3", True),
+])  # fmt: skip
+def test_a_line_for_the_plan_is_no_code(load, line: str, counts: bool) -> None:
+    before = reachable_code(SOURCE, [load(SOURCE).probe]).parts
+    source = edited(("\n# ---- THE METHOD", f"\n{line}\n\n# ---- THE METHOD"))
+    module = load(SOURCE if counts else source)  # the code alone is looked at
+    after = reachable_code(source, [module.probe]).parts
+    assert (after != before) == counts
+
+
 @pytest.mark.parametrize("root", ["CustomSAE", None, 3.0])
 def test_a_root_whose_code_is_nowhere_is_an_error(root: object) -> None:
     with pytest.raises(ExperimentError, match="must start from functions, classes or objects"):
