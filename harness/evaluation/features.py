@@ -41,9 +41,11 @@ def shown_saes(saes: Collection[str], settings: SettingsLike) -> dict[str, int]:
 
 @contextlib.contextmanager
 def forgiven(layer: int) -> Iterator[None]:
-    """Inside, what fails is a warning, and the run goes on."""
+    """Inside, what fails is a warning, and the run goes on; but for a disk that is full."""
     try:
         yield
+    except OSError:
+        raise
     except FORGIVEN as error:
         warn(layer, in_words(error))
 
