@@ -298,7 +298,7 @@ def measure(
     progress.close()
     n_tokens = n_batches * settings.core_prompts * settings.context
     stages.add("core evaluation", seconds, n_tokens, core_flops(config, settings))
-    for key, (scalars, _, own, _) in results.items():
+    for key, (scalars, _, own, *_) in results.items():
         values = [value for group in (own, *scalars.values()) for value in group.values()]
         if not all(map(math.isfinite, values)):
             raise SystemExit(f"a core metric of {key} is not finite: {scalars}, {own}")
