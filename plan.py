@@ -87,13 +87,13 @@ if __name__ == "__main__":
     from harness.plans import planned
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("runs", nargs="*", help="names or patterns; none, or all: the whole plan")
+    parser.add_argument("runs", nargs="*", help="names or patterns, also in a profile's folder "
+                        "('smollm2/run_*'); none, or all: the whole plan")  # fmt: skip
     parser.add_argument("--gpus", type=int, default=1, help="of each run, on Ray")
     asked = parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it, and by that the run
-    if os.environ.get("RAY_ADDRESS") and asked.gpus:
-        os.environ.setdefault("SAE_PROFILE", "gemma-2-2b")  # as on the machines with a GPU
-    plan = planned(experiment, HERE, asked.runs)
+    there = "gemma-2-2b" if os.environ.get("RAY_ADDRESS") and asked.gpus else None  # with a GPU
+    plan = planned(experiment, HERE, asked.runs, there)
     os.environ["SAE_PROFILE"] = plan.profile
     ended = plan.complete | run_all(plan.needs, starter(asked.gpus))
     print(plan.table(ended))

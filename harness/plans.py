@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import ExperimentError
-from harness.reference import complete_folder, lists_of, read_records
+from harness.reference import complete_folder, lists_of, read_records, verdict_of
 from harness.settings import choose_profile, settings_of_run
-from harness.verdict import PRIMARY, compare_records, mean, verdict
+from harness.verdict import PRIMARY, mean
 
 Ended = dict[str, tuple[str, float | None]]  # by run, how it ended and in how many minutes
 
@@ -22,11 +22,11 @@ class Planned:
     """The runs that are meant.
 
     Attributes:
-        folder: where they lie. runs: all, in the plan's order. complete: those that are.
-        needs: by each other run, those of them that come before it.
+        home: where experiment.py lies. runs: the folders of all, from there, in the plan's order.
+        complete: those that are. needs: by each other run, those of them that come before it.
     """
 
-    folder: Path
+    home: Path
     profile: str
     runs: list[str]
     complete: Ended
@@ -38,34 +38,57 @@ class Planned:
         for run in self.runs:
             how, minutes = ended[run]
             shown = "-" if minutes is None else f"{minutes:.1f}"
-            rows.append([run, how, shown, *(standing(self.folder / run, self.profile) or "--")])
+            rows.append([run, how, shown, *(standing(self.home / run, self.profile) or "--")])
         widths = [max(map(len, column)) for column in zip(*rows)]
         lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in rows)
         return "\n".join(line.rstrip() for line in lines)
 
 
-def planned(experiment: Any, folder: Path, patterns: Iterable[str]) -> Planned:
+def planned(
+    experiment: Any, home: Path, patterns: Iterable[str], otherwise: str | None = None
+) -> Planned:
     """The runs that patterns name, none or "all" all; says which are complete.
 
     Ends the process, with a sentence, where one can't be run.
 
     Args:
-        experiment: what holds Settings, PROFILES and PLAN. folder: where runs lie.
+        experiment: what holds Settings, PROFILES and PLAN. home: where it lies.
+        patterns: of names in PLAN, with the folder that the runs lie in where it isn't home.
+        otherwise: the profile where nothing says it, instead of the one by this machine.
     """
     plan = experiment.PLAN
     try:
-        profile = choose_profile(experiment.PROFILES, folder, folder)
+        folder, patterns = folder_of(patterns)
+        profile = choose_profile(experiment.PROFILES, home / folder, home, otherwise)
         runs = chosen_runs(plan, patterns)
-        complete = [run for run in runs if standing(folder / run, profile)]
+        complete = [run for run in runs if standing(home / folder / run, profile)]
         left = [run for run in runs if run not in complete]
         needs = needed_runs(left, experiment.Settings, experiment.PROFILES[profile], plan)
     except ExperimentError as error:
         sys.exit(str(error))
     print(f"profile: {profile}")
+    at = {run: str(folder / run) for run in runs}
     for run in complete:
-        print(f"{run} is complete, and stays (make run OUT={run} runs it again)")
-    done: Ended = {run: ("complete before", None) for run in complete}
-    return Planned(folder, profile, runs, done, needs)
+        print(f"{at[run]} is complete, and stays (make run OUT={at[run]} runs it again)")
+    done: Ended = {at[run]: ("complete before", None) for run in complete}
+    before = {at[run]: {at[other] for other in others} for run, others in needs.items()}
+    return Planned(home, profile, [*at.values()], done, before)
+
+
+def folder_of(patterns: Iterable[str]) -> tuple[Path, list[str]]:
+    """The folder that patterns such as smollm2/run_* name, and what stands behind it in each.
+
+    Raises:
+        ExperimentError: they name several: their runs are of one profile, and compared there.
+    """
+    paths = [Path(pattern) for pattern in patterns]
+    folders = list(dict.fromkeys(path.parent for path in paths)) or [Path()]
+    if len(folders) > 1:
+        raise ExperimentError(
+            f"the runs of a plan must lie in one folder, but these lie in "
+            f"{' and '.join(map(str, folders))}: give a command for each"
+        )
+    return folders[0], [path.name for path in paths]
 
 
 def chosen_runs(plan: Iterable[str], patterns: Iterable[str]) -> list[str]:
@@ -116,15 +139,10 @@ def standing(folder: Path, profile: str) -> tuple[str, str] | None:
     if config.get("profile") != profile:
         return None
     primary = f"{mean(lists_of(info)[PRIMARY]):.4f}"
-    reference = complete_folder(config["settings"].get("compare_to", ""), folder, folder.parent)
-    try:
-        if reference is None or reference == folder:
-            return primary, "-"
-        theirs, their_info = read_records(reference)
-    except ValueError:
+    named = config["settings"].get("compare_to", "")
+    if complete_folder(named, folder, folder.parent) in (None, folder):
         return primary, "-"
-    compared = compare_records(config, theirs)
-    said, numbers = verdict(lists_of(info), lists_of(their_info), reference.name, compared)
+    said, numbers = verdict_of(folder, folder.parent, config, lists_of(info))
     word = said.split(" (")[0]
     found = [f"{numbers[key]:+.4f}" for key in ("difference", "ci95_low", "ci95_high")
              if key in numbers and word != "not comparable"]  # fmt: skip

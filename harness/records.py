@@ -314,7 +314,7 @@ def write_records(
         "l0": [mean(values) for values in zip(*(metrics["l0"] for metrics in layers.values()))],
     }
     config = write_outcome(run.out_dir, counts["training_tokens"])
-    sentence, numbers = verdict_of(run, config, overall)
+    sentence, numbers = verdict_of(run.out_dir, run.runs, config, overall)
     info = {name: summarize(metrics) for name, metrics in layers.items()}
     info["verdict"] = summarize(overall)
     info["verdict"]["means"] |= numbers

@@ -128,15 +128,16 @@ def check_constants(compared: Comparison, name: str) -> None:
 
 
 def verdict_of(
-    run: RunLike, config: dict[str, Any], per_seed: dict[str, list[float]]
+    out_dir: Path, runs: Path, config: dict[str, Any], per_seed: dict[str, list[float]]
 ) -> tuple[str, dict[str, float]]:
     """The verdict of a run, see `harness.verdict.verdict`.
 
     Args:
+        out_dir: its folder. runs: the folder where those stand that it is held against.
         config: its config.json. per_seed: its seeds, primary metric and L0.
     """
-    name = run.settings.compare_to
-    folder = complete_folder(name, run.out_dir, run.runs)
+    name = config["settings"]["compare_to"]
+    folder = complete_folder(name, out_dir, runs)
     if folder is None:
         return verdict(per_seed, None, f"no complete {name}")
     try:
@@ -144,24 +145,26 @@ def verdict_of(
     except ValueError as error:  # it became so during the run
         return verdict(per_seed, None, str(error))
     at = mean(lists_of(info)["l0"])
-    curve = None if same_l0(mean(per_seed["l0"]), at) else reference_curve(run, config, folder)
+    near = same_l0(mean(per_seed["l0"]), at)
+    curve = None if near else reference_curve(out_dir, runs, config, folder)
     compared = compare_records(config, theirs)
     return verdict(per_seed, lists_of(info), folder.name, compared, curve)
 
 
-def reference_curve(run: RunLike, config: dict[str, Any], reference: Path) -> Curve:
+def reference_curve(out_dir: Path, runs: Path, config: dict[str, Any], reference: Path) -> Curve:
     """The curve of a run's reference: the complete runs beside it of the same settings and code.
 
     Args:
-        config: of the run. reference: the reference's folder.
+        out_dir, runs, config: see `verdict_of`. reference: the reference's folder.
     """
     theirs, info = read_records(reference)
     code = method_code(reference, theirs)
-    if on_one_curve(config, theirs) and method_code(run.out_dir, config) == code:
+    if on_one_curve(config, theirs) and method_code(out_dir, config) == code:
         return Curve({}, f"on {reference.name}'s own curve")
     points, edited = {reference.name: lists_of(info)}, []
-    for folder in sorted(run.runs.glob("run_*")):
-        if ASIDE.search(folder.name) or folder.resolve() in (run.out_dir.resolve(), reference):
+    these = out_dir.resolve(), reference.resolve()
+    for folder in sorted(runs.glob("run_*")):
+        if ASIDE.search(folder.name) or folder.resolve() in these:
             continue
         try:
             other, info = read_records(folder)

@@ -86,10 +86,13 @@ def word(value: Any) -> str:
     return re.sub(r"[^\w.+-]+", "-", text)
 
 
-def choose_profile(profiles: Iterable[str], runs: Path, home: Path) -> str:
+def choose_profile(
+    profiles: Iterable[str], runs: Path, home: Path, otherwise: str | None = None
+) -> str:
     """The profile after which the folder of a run in `home` is named: smollm2/run_1 is of smollm2.
 
-    Elsewhere SAE_PROFILE; or the only one there is; or gemma-2-2b with CUDA, tinylm without.
+    Elsewhere SAE_PROFILE; or the only one there is; or `otherwise`, by default gemma-2-2b with
+    CUDA and tinylm without.
 
     Args:
         runs: the folder that the run is put into. home: where experiment.py lies.
@@ -110,6 +113,8 @@ def choose_profile(profiles: Iterable[str], runs: Path, home: Path) -> str:
         return runs.name
     if profile or len(known) == 1:
         return profile or known[0]
+    if otherwise:
+        return otherwise
     import torch  # here, as plan.py and the figures need it for nothing else
 
     return "gemma-2-2b" if torch.cuda.is_available() else "tinylm"

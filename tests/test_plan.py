@@ -16,7 +16,7 @@ import pytest
 
 from harness.errors import ExperimentError
 from harness.plans import chosen_runs, needed_runs
-from harness.settings import settings_of_run
+from harness.settings import choose_profile, settings_of_run
 from harness.verdict import MIN_SEEDS, PRIMARY
 from tests.conftest import ROOT
 
@@ -62,7 +62,7 @@ if __name__ == "__main__":
             time.sleep(0.05)
     if plan["description"] == "takes long" and n == 1:
         time.sleep(60)
-    out.mkdir()
+    out.mkdir(parents=True)
     figures = {"seed": [0, 1, 2], "mean_topk_probe_accuracy": plan["scores"], "l0": [16, 16, 16]}
     means = {name: sum(values) / 3 for name, values in figures.items()}
     settings = {"compare_to": plan.get("compare_to", "run_1")}
@@ -153,6 +153,36 @@ def test_here_runs_go_one_after_the_other_and_end_in_a_table(project) -> None:
     assert status == 1 and "run_1 is complete, and stays" in out
     assert rows_of(out)["run_1"][:2] == ["complete before", "-"]
     assert len(starts(folder, "run_1")) == 1 and len(starts(folder, "run_3")) == 2
+
+
+def test_runs_in_a_profiles_folder_are_of_that_profile(project) -> None:
+    """And are held against those beside them; the same names elsewhere are other runs."""
+    folder = project(run_1=a_run(), run_2=a_run(scores=(0.6, 0.72, 0.8)))
+    assert call(folder, "run_1")[0] == 0
+    status, out, error = call(folder, "smollm2/run_*", SAE_PROFILE="")
+    assert (status, error) == (0, "") and "profile: smollm2" in out
+    assert (folder / "order").read_text().split() == ["run_1", "run_1", "run_2"]
+    assert (folder / "smollm2" / "run_2" / "final_info.json").exists()
+    rows = rows_of(out)
+    assert [*rows] == ["smollm2/run_1", "smollm2/run_2"]
+    assert rows["smollm2/run_2"][3].startswith("better (+0.1067 [+0.0")
+    status, out, _ = call(folder, "smollm2/run_2", SAE_PROFILE="")
+    assert status == 0
+    assert "smollm2/run_2 is complete, and stays (make run OUT=smollm2/run_2 runs it again)" in out
+    status, _, error = call(folder, "run_1", "smollm2/run_1", SAE_PROFILE="")
+    assert status == 1 and "must lie in one folder, but these lie in . and smollm2" in error
+
+
+def test_a_clusters_runs_take_the_large_profile_where_nothing_says_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SAE_PROFILE", raising=False)
+    profiles = ["gemma-2-2b", "tinylm", "smollm2"]
+    for runs, known, found in (
+        (tmp_path, profiles, "gemma-2-2b"), (tmp_path / "smollm2", profiles, "smollm2"),
+        (tmp_path, ["tinylm"], "tinylm"),  # a template's only one
+    ):  # fmt: skip
+        assert choose_profile(known, runs, tmp_path, "gemma-2-2b") == found
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child")

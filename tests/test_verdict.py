@@ -14,6 +14,7 @@ import pytest
 
 from harness.curves import on_one_curve
 from harness.errors import ExperimentError
+from harness.plans import standing
 from harness.records import final_values
 from harness.reference import check_references, verdict_of
 from harness.startup import Run
@@ -131,6 +132,10 @@ def test_a_curve_is_not_read_over_a_gap() -> None:
     assert read_off(Curve(points), of([0.80, 0.81, 0.82], 24.0)) == ([], {})  # from 8 to 36
 
 
+def said_of(run: Run, config: dict, lists: dict) -> tuple[str, dict[str, float]]:
+    return verdict_of(run.out_dir, run.runs, config, lists)
+
+
 @pytest.fixture()
 def beside(tmp_path: Path):
     """A function that writes a complete run beside others: its folder and config.json."""
@@ -163,18 +168,22 @@ def test_the_reference_s_curve_is_found_among_the_runs_beside_it(beside, tmp_pat
     folder, config = beside("run_11", [0.80, 0.81, 0.82], 24.0, lr=0.7, k_min=20)
     settings = types.SimpleNamespace(compare_to="run_1")
     run = Run(settings, None, out_dir=folder, runs=tmp_path)
-    said, numbers = verdict_of(run, config, of([0.80, 0.81, 0.82], 24.0))
+    said, numbers = said_of(run, config, of([0.80, 0.81, 0.82], 24.0))
     assert said.startswith("better at equal L0 (interpolated between run_1 and run_k_36: +0.0533")
     assert "differing in k_min 20 against" in said and "lr 0.7 against" in said
     assert numbers["interpolated"] == 1
+    interval = f"[{numbers['ci95_low']:+.4f}, {numbers['ci95_high']:+.4f}]"
+    assert standing(folder, "tinylm") == (  # as plan.py's table has it
+        "0.8100", f"better at equal L0 (+0.0533 {interval})"
+    )  # fmt: skip
     # The same method at another L0: the curve's own bend would be the difference.
     folder, like = beside("run_12", [0.80, 0.81, 0.82], 24.0, k_min=20)
     same = dataclasses.replace(run, out_dir=folder)
-    assert "; on run_1's own curve; " in verdict_of(same, like, of([0.8, 0.81, 0.82], 24.0))[0]
+    assert "; on run_1's own curve; " in said_of(same, like, of([0.8, 0.81, 0.82], 24.0))[0]
     (folder / "experiment.py").write_text("edited")  # and no longer on it
-    assert verdict_of(same, like, of([0.8, 0.81, 0.82], 24.0))[0].startswith("better at equal")
+    assert said_of(same, like, of([0.8, 0.81, 0.82], 24.0))[0].startswith("better at equal")
     shutil.rmtree(tmp_path / "run_k_36")
-    said, numbers = verdict_of(run, config, of([0.80, 0.81, 0.82], 24.0))
+    said, numbers = said_of(run, config, of([0.80, 0.81, 0.82], 24.0))
     assert "run_12, run_3 ran another experiment.py than run_1" in said and said.startswith("not")
     assert "interpolated" not in numbers
 
@@ -356,7 +365,7 @@ def test_a_missing_or_unlike_reference_is_told_at_the_start(second, capsys) -> N
     run, config = second
     check_references(run, config)
     assert capsys.readouterr().out == ""
-    assert "1 seeds shared with run_1" in verdict_of(run, config, SEEDS)[0]
+    assert "1 seeds shared with run_1" in said_of(run, config, SEEDS)[0]
     check_references(run, changed(config, layers=[1]))
     assert capsys.readouterr().out == (
         "no verdict to come: not comparable with run_1 (layers 1 against 0, 2)\n"
@@ -365,7 +374,7 @@ def test_a_missing_or_unlike_reference_is_told_at_the_start(second, capsys) -> N
     check_references(run, config)
     said = capsys.readouterr().out
     assert said == f"no verdict to come: there is no complete run_1 in {run.runs}\n"
-    assert verdict_of(run, config, SEEDS)[0] == "not comparable (no complete run_1)"
+    assert said_of(run, config, SEEDS)[0] == "not comparable (no complete run_1)"
 
 
 @pytest.mark.parametrize("name, content", [
@@ -381,7 +390,7 @@ def test_a_damaged_reference_ends_the_start_and_not_the_run(second, name, conten
     path.unlink() if content is None else path.write_text(content)
     with pytest.raises(ExperimentError, match=f"compare_to='run_1' needs .*run_1/{name}"):
         check_references(run, config)
-    assert verdict_of(run, config, SEEDS)[0].startswith(f"not comparable ({path} ")
+    assert said_of(run, config, SEEDS)[0].startswith(f"not comparable ({path} ")
 
 
 def test_a_run_is_compared_to_itself_set_aside(second) -> None:
@@ -390,13 +399,13 @@ def test_a_run_is_compared_to_itself_set_aside(second) -> None:
     for number in (1, 2, 10):  # run_1.10 is the last
         shutil.copytree(run.runs / "run_1", run.runs / f"run_1.{number}")
     (run.runs / "run_1" / "final_info.json").unlink()
-    sentence, _ = verdict_of(again, config, SEEDS)
+    sentence, _ = said_of(again, config, SEEDS)
     assert "1 seeds shared with run_1.10" in sentence
     itself = dataclasses.replace(again.settings, constants_from_run="run_1")
     assert dataclasses.replace(again, settings=itself).constants(("gamma",))
     for path in run.runs.glob("run_1.*"):
         shutil.rmtree(path)
-    assert verdict_of(again, config, SEEDS)[0] == "not comparable (no complete run_1)"
+    assert said_of(again, config, SEEDS)[0] == "not comparable (no complete run_1)"
 
 
 def test_constants_are_taken_from_a_run_like_this_one(second, capsys) -> None:
