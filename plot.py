@@ -1,10 +1,10 @@
 """Figures and tables from the records of the runs: `python plot.py`, no argument.
 
-Reads every folder run_* beside this file that holds a final_info.json, or a train_log.jsonl of a
-run that goes on or has failed, and writes for each profile figures/<profile>/ with the figures
-named in FIGURES (.png and .pdf), ablation.md, and index.html, a page of all this and of the runs'
-features; and with bench/figures.py what bench/ measured, into figures/bench. Profiles are never
-mixed. Needs matplotlib, numpy, pandas and scipy; no torch.
+Reads every folder run_* here, and in a folder here that is named after a profile, that holds a
+final_info.json, or a train_log.jsonl of a run that goes on or has failed. Writes for each profile
+figures/<profile>/ with the figures named in FIGURES (.png and .pdf), ablation.md, and index.html, a
+page of all this and of the runs' features; and with bench/figures.py what bench/ measured, into
+figures/bench. Profiles are never mixed. Needs matplotlib, numpy, pandas and scipy; no torch.
 harness/figures.py and training_figures.py draw what harness/run_records.py reads.
 """
 
@@ -28,7 +28,7 @@ from harness.tables import ablation_rows, tables  # noqa: F401
 
 # ---- edit here ------------------------------------------------------------------------------
 
-# Run name -> label, in the order wanted. Empty: every run found, under its own name.
+# Run name -> label, in the order wanted, of every profile. Empty: all runs, under their own names.
 labels = {
     # "run_1": "full method",
 }
@@ -111,7 +111,7 @@ def main(root=HERE, figures=tuple(FIGURES)):
         report = with_trainers(report, root) if bench else report
         try:
             print(text := draw_profile(profile, report, folder, figures))
-            write_report(folder, [root / run.name for run in report.runs], text)
+            write_report(folder, [run.folder for run in report.runs], text)
         except OSError as error:
             complain(f"{error.filename or folder} can't be written ({error.strerror}): make "
                      "room or set its permissions, and run plot.py again.")

@@ -116,12 +116,12 @@ function list() {
   shown = drawn.filter(KINDS[$("kind").value]).filter(matcher($("query").value));
   $("list").replaceChildren(...shown.map(row));
   const held = current.features.length;
-  const where = `${$("run").value}/features/layer_${current.layer}.json.gz`;
+  const where = `features/layer_${current.layer}.json.gz`;
   $("count").textContent = `${count(shown.length)} of ${count(held)} features`
     + ($("sort").value === "random" ? `, random order ${seed}` : "")
     + (held < current.n ? `. This page holds ${count(held)} of the layer’s ${count(current.n)}: `
       + "dense ones, those that tell a class most, and others drawn at random. "
-      + `All are in ${where}.` : "");
+      + `All are in ${where} of ${$("run").value}.` : "");
   at = -1;
   mark();
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gzip
 import json
@@ -256,34 +257,57 @@ def natural(name):
             for part in re.split(r"(\d+)", name)]
 
 
+def run_folders(root):
+    """{name: the folders of runs of that name}: in root, and in its folders named as a profile is.
+
+    The latter come first.
+    """
+    here, inside = ([folder for folder in sorted(root.glob(pattern)) if folder.is_dir()]
+                    for pattern in ("run_*", "*/run_*"))
+    profiles = set()
+    for folder in (*here, *inside):
+        with contextlib.suppress(ValueError):
+            profiles.add(str(read_json(folder / "config.json").get("profile")))
+    found = {}
+    for folder in (*(folder for folder in inside if folder.parent.name in profiles), *here):
+        found.setdefault(folder.name, []).append(folder)
+    return found
+
+
 def load_reports(root, labels, reference):
     """{profile: Report} of the runs to show, in order; a profile's reference may not be shown.
 
-    labels: {run: label}, in the order wanted; empty: all runs in root. reference: a run's name.
+    labels: {run: label}, in the order wanted; empty: all runs in root and in the folders there that
+    are named after a profile. reference: a run's name. Profiles may have runs of the same name.
     """
-    found = {folder.name: folder for folder in root.glob("run_*") if folder.is_dir()}
+    folders, found = run_folders(root), {}
     # A run that was set aside is shown only if asked for.
-    names = list(labels) or sorted((name for name in found if not ASIDE.search(name)), key=natural)
-    runs, rows = [], []
-    for name in dict.fromkeys([*names, *({reference} & found.keys())]):
-        if name not in found:
+    names = list(labels) or sorted(
+        (name for name in folders if not ASIDE.search(name)), key=natural)
+    for name in dict.fromkeys([*names, *({reference} & folders.keys())]):
+        if name not in folders:
             complain(f"labels names {name}, and there is no folder {root / name}: left out.")
-            continue
-        try:
-            run, records = load_run(found[name], labels)
-        except ValueError as error:
-            complain(f"{error}: {name} is left out; run it again or remove its folder.")
-            continue
-        runs.append(run)
-        rows += records
-    records = pd.DataFrame(rows, columns=["run", "layer", "seed", "metric", "value"])
+        for folder in folders.get(name, ()):
+            shown = folder.relative_to(root)
+            try:
+                run, records = load_run(folder, labels)
+            except ValueError as error:
+                complain(f"{error}: {shown} is left out; run it again or remove its folder.")
+                continue
+            mine = found.setdefault(run.profile, {})
+            if name in mine:
+                complain(f"{shown} is left out, as {mine[name][0].folder.relative_to(root)} has "
+                         f"that name, too, and is of {run.profile}: rename one.")
+            else:
+                mine[name] = run, records
     reports = {}
-    for profile in dict.fromkeys(run.profile for run in runs if run.name in names):
-        mine = {run.name: run for run in runs if run.profile == profile}
-        base = mine.get(reference)
-        reports[profile] = Report([run for run in mine.values() if run.name in names],
-                                  base if base and not base.unfinished else None,
-                                  records[records["run"].isin(mine)])
+    for profile, mine in found.items():
+        base = mine[reference][0] if reference in mine else None
+        if shown := [run for name, (run, _) in mine.items() if name in names]:
+            reports[profile] = Report(
+                shown, base if base and not base.unfinished else None,
+                pd.DataFrame([row for _, records in mine.values() for row in records],
+                             columns=["run", "layer", "seed", "metric", "value"]))
     return reports
 
 

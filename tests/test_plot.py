@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
-from run_fixture import KS, make_run, table
+from run_fixture import KS, make_features, make_run, table
 from scipy import stats
 
 import plot
@@ -396,6 +396,38 @@ def test_profiles_are_never_mixed(tmp_path, figures):
         texts = " ".join(text.get_text() for text in figure.findobj(plt.Text))
         assert ("run_3" in texts) == (profile == "gemma-2-2b"), name
         assert ("run_1" in texts) == (profile == "tinylm"), name
+
+
+def test_runs_in_a_profiles_folder_are_shown_with_that_profile(tmp_path, figures, capsys):
+    """Runs of one name in two profiles are two runs; published/ is no profile's folder."""
+    options = {"layers": (1,), "steps": 3, "seeds": (0, 1, 2)}
+    small = [make_run(tmp_path, "run_1", **options),
+             make_run(tmp_path, "run_2", gain=0.1, **options)]
+    options["profile"] = "smollm2"
+    large = [make_run(tmp_path / "smollm2", "run_1", gain=0.05, **options),
+             make_run(tmp_path / "smollm2", "run_2", gain=0.2, **options)]
+    make_features(tmp_path / "smollm2" / "run_2", 1, 20)
+    (tmp_path / "published" / "run_2").mkdir(parents=True)
+    assert plot.main(tmp_path) == 0
+    assert capsys.readouterr().err == ""
+    for profile, runs in (("tinylm", small), ("smollm2", large)):
+        rows = ablation(tmp_path, profile)
+        assert {*rows} == {"run_1", "run_2", "untrained SAE", "language model"}
+        scores = [np.mean(scores_by_seed(info)) for info in runs]
+        assert [rows[run]["primary"].split()[0] for run in ("run_1", "run_2")] == [
+            f"{score:.4f}" for score in scores]
+        assert rows["run_2"]["difference to run_1"].startswith(f"{scores[1] - scores[0]:+.4f}")
+        text = (tmp_path / "figures" / profile / "index.html").read_text("utf-8")
+        assert ('data-run="run_2" data-layer="1"' in text) == (profile == "smollm2")
+    (tmp_path / "smollm2" / "run_2" / "config.json").write_text("{")
+    make_run(tmp_path, "run_3", gain=0.3, **options)
+    run_3 = make_run(tmp_path / "smollm2", "run_3", gain=0.2, **options)
+    assert plot.main(tmp_path, ()) == 0
+    said = capsys.readouterr().err
+    assert "smollm2/run_2 is left out; run it again" in said
+    assert "run_3 is left out, as smollm2/run_3 has that name, too, and is of smollm2" in said
+    shown = ablation(tmp_path, "smollm2")["run_3"]["primary"]
+    assert shown.startswith(f"{np.mean(scores_by_seed(run_3)):.4f}")
 
 
 def test_given_baseline_is_in_the_tables_and_not_in_the_curves(tmp_path, figures, capsys):

@@ -325,7 +325,7 @@ def test_where_not_all_features_fit_the_page_says_which_it_holds(tmp_path, brows
     browser.wait(f"{LISTED}.length === {len(held)}")
     said = browser.js("document.querySelector('#count').textContent")
     assert f"This page holds {len(held)} of the layer’s 600" in said
-    assert said.endswith("All are in run_1/features/layer_1.json.gz.")
+    assert said.endswith("All are in features/layer_1.json.gz of run_1.")
     dense = [i for i, feature in enumerate(data["features"]) if feature["density"] > 0.1]
     assert dense and set(dense) <= set(held)
     left_out = next(i for i in range(600) if i not in held)
