@@ -48,16 +48,17 @@ def write_report(folder: Path, runs: Sequence[Path], tables: str) -> None:
         "title": html.escape(f"Runs of {folder.name}"), "style": style, "script": script,
         "style_hash": digest(style), "script_hash": digest(script), "dense": DENSE,
         "percent": f"{DENSE:.0%}",
-        "tables": tables_html(tables), "figures": figures_html(folder),
+        "tables": tables_html(tables), "figures": "",
         "warnings": warnings_html(runs), "settings": settings_html(runs),
         "features": "", "unread": "", "without": "", "if_features": "", "if_none": "",
     }  # fmt: skip
     page = Template((PARTS / "report.html").read_text("utf-8"))
     room = MAX_BYTES - len(page.substitute(filled).encode()) - 200 * len(runs)
-    packed, unread = pack_layers(runs, room)
+    lacking = [run.name for run in runs if not (run / "features").is_dir()]
+    filled["figures"] = figures_html(folder, room if len(lacking) == len(runs) else 2 * room // 3)
+    packed, unread = pack_layers(runs, room - len(filled["figures"].encode()))
     for sentence in unread:
         print(f"plot.py: {sentence}", file=sys.stderr)
-    lacking = [run.name for run in runs if not (run / "features").is_dir()]
     filled |= {
         "features": "".join(packed), "unread": items(unread),
         "without": html.escape(f"Without features: {', '.join(lacking)}." if lacking else ""),
@@ -192,8 +193,8 @@ def table(name: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> s
         tag = "th scope=row" if column == 0 else "td"
         number = re.match(r"[+\-−]?\d|-$", text) is not None and column > 0
         verdict = header[column] == "verdict"
-        kind = "verdict " + re.sub(r"\W+", "-", text) if verdict else "number" * number
-        return f'<{tag} class="{kind}">{html.escape(text)}</{tag[:2]}>'
+        kind = f"verdict {text.split()[0]}" if verdict else "number" * number  # its first word
+        return f'<{tag} class="{html.escape(kind)}">{html.escape(text)}</{tag[:2]}>'
 
     heads = "".join(f"<th scope=col>{html.escape(text)}</th>" for text in header)
     rows = "".join(
@@ -208,30 +209,34 @@ def table(name: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> s
 def tables_html(text: str) -> str:
     """ablation.md as HTML: its tables, without columns that hold nothing, and what it says.
 
-    A table under a heading of its own is folded: it is long.
+    What stands under a heading of its own is folded: it is long.
     """
-    made, name = [], ""
+    made, name, folded = [], "Runs", False
     for block in text.split("\n\n"):
         if block.startswith("#"):
-            name = block.removeprefix("## ").strip() if block.startswith("## ") else ""
+            made.append("</details>" * folded)
+            if folded := block.startswith("## "):
+                name = block.removeprefix("## ").strip()
+                made.append(f"<details><summary>{html.escape(name)}</summary>")
         elif block.startswith("|"):
             cells = [re.split(r"(?<!\\)\|", line)[1:-1] for line in block.strip().splitlines()]
             header, _, *lines = [[c.replace("\\|", "|").strip() for c in row] for row in cells]
             kept = [i for i in range(len(header)) if any(line[i] != "-" for line in lines)]
             header, *lines = [[row[i] for i in kept] for row in (header, *lines)]
-            drawn = table(name or "Runs", header, lines)
-            folded = f"<details><summary>{html.escape(name)}</summary>{drawn}</details>"
-            made.append(folded if name else drawn)
+            made.append(table(name, header, lines))
         elif block.strip():
             made.append(f"<p>{html.escape(block)}</p>")
-    return "\n".join(made)
+    return "\n".join([*made, "</details>" * folded])
 
 
-def figures_html(folder: Path) -> str:
-    """The figures in folder; a palette makes a chart a third as large and changes nothing seen."""
+def figures_html(folder: Path, room: int) -> str:
+    """The figures in folder, in at most `room` bytes: the largest are left out, and named.
+
+    A palette makes a chart a third as large and changes nothing seen.
+    """
     from PIL import Image  # matplotlib requires it
 
-    made = ["<p>Each lies beside this page as PDF, too.</p>"]
+    made = {}
     for path in sorted(folder.glob("*.png")):
         buffer = io.BytesIO()
         with Image.open(path) as image:
@@ -239,13 +244,21 @@ def figures_html(folder: Path) -> str:
             drawn = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
             drawn.save(buffer, "PNG")
         name = html.escape(path.stem.replace("_", " ").capitalize())
-        made.append(
+        made[path.name] = (
             f'<figure><figcaption>{name}</figcaption><div class="scroll" role="region" tabindex="0"'
             f' aria-label="Figure: {name}"><img loading="lazy" width="{width}" height="{height}" '
             f'alt="Figure: {name}" src="data:image/png;base64,'
             f'{base64.b64encode(buffer.getvalue()).decode()}"></div></figure>'
         )
-    return "\n".join(made) if len(made) > 1 else "<p>No figures were drawn.</p>"
+    if not made:
+        return "<p>No figures were drawn.</p>"
+    left_out = []
+    while sum(len(figure.encode()) + 200 for figure in made.values()) > room:
+        left_out.append(max(made, key=lambda file: len(made[file])))
+        del made[left_out[-1]]
+    said = f" Left out here, to keep the page small: {', '.join(left_out)}." if left_out else ""
+    return "\n".join([f"<p>Each lies beside this page as PDF, too.{html.escape(said)}</p>",
+                      *made.values()])  # fmt: skip
 
 
 def warnings_html(runs: Sequence[Path]) -> str:

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from harness.run_records import compare, per_seed, seed_means, summary
+from harness.run_records import compare, natural, per_seed, seed_means, summary
 from harness.verdict import (
     MAX_L0_RATIO,
     MIN_SEEDS,
@@ -193,8 +193,23 @@ def cost_table(report):
                      for s in STAGES), "total, minutes", "parts reused", "state"], lines)
 
 
+def extra_table(report):
+    """A row per figure that `extra_evals` asked for, a column per run that has any; or ""."""
+    cells = {}
+    for run in report.complete:
+        kinds = tuple(f"{kind}_" for kind in run.settings.get("extra_evals") or ())
+        mine = report.records[report.records["run"] == run.name]["metric"].unique() if kinds else ()
+        for metric in (metric for metric in mine if metric.startswith(kinds)):
+            if values := [*seed_means(report.records, run, metric).values()]:
+                cells.setdefault(run, {})[metric] = pm(mean(values), stderr(values), 4)
+    names = {metric for mine in cells.values() for metric in mine}
+    names = sorted(names, key=lambda metric: (natural(metric.replace("untrained_", "")), metric))
+    lines = [[name, *(mine.get(name, "-") for mine in cells.values())] for name in names]
+    return markdown(["figure", *(run.label for run in cells)], lines) if lines else ""
+
+
 def tables(profile, report, reference):
-    """All tables of a profile as Markdown text: by run, by run and layer, and what runs took."""
+    """All tables of a profile as Markdown text: by run, by layer, other figures, what runs took."""
     unlike = [f"{run.label} ({reasons})" for run in report.complete
               if not run.given and (reasons := report.unlike(run))]
     parts = [
@@ -213,6 +228,9 @@ def tables(profile, report, reference):
         parts.append("Not comparable with the others: " + "; ".join(unlike) + ".")
     if len(report.records):
         parts += ["## By layer", layer_table(report)]
+    if extra := extra_table(report):
+        parts += ["## SAE-Bench's other evaluations", "What extra_evals asked for: means over "
+                  "layers, ± standard error over seeds. docs/metrics.md says what each is.", extra]
     if run_costs(report):
         parts += ["## What it took", "Tokens per second of training, all layers and seeds of a run "
                   "together; minutes by stage. What was reused took none.", cost_table(report)]

@@ -468,6 +468,35 @@ def test_labels_choose_name_and_order_runs(tmp_path, figures, monkeypatch, capsy
     assert "run_8" in capsys.readouterr().err
 
 
+def test_other_evaluations_have_a_table_of_their_own(tmp_path, figures):
+    """Where `extra_evals` asks for them; means over layers, and their standard error."""
+    make_run(tmp_path, "run_1", seeds=(0, 1, 2))
+    info = make_run(tmp_path, "run_2", seeds=(0, 1, 2))
+    for i, layer in enumerate(info):
+        if layer != "verdict":
+            info[layer]["final_info_dict"] |= {
+                "scr_metric_threshold_10": [0.1 + i, 0.2 + i, 0.3 + i],
+                "scr_untrained_metric_threshold_10": [0.01, 0.01, 0.01],
+                "scr_metric_threshold_2": [0.5, 0.5, 0.5], "seconds_scr": [60.0, 60.0, 60.0]}
+    (tmp_path / "run_2" / "final_info.json").write_text(json.dumps(info))
+    path = tmp_path / "run_2" / "config.json"
+    config = json.loads(path.read_text())
+    config["settings"]["extra_evals"] = ["scr"]
+    path.write_text(json.dumps(config))
+    assert plot.main(tmp_path, ()) == 0
+    text = (tmp_path / "figures" / "tinylm" / "ablation.md").read_text()
+    rows = table(text.split("## SAE-Bench's other evaluations")[1], "figure")
+    error = 0.1 / math.sqrt(3)
+    assert {name: row["run_2"] for name, row in rows.items()} == {
+        "scr_metric_threshold_2": "0.5000", "scr_metric_threshold_10": f"1.2000 ± {error:.4f}",
+        "scr_untrained_metric_threshold_10": "0.0100"}
+    assert [*rows] == ["scr_metric_threshold_2", "scr_metric_threshold_10",
+                       "scr_untrained_metric_threshold_10"]
+    assert "run_1" not in rows["scr_metric_threshold_2"]
+    page = (tmp_path / "figures" / "tinylm" / "index.html").read_text("utf-8")
+    assert "<details><summary>SAE-Bench&#x27;s other evaluations</summary>" in page
+
+
 # ---- bad input --------------------------------------------------------------------------------
 
 

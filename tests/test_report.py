@@ -6,8 +6,10 @@ import json
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from browser_fixture import BROWSER, Browser
+from PIL import Image
 from run_fixture import make_features, make_run
 
 import plot
@@ -157,6 +159,42 @@ def test_ten_runs_of_wide_saes_stay_below_the_bound(tmp_path):
     for held in layers.values():
         assert held["n"] == 4608
         assert sum(f["density"] > 0.1 for f in held["features"]) == held["n_dense"] > 0
+
+
+def test_figures_that_alone_pass_the_bound_are_left_out_and_named(tmp_path, monkeypatch):
+    """The largest first, so that the others, and features, have room."""
+    make_run(tmp_path, "run_1", log=False)
+    folder = tmp_path / "figures" / "tinylm"
+    folder.mkdir(parents=True)
+    noise = np.random.default_rng(0)
+    for name, height in (("cost", 40), ("density", 300), ("forest", 60), ("probing", 140)):
+        pixels = noise.integers(0, 256, (height, 1000), dtype=np.uint8)  # a byte each, and 4/3
+        Image.fromarray(pixels).save(folder / f"{name}.png")
+    monkeypatch.setattr(report, "MAX_BYTES", 400_000)
+    data = None
+    for drawn, left_out in ((["Cost", "Forest", "Probing"], "density.png"),
+                            (["Cost", "Forest"], "density.png, probing.png")):
+        if left_out.endswith("probing.png"):  # features have a share
+            data = make_features(tmp_path / "run_1", 1, 600)
+        report.write_report(folder, [tmp_path / "run_1"], "# Ablation")
+        assert (folder / "index.html").stat().st_size < 400_000
+        page = Page(page_of(tmp_path))
+        assert [each["alt"] for tag, each in page.elements if tag == "img"] == [
+            f"Figure: {name}" for name in drawn]
+        assert f"Left out here, to keep the page small: {left_out}." in page.text
+    ((_, layer),) = page.layers().items()
+    assert 30 < len(layer["features"]) < len(data["features"])
+
+
+def test_what_stands_under_a_tables_heading_is_folded_with_it():
+    text = report.tables_html(
+        "# Ablation\n\nprimary: a mean\n\n| run | verdict |\n| --- | --- |\n| run_2 | better at "
+        "equal L0 |\n\n## What it took\n\nminutes\n\n| run | total |\n| --- | --- |\n| run_2 | 3 |\n")
+    assert '<td class="verdict better">better at equal L0</td>' in text  # in its colour
+    before, folded = text.split("<details><summary>What it took</summary>")
+    assert "primary: a mean" in before and "<details>" not in before
+    assert folded.index("minutes") < folded.index("<table>") < folded.index("</details>")
+    assert folded.endswith("</details>") and text.count("</details>") == 1
 
 
 def test_what_can_not_be_read_is_named(tmp_path, capsys):
