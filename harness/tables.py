@@ -144,7 +144,8 @@ def ablation_table(report, reference):
               pm(row["primary"], row["stderr"], 4) + row["range"], interval(row["figures"], 4),
               show_p(row["p"] if row["figures"].get("comparable") else math.nan), row["verdict"],
               interval(row["fvu_figures"], 4), show(row["untrained"], 4),
-              *(show(row[metric], digits) + " (fixed)" * (metric in row["fixed"])
+              *(show(row[metric], digits)
+                + " (fixed)" * (metric in row["fixed"] and math.isfinite(row[metric]))
                 for metric, _, _, digits in COLUMNS), row["seeds"]]
              for row in ablation_rows(report)]
     return markdown(header, lines)

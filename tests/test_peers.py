@@ -264,7 +264,7 @@ def test_a_peer_is_drawn_beside_a_run_of_this_project(peer_run) -> None:
 
     report = plot.load_reports(peer_run.parent)["tinylm"]
     (run,) = [run for run in report.runs if run.name == "run_11"]
-    (row,) = [row for row in plot.tables("tinylm", report).splitlines()
+    (row,) = [row for row in plot.tables("tinylm", report, "run_1").splitlines()
               if row.startswith("| run_11 | BatchTopK |")]  # fmt: skip
     assert "not comparable" in row and "nan" not in row
     assert plot.curve(run, 0, "tau_sel") is None and math.isnan(report.value(run, "tau_sel"))

@@ -540,7 +540,8 @@ def test_only_broken_runs_or_none_is_an_error(tmp_path, capsys):
 def test_an_unfinished_run_is_in_the_curves_and_has_no_figures(tmp_path, figures, capsys):
     """It goes on, or has failed; its last line may be half-written."""
     for i in (1, 2):
-        make_run(tmp_path, f"run_{i}", layers=(1,), seeds=range(3), tests=f"test {i}", gain=i / 100)
+        make_run(tmp_path, f"run_{i}", layers=(1,), seeds=range(3), tests=f"test {i}", gain=i / 100,
+                 fixed={"tau_pen": 0.1} if i == 2 else None)
     (tmp_path / "run_2" / "final_info.json").unlink()
     path = tmp_path / "run_2" / "train_log.jsonl"
     lines = path.read_text().splitlines(keepends=True)
@@ -553,6 +554,7 @@ def test_an_unfinished_run_is_in_the_curves_and_has_no_figures(tmp_path, figures
     row = ablation(tmp_path)["run_2"]
     assert row["verdict"] == "unfinished: 43% of training" and row["what it tests"] == "test 2"
     assert row["primary"] == row["difference to run_1"] == row["L0"] == row["seeds"] == "-"
+    assert row["tau_pen"] == "-"  # fixed, but at what it has no figure for
     figure = figures["tinylm", "training_sparsity"]
     assert names(figure).count("run_2, unfinished") == 3 and "run_1" in names(figure)
     lines = line_data(figure.axes[1], run_records.COLOURS[1])
