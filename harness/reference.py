@@ -179,6 +179,6 @@ def reference_curve(out_dir: Path, runs: Path, config: dict[str, Any], reference
     if edited and len(points) == 1:
         return Curve(
             {}, f"{', '.join(edited)} ran another experiment.py than {reference.name}, so they are "
-            f"not its curve: run {reference.name} again"
+            f"not its curve: run {reference.name} again, or compare to one of them"
         )  # fmt: skip
     return Curve(points)

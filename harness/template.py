@@ -157,14 +157,18 @@ def copy(source: Path, to: Path) -> None:
 
 
 def write_baseline(run: Path, config: dict, info: dict, folder: Path) -> None:
-    """The run's records under the names of now, and its log; neither SAEs nor SAE-Bench's files."""
+    """The run's records under the names of now, its code and its log; no SAEs, no other files.
+
+    By its code the runs after it are known to be of its method, or not.
+    """
     renamed = {
         entry: {part: with_current_names(figures) for part, figures in content.items()}
         for entry, content in info.items()
     }
     folder.mkdir()
-    for log in (*run.glob("train_log.jsonl"), *run.glob("train_log.jsonl.xz")):
-        shutil.copy(log, folder)
+    for name in ("experiment.py", "train_log.jsonl", "train_log.jsonl.xz"):
+        if (run / name).exists():
+            shutil.copy(run / name, folder)
     write_json(folder / "config.json", config)
     write_json(folder / "final_info.json", renamed)
 

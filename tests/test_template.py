@@ -61,6 +61,8 @@ def test_the_committed_baseline_as_a_template(tmp_path: Path, capsys) -> None:
     assert differing == {"seeds", "compare_to", "description"}
     assert (found["seeds"], found["compare_to"]) == ((0, 1, 2), "run_0")
 
+    code = (out / "run_0" / "experiment.py").read_text()  # tells whose curve is the baseline's
+    assert code == (ROOT / "run_1" / "experiment.py").read_text()
     info = json.loads((out / "run_0" / "final_info.json").read_text())
     given = json.loads((ROOT / "run_1" / "final_info.json").read_text())
     assert info["verdict"]["means"][PRIMARY] == given["verdict"]["means"]["primary"]
