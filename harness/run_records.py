@@ -10,6 +10,7 @@ import lzma
 import math
 import re
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,8 +86,12 @@ class Report:
     @functools.cached_property
     def styles(self):
         """Colour, of its method, and marker of each run, the same in every figure."""
-        looks = {run: (COLOURS[i % len(COLOURS)], MARKERS[(i // len(COLOURS) + j) % len(MARKERS)])
-                 for i, curve in enumerate(self.curves) for j, run in enumerate(curve)}
+        looks, same = {}, Counter()  # of one colour: a method's runs, and the eleventh method's
+        for i, curve in enumerate(self.curves):
+            for run in curve:
+                colour = COLOURS[i % len(COLOURS)]
+                looks[run] = colour, MARKERS[same[colour] % len(MARKERS)]
+                same[colour] += 1
         return {run: looks[run] for run in self.runs if run in looks}
 
     @property

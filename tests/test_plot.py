@@ -606,6 +606,19 @@ def test_runs_that_differ_in_what_moves_l0_are_a_curve(tmp_path, figures, monkey
     assert sorted(names(figure)) == ["lr 0.5", "run_k_8 to run_k_32", "run_n_16"]
 
 
+def test_no_two_runs_look_the_same(tmp_path):
+    """Eleven methods for ten colours, and a second run of the first one."""
+    for i in range(12):
+        make_run(tmp_path, f"run_{i}", layers=(1,), steps=2, fixed={"tau_sel": 0.1 + i % 11 / 100})
+    path = tmp_path / "run_11" / "config.json"
+    config = json.loads(path.read_text())
+    config["settings"]["k_min"] = 32
+    path.write_text(json.dumps(config))
+    report = plot.load_reports(tmp_path)["tinylm"]
+    assert len(report.curves) == 11 and len(report.styles) == 12
+    assert len(set(report.styles.values())) == 12
+
+
 def test_a_curve_is_named_by_what_sets_it_apart(tmp_path, figures, monkeypatch):
     sweep_of(tmp_path, "run_k", (8, 16), lr=0.1)
     sweep_of(tmp_path, "run_t", (8, 16), lr=0.5)
@@ -670,7 +683,7 @@ def test_densities_and_costs_are_drawn_where_they_are_recorded(tmp_path, figures
     assert row["tokens per second"] == "9000" and row["training, minutes"] == "2.0"
     assert row["total, minutes"] == "3.3" and row["sparse probing, minutes"] == "-"
     (text,) = names(figures["tinylm", "cost"])
-    assert text == "1 seeds   9000 tokens/s   3.3 min"
+    assert text == "1 seed   9000 tokens/s   3.3 min"
     widths = [patch.get_width() for patch in figures["tinylm", "cost"].axes[0].patches]
     assert sum(widths) == pytest.approx(200 / 60)
 
