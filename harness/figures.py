@@ -330,8 +330,9 @@ def draw_cost(report):
         rest = max(0.0, row["total"] - start)
         axes.barh(i, rest, left=start, height=0.62, facecolor="none", edgecolor=GREY,
                   linewidth=0.5, label="the rest" if i == 0 else None)
-        text = f"{row['seeds']} seed{'s' * (row['seeds'] != 1)}   {show(row['speed'], 0)} tokens/s   " \
-               f"{row['total']:.1f} min" + "   parts reused" * row["reused"]
+        seeds = f"{row['seeds']} seed" + "s" * (row["seeds"] != 1)
+        text = f"{seeds}   {show(row['speed'], 0)} tokens/s   {row['total']:.1f} min" \
+               + "   parts reused" * row["reused"]
         axes.text(1.02, i, text, fontsize=6, va="center", transform=axes.get_yaxis_transform())
     axes.set_yticks(range(len(rows)), [run_label(row["run"], 0) for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)

@@ -269,7 +269,7 @@ where it does as with zeros in its place. {bench}, core: {rebuilt} tokens of the
 language model: those whose means differ most between a class and the others. It is the mean over \
 classes and data sets. {bench}, sparse probing: {listed(run.probe_sets)}; {s["probe_train"]} texts \
 to train a probe and {s["probe_test"]} to test it.
-- The **untrained SAE** has the same initialization, width and L0.
+- The **untrained SAE** was never trained, and has the same width and L0.
 
 The numbers of tokens are of those that were read. BOS, padding and the first positions of a \
 context are among them, and enter no figure."""

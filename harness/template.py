@@ -148,10 +148,15 @@ def with_assigned(source: str, name: str, text: str) -> str:
 
 
 def copy(source: Path, to: Path) -> None:
-    """A file or a folder, without what Python has compiled."""
+    """A file or a folder, without what Python has compiled, and runs in a profile's folder."""
+
+    def left_out(folder: str, names: list[str]) -> set[str]:
+        return {name for name in names if name.startswith(("__pycache__", "run_"))
+                and (Path(folder) / name).is_dir()}  # fmt: skip
+
     to.parent.mkdir(parents=True, exist_ok=True)
     if source.is_dir():
-        shutil.copytree(source, to, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(source, to, ignore=left_out)
     else:
         shutil.copyfile(source, to)
 

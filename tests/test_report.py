@@ -189,7 +189,7 @@ def test_figures_that_alone_pass_the_bound_are_left_out_and_named(tmp_path, monk
 def test_what_stands_under_a_tables_heading_is_folded_with_it():
     text = report.tables_html(
         "# Ablation\n\nprimary: a mean\n\n| run | verdict |\n| --- | --- |\n| run_2 | better at "
-        "equal L0 |\n\n## What it took\n\nminutes\n\n| run | total |\n| --- | --- |\n| run_2 | 3 |\n")
+        "equal L0 |\n\n## What it took\n\nminutes\n\n| run | total |\n| --- | --- |\n| run_2 | 3 |")
     assert '<td class="verdict better">better at equal L0</td>' in text  # in its colour
     before, folded = text.split("<details><summary>What it took</summary>")
     assert "primary: a mean" in before and "<details>" not in before

@@ -17,7 +17,7 @@ import pytest
 
 from harness.errors import ExperimentError
 from harness.settings import choose_profile, settings_of_run
-from harness.template import main, make_template
+from harness.template import copy, main, make_template
 from harness.verdict import PRIMARY, mean
 from tests import forked
 from tests.conftest import ROOT, SOURCES, TOY_TASKS, add_runs, copy_project, edit
@@ -43,6 +43,16 @@ def module_of(folder: Path, name: str):
         if before is not None:
             sys.modules[name] = before
     return module
+
+
+def test_no_run_of_a_profiles_folder_is_taken_along(tmp_path: Path) -> None:
+    """smollm2/run_1 lies in the folder that a template of smollm2 needs."""
+    for file in ("corpus.py", "run_records.py", "run_1/config.json", "__pycache__/corpus.pyc"):
+        (tmp_path / "smollm2" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "smollm2" / file).touch()
+    copy(tmp_path / "smollm2", tmp_path / "out" / "smollm2")
+    taken = {path.name for path in (tmp_path / "out").rglob("*")}
+    assert taken == {"smollm2", "corpus.py", "run_records.py"}
 
 
 def test_the_committed_baseline_as_a_template(tmp_path: Path, capsys) -> None:
@@ -83,9 +93,11 @@ def test_the_committed_baseline_as_a_template(tmp_path: Path, capsys) -> None:
     assert f'HERE / "{figure}"' in (out / "plot.py").read_text()
 
 
-def test_the_only_profile_of_a_template_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_only_profile_of_a_template_is_taken(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.delenv("SAE_PROFILE")
-    assert choose_profile(["smollm2"]) == "smollm2"
+    assert choose_profile(["smollm2"], tmp_path, tmp_path) == "smollm2"
 
 
 def test_what_is_no_baseline_is_refused(tmp_path: Path) -> None:
