@@ -111,6 +111,7 @@ def fit(data: dict[str, Any], room: int, size: int) -> str:
     low = math.floor(min(alive, default=-1))
     bins = Counter(min(int((value - low) * 4), -4 * low - 1) for value in alive)
     head = {name: value for name, value in data.items() if name not in ("features", "tokens")} | {
+        "model": without_folders(str(data["model"])),
         "n": len(features), "n_dead": len(features) - len(alive),
         "n_dense": sum(density > DENSE for density in densities),
         "densities": {"low": low, "counts": [bins[i] for i in range(-4 * low)]},
@@ -182,6 +183,11 @@ def unreadable(path: Path, error: Exception) -> str:
     return f"{'/'.join(within)} can't be read ({type(error).__name__}: {reason})"
 
 
+def without_folders(text: str) -> str:
+    """A text of a run without the folders of its machine: the page may be sent to others."""
+    return re.sub(r"(?<![\w.:/<])~?/(?:[^\s/'\"`,;)]+/)+", "…/", text)
+
+
 def items(sentences: Sequence[str]) -> str:
     listed = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences)
     return f"<ul>{listed}</ul>" if listed else ""
@@ -212,7 +218,7 @@ def tables_html(text: str) -> str:
     What stands under a heading of its own is folded: it is long.
     """
     made, name, folded = [], "Runs", False
-    for block in text.split("\n\n"):
+    for block in without_folders(text).split("\n\n"):
         if block.startswith("#"):
             made.append("</details>" * folded)
             if folded := block.startswith("## "):
@@ -266,7 +272,8 @@ def warnings_html(runs: Sequence[Path]) -> str:
     made = []
     for path in (run / "warnings.json" for run in runs):
         try:
-            sentences = [str(sentence) for sentence in json.loads(path.read_text("utf-8"))]
+            found = json.loads(path.read_text("utf-8"))
+            sentences = [without_folders(str(sentence)) for sentence in found]
         except FileNotFoundError:  # older runs, and the given baseline
             continue
         except (OSError, ValueError, TypeError) as error:
@@ -291,7 +298,8 @@ def settings_html(runs: Sequence[Path]) -> str:
     for name in names:
         values = [s.get(name) for s in found.values() if name in s or name not in ASIDE]
         if name != "description" and not all(same(value, values[0]) for value in values):
-            texts = (as_text(s[name]) if name in s else "-" for s in found.values())
+            texts = (without_folders(as_text(s[name])) if name in s else "-"
+                     for s in found.values())  # fmt: skip
             lines.append([name, *texts])
     if not lines:
         return "<p>None.</p>"

@@ -186,6 +186,24 @@ def test_figures_that_alone_pass_the_bound_are_left_out_and_named(tmp_path, monk
     assert 30 < len(layer["features"]) < len(data["features"])
 
 
+def test_no_folder_of_the_machine_is_on_the_page(tmp_path):
+    """It can be sent as it is: of a text or model that lies here its own name is enough."""
+    for name, text in (("run_1", "/home/alice/texts/mine.jsonl"), ("run_2", "tinylm")):
+        make_run(tmp_path, name, log=False)
+        path = tmp_path / name / "config.json"
+        config = json.loads(path.read_text())
+        config["settings"]["training_text"] = text
+        path.write_text(json.dumps(config))
+    warning = "/home/alice/texts/mine.jsonl: 3 rows (1/2 of all) have no text, see https://a.b/c/d"
+    (tmp_path / "run_1" / "warnings.json").write_text(json.dumps([warning]))
+    make_features(tmp_path / "run_1", 1, 8, model="~/models/gemma/mine")
+    assert plot.main(tmp_path, ()) == 0
+    page = Page(page_of(tmp_path))
+    assert "…/mine.jsonl: 3 rows (1/2 of all) have no text, see https://a.b/c/d" in page.text
+    assert page.text.count("…/mine.jsonl") == 3 and "alice" not in page.text  # also in the table
+    assert page.layers()["run_1", "1"]["model"] == "…/mine"
+
+
 def test_what_stands_under_a_tables_heading_is_folded_with_it():
     text = report.tables_html(
         "# Ablation\n\nprimary: a mean\n\n| run | verdict |\n| --- | --- |\n| run_2 | better at "
