@@ -245,7 +245,7 @@ def set_up(
         given = settings, models["language_model"].tokenizer, device
         return Run(
             settings=settings,
-            probe_texts=RANKS.by_first(read_probe_texts, *given),
+            probe_texts=read_probe_texts(*given),
             **models,
             profile=profile,
             device=device,

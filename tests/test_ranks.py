@@ -16,10 +16,12 @@ import pytest
 import torch
 
 from harness.errors import ExperimentError
+from harness.evaluation import probe_texts
 from harness.observation import Observer
 from harness.ranks import RANKS, Ranks
 from harness.startup import check_equal, check_sharable
 from tests import forked
+from tests.conftest import settings_of
 from tests.test_loop import Driver
 
 TOLD = {"SAE_PROFILE": "tinylm"}
@@ -163,6 +165,26 @@ def test_more_ranks_than_gpus_are_one_sentence(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ExperimentError, match="a GPU of its own, .* has 2 for 3 and more: lower"):
         ranks.use(torch.device("cuda"))
     ranks.use(torch.device("cpu"))
+
+
+def test_what_the_first_reads_comes_to_each_rank_s_own_device(
+    toy, toy_lm, own_cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unpickled, what is on cuda:0 would be there on all of a machine's ranks."""
+    given = []
+
+    def by_first(function, *args):
+        given.append(function(*args))
+        return given[-1]
+
+    def devices(texts: dict) -> set[str]:
+        return {of["input_ids"].device.type for split in texts.values() for part in split
+                for of in part.values()}  # fmt: skip
+
+    monkeypatch.setattr(RANKS, "by_first", by_first)
+    settings, meta = settings_of(toy, "run_1"), torch.device("meta")
+    read = probe_texts.read_probe_texts(settings, toy_lm.tokenizer, meta)
+    assert [devices(texts) for texts in (*given, read)] == [{"cpu"}, {"meta"}]
 
 
 def test_an_edit_that_ranks_can_not_share_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

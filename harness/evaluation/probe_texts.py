@@ -17,9 +17,12 @@ from harness.fingerprint import environment_fingerprint, text_identity
 from harness.identity import describe
 from harness.interfaces import SettingsLike
 from harness.probe_sets import SHIPPED, ProbeSet, load_task, own_sets, probe_names
+from harness.ranks import RANKS
 from harness.store import TensorCache, digest
 from harness.text import documents, load_dataset
 from harness.tokenizer import counted, special_token_ids
+
+CPU = torch.device("cpu")
 
 
 @contextlib.contextmanager
@@ -122,23 +125,32 @@ def read_probe_texts(
 ) -> dict[str, list[dict[str, Any]]]:
     """`probe_tokens` of each data set: read before training, so that what is wrong shows early.
 
-    So is the beginning of the evaluation's text. Those that no hub may change are kept for the
-    next run.
+    Of several ranks the first reads them, on the CPU: its GPU is another one's, too.
+    """
+    read = RANKS.by_first(texts_read, settings, tokenizer)
+    return {
+        name: [{label: {"input_ids": e["input_ids"].to(device)} for label, e in part.items()}
+               for part in split]
+        for name, split in read.items()
+    }  # fmt: skip
+
+
+def texts_read(settings: SettingsLike, tokenizer: Any) -> dict[str, list[dict[str, Any]]]:
+    """See `read_probe_texts`; looks at the beginning of the evaluation's text, too.
+
+    Those that no hub may change are kept for the next run.
     """
     if settings.core_text != "tinylm":
         texts = documents(settings.core_text, "heldout")()
         if next(texts, None) is None:
             raise ExperimentError(f"the text {settings.core_text!r} holds no text: check core_text")
-    names, sets, given = probe_names(settings), own_sets(settings), (tokenizer, device, settings)
-    texts = {}
+    names, sets, texts = probe_names(settings), own_sets(settings), {}
     with known_to_stock(sets):
         progress = Progress("probing texts", len(names), "data sets")
         for name in names:
-            kept_texts = probing_texts(name, sets.get(name), settings, device, tokenizer)
-            texts[name] = [
-                {label: {"input_ids": e["input_ids"].to(device)} for label, e in part.items()}
-                for part in kept_texts.get("all", functools.partial(probe_tokens, name, *given))
-            ]
+            kept_texts = probing_texts(name, sets.get(name), settings, tokenizer)
+            found = functools.partial(probe_tokens, name, tokenizer, CPU, settings)
+            texts[name] = kept_texts.get("all", found)
             kept_texts.flush()
             check_texts(name, texts[name], tokenizer, settings.first_positions)
             progress.advance(1, name)
@@ -161,7 +173,7 @@ def check_texts(dataset: str, split: list[dict[str, Any]], tokenizer: Any, first
 
 
 def probing_texts(
-    dataset: str, own: ProbeSet | None, settings: SettingsLike, device: torch.device, tokenizer: Any
+    dataset: str, own: ProbeSet | None, settings: SettingsLike, tokenizer: Any
 ) -> TensorCache:
     """Where the token ids of a set are kept, if SAE-Bench doesn't read it: a hub's may change."""
     if own is None:
@@ -174,7 +186,7 @@ def probing_texts(
         # All that its code names, so that none is forgotten.
         "setting": {f: getattr(settings, f) for f in fields if f".{f}" in code.all_names},
         "tokenizer": describe(tokenizer),
-        **environment_fingerprint(settings, code, device),
+        **environment_fingerprint(settings, code, CPU),
         **(text_identity(own.package) if own.package else {"text": digest(own.load(0, 0, 0))}),
     }
     return TensorCache("probing texts", key)
