@@ -96,7 +96,10 @@ def bound_by(node: ast.stmt) -> set[str]:
     loops = [n.target for n in ast.walk(node) if isinstance(n, ast.comprehension)]
     its_own = {n for target in loops for n in ast.walk(target)}  # a comprehension's variables
     stored = (n for n in ast.walk(node) if isinstance(n, ast.Name) and n not in its_own)
-    return {n.id for n in stored if isinstance(n.ctx, ast.Store)} | inside
+    # What reads PLAN depends on PLAN["run_11"] = dict(...), too.
+    entries = (first_name(innermost(n)) for n in ast.walk(node)
+               if is_entry(n) and isinstance(n.ctx, ast.Store))  # fmt: skip
+    return {n.id for n in stored if isinstance(n.ctx, ast.Store)} | {*entries} | inside
 
 
 def does_something(node: ast.stmt, makers: frozenset[str] = MAKERS) -> bool:
@@ -121,7 +124,7 @@ def does_something(node: ast.stmt, makers: frozenset[str] = MAKERS) -> bool:
         entries = [t for t in targets if is_entry(t)]
         if not all(isinstance(target, ast.Name) or target in entries for target in targets):
             return True
-        evaluated = [node.value] if node.value else []
+        evaluated = [*entries, *filter(None, [node.value])]
     elif isinstance(node, ast.AugAssign) and first_name(node.target) in LISTS_OF_SETTINGS:
         evaluated = [node.value]  # PLAN |= sweep("k", k_min=(8, 16))
     else:
@@ -129,12 +132,16 @@ def does_something(node: ast.stmt, makers: frozenset[str] = MAKERS) -> bool:
     return any(calls_something(value, makers) for value in evaluated)
 
 
+def innermost(target: ast.AST) -> ast.AST:
+    """What a subscript, or several, is of."""
+    while isinstance(target, ast.Subscript):
+        target = target.value
+    return target
+
+
 def is_entry(target: ast.AST) -> bool:
     """Whether it is an entry of a list of settings: PLAN["run_11"], PROFILES["tinylm"]["lr"]."""
-    inner = target
-    while isinstance(inner, ast.Subscript):
-        inner = inner.value
-    return inner is not target and first_name(inner) in LISTS_OF_SETTINGS
+    return isinstance(target, ast.Subscript) and first_name(innermost(target)) in LISTS_OF_SETTINGS
 
 
 def first_name(expression: ast.AST) -> str:

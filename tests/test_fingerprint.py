@@ -571,14 +571,27 @@ def test_what_a_key_that_starts_from_objects_covers(
     ('PLAN["run_11"] = dict(lr=1e-3, seeds=THREE)', False),
     ('PROFILES["tinylm"]["lr"] = 1e-3', False),
     ('PLAN |= {"run_11": seed_generators("plan")}', True),  # whatever that does
+    ('PLAN[seed_generators("plan")] = dict(lr=1e-3)', True),
     ("Settings.lr = 1e-3", True),
 ])  # fmt: skip
 def test_a_line_for_the_plan_is_no_code(load, line: str, counts: bool) -> None:
     before = reachable_code(SOURCE, [load(SOURCE).probe]).parts
     source = edited(("\n# ---- THE METHOD", f"\n{line}\n\n# ---- THE METHOD"))
-    module = load(SOURCE if counts else source)  # the code alone is looked at
-    after = reachable_code(source, [module.probe]).parts
+    after = reachable_code(source, [load(source).probe]).parts
     assert (after != before) == counts
+
+
+@pytest.mark.parametrize("line", ['PLAN |= {"run_1": dict(lr=1e-3)}',
+                                  'PLAN["run_1"]["lr"] = 1e-3'])  # fmt: skip
+def test_a_line_for_the_plan_counts_for_what_reads_the_plan_alone(load, line: str) -> None:
+    """Not for a rehearsal either."""
+    reads = edited(("    accuracies = {}\n", "    accuracies = {}\n    PLAN['run_1']\n"))
+    for source, counts in ((reads, True), (SOURCE, False)):
+        more = source.replace("\n# ---- THE METHOD", f"\n{line}\n\n# ---- THE METHOD", 1)
+        parts = [(reachable_code(text, [load(text).probe]).parts,
+                  hash_definitions(text, experiment.Settings()).parts)
+                 for text in (source, more)]  # fmt: skip
+        assert [one != other for one, other in zip(*parts)] == [counts, counts]
 
 
 @pytest.mark.parametrize("root", ["CustomSAE", None, 3.0])
