@@ -20,6 +20,7 @@ from harness.errors import ExperimentError
 from harness.evaluation import stock
 from harness.evaluation.core import prepare_for_sae_bench
 from harness.evaluation.extra import check_extra_evals, extra_evaluations
+from harness.observation import OBSERVED
 from harness.preflight import hub_problem, preflight
 from harness.store import store_dir
 from tests import gemma_fixture
@@ -272,3 +273,25 @@ def test_a_rehearsal_tells_what_an_sae_can_not_do(asked) -> None:
         saes[NAMES[0]].W_dec = torch.nn.Parameter(torch.zeros(64, 31))
     with pytest.raises(RuntimeError):
         extra_evaluations(run, saes)
+
+
+def test_a_setting_that_a_rehearsal_has_not_seen_used_is_in_no_key(asked, monkeypatch) -> None:
+    """Else another word in a description would have OpenAI asked, and paid, anew."""
+    made: list[dict] = []
+
+    def kept(kind: str, keys: dict, compute: object) -> dict:
+        made.append(keys)
+        return {name: {"eval_result_metrics": {}} for name in keys}
+
+    monkeypatch.setattr(stock, "cached_each", kept)
+    monkeypatch.setattr(OBSERVED, "ran", {})
+    monkeypatch.setattr(OBSERVED, "settings", {})
+    run, saes = asked("tpp")
+    split = {"a": {"input_ids": torch.arange(3, 23).reshape(2, 10)}}
+    rehearsed = dict(probe_texts={"toy": [split, split]}, training_pass=object())
+    with OBSERVED.watching(type(run.settings)):
+        extra_evaluations(dataclasses.replace(run, **rehearsed), saes)
+    for change in ({}, dict(description="a word", compare_to="run_2"), dict(context=64)):
+        settings = dataclasses.replace(run.settings, **change)
+        extra_evaluations(dataclasses.replace(run, settings=settings), saes)
+    assert made[0] == made[1] and made[0] != made[2]

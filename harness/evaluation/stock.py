@@ -31,6 +31,7 @@ from harness.fingerprint import environment_fingerprint, result_key, text_identi
 from harness.generators import seed_generators
 from harness.identity import describe
 from harness.interfaces import RunLike, SAELike, SettingsLike
+from harness.observation import OBSERVED
 from harness.partials import scratch_dir
 from harness.preflight import EXTRA_DATA
 from harness.start import ENVIRON_AT_START
@@ -301,7 +302,7 @@ def stock_evaluation(
         ready = {name: sae for name, sae in ready.items() if not name.endswith("_untrained")}
     with run.stage(kind, len(ready), "SAEs") as progress:
         if run.training_pass is not None:
-            try_out(run, ready)
+            try_out(run, kind, ready)
             return {name: {} for name in saes}, progress.seconds()
         config = config_of(kind, run.settings, run.sae_bench_model.tokenizer)
         keys: dict[str, dict[str, Any] | None] = dict.fromkeys(ready)
@@ -324,8 +325,11 @@ def stock_evaluation(
     return {name: means.get(name, {}) for name in saes}, progress.seconds()
 
 
-def try_out(run: RunLike, saes: dict[str, SAELike]) -> None:
-    """Has each SAE do what a stock evaluation asks of it, on some activations."""
+def try_out(run: RunLike, kind: str, saes: dict[str, SAELike]) -> None:
+    """Has each SAE do what a stock evaluation asks of it, on some activations.
+
+    What is seen to be used for it is in the keys of its results, and no other code or setting.
+    """
     from sae_bench.evals.scr_and_tpp.main import ablated_precomputed_activations
 
     train, _ = next(iter(run.probe_texts.values()))
@@ -334,7 +338,7 @@ def try_out(run: RunLike, saes: dict[str, SAELike]) -> None:
         hook = sae.cfg.hook_name
         _, cache = run.sae_bench_model.run_with_cache(tokens_BL, names_filter=[hook])
         some_F = torch.arange(sae.cfg.d_sae, device=run.device) < 2
-        with error_context(name), torch.no_grad():
+        with error_context(name), torch.no_grad(), OBSERVED.computing(kind):
             ablated_precomputed_activations(cache[hook], sae, some_F, sae_batch_size=2)
 
 
