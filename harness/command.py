@@ -59,7 +59,7 @@ def check_out_dir(out_dir: Path) -> None:
             f"--out_dir={out_dir} must be a new folder, or that of a run, but holds other files: "
             "name another"
         )
-    if (out_dir / LOCK).exists():
+    if RANKS.first and (out_dir / LOCK).exists():  # of several at once, one would find it held
         lock_folder(out_dir).release()
     place = out_dir
     while not place.exists() and place != place.parent:

@@ -18,6 +18,7 @@ from harness.command import check_out_dir, main, prepared_out_dir
 from harness.errors import ExperimentError
 from harness.partials import remove_left, scratch_dir
 from harness.provenance import write_config
+from harness.ranks import RANKS
 from harness.start import HERE
 from harness.startup import Run
 from harness.store import write_atomic, write_whole
@@ -338,7 +339,9 @@ def test_one_folder_has_one_run_by_whatever_name_and_cache(
     assert not [*folder.iterdir()]
 
 
-def test_the_lock_of_a_folder_does_not_come_along_when_a_run_is_set_aside(tmp_path: Path) -> None:
+def test_the_lock_of_a_folder_does_not_come_along_when_a_run_is_set_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "run_1"
     folder.mkdir()
     (folder / "final_info.json").write_text("{}")
@@ -347,6 +350,8 @@ def test_the_lock_of_a_folder_does_not_come_along_when_a_run_is_set_aside(tmp_pa
         assert [path.name for path in folder.iterdir()] == [".lock"]
         with pytest.raises(ExperimentError, match="by another process"):
             check_out_dir(folder)
+        monkeypatch.setattr(RANKS, "rank", 1)  # which the first one looks for
+        check_out_dir(folder)
     assert [path.name for path in Path(f"{folder}.1").iterdir()] == ["final_info.json"]
 
 
