@@ -27,6 +27,7 @@ from harness.evaluation.probe_texts import read_probe_texts
 from harness.evaluation.probing import sparse_probing
 from harness.language_model import load_language_model
 from harness.ledger import LEDGER
+from harness.ranks import RANKS
 from harness.store import store_dir
 from tests.conftest import TOY_TASKS, run_command
 from tests.test_metrics import Tokens
@@ -245,6 +246,19 @@ def test_a_run_leaves_its_features_and_the_same_again(toy, toy_run: Path, tmp_pa
 
 def read_warnings(run: Path) -> list[str]:
     return json.loads((run / "warnings.json").read_text())
+
+
+def test_of_several_ranks_the_first_writes_features(
+    toy, lm, settings, stream_NLD, tmp_path, monkeypatch
+) -> None:
+    run = run_on(lm, settings, out_dir=tmp_path)
+    sae = an_sae(toy, settings, stream_NLD, "topk")
+    feature = {"contexts": []}
+    gathered = {"n_tokens": 1, "edges": [1, 2], "features": [feature] * settings.d_sae}
+    for rank, n_files in ((1, 0), (0, 1)):
+        monkeypatch.setattr(RANKS, "rank", rank)
+        write_features(run, sae, gathered)
+        assert len([*tmp_path.glob("features/*")]) == n_files
 
 
 def test_what_fails_is_a_warning(

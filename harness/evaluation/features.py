@@ -24,6 +24,7 @@ from harness.evaluation.logit_lens import logit_lens, nearest, token_strings
 from harness.interfaces import RunLike, SAELike, SettingsLike
 from harness.ledger import LEDGER
 from harness.observation import unwatched
+from harness.ranks import RANKS
 from harness.store import write_whole
 
 N_CONTEXTS, BEFORE, AFTER = 5, 12, 6  # of a feature; tokens that are shown around its peak there
@@ -219,7 +220,7 @@ def write_features(run: RunLike, sae: SAELike, gathered: dict[str, Any]) -> None
         gathered: see `FeatureGatherer.gathered`.
     """
     layer = sae.cfg.hook_layer
-    if run.training_pass is not None:  # a rehearsal: nobody looks at them
+    if run.training_pass is not None or not RANKS.first:  # where nobody looks at them
         return
     if "problem" in gathered:
         warn(layer, gathered["problem"])
