@@ -137,7 +137,7 @@ def settings_of_run(
             f"PLAN[{name!r}] must be a dict of settings, but is {planned!r}: look for a comma too "
             "many or brackets too few in its line, such as dict(k_min=8)"
         )
-    given = planned | profile.get(name, {})
+    given = planned | (profile.get(name, {}) if name in plan else {})
     of_all = {field: value for field, value in profile.items() if field not in plan}
     of_trainer = of_all.pop("trainers", {})
     trainer = str((of_all | given).get("trainer", getattr(make, "trainer", OWN)))

@@ -327,6 +327,12 @@ def test_what_a_trainer_does_not_read_is_refused(given, said) -> None:
     assert said in str(caught.value), caught.value
 
 
+@pytest.mark.parametrize("name", ["layers", "trainers"])
+def test_a_run_called_as_a_setting_is_has_the_profiles_own(name: str) -> None:
+    profile = PROFILE | {"layers": (1,)}
+    assert settings_of_run(name, experiment.Settings, profile, {}).layers == (1,)
+
+
 def test_the_density_penalty_goes_with_every_selection() -> None:
     for kind in SELECTING:
         assert plan_of(trainer=kind, density_penalty=0.01).density_penalty == 0.01
