@@ -67,6 +67,15 @@ def attributes_of(value: object) -> dict[Edge, Any]:
     return {("attribute", name): item for name, item in named.items()}
 
 
+def place_of(device: torch.device) -> str:
+    """Where a tensor is; of the GPU that this process works on the kind alone.
+
+    Another rank, or another attempt, that goes on with it has another one.
+    """
+    is_own = device.type == "cuda" and device.index == torch.cuda.current_device()
+    return device.type if is_own else str(device)
+
+
 def is_simple(key: Any) -> bool:
     """Whether a key of a dictionary is one by its value, not by what it is."""
     return type(key) in ATOMS or type(key) is tuple and all(map(is_simple, key))
@@ -154,7 +163,7 @@ def _tensor_parts(value: Tensor) -> Parts:
         raise Unsavable(f"{value.layout} tensor")
     data = {"value": value.detach(), "requires_grad": value.requires_grad and value.is_leaf}
     dense = value.numel() and torch.empty_like(value, device="meta").stride() == value.stride()
-    data |= {"stride": value.stride() if dense else None, "device": str(value.device)}
+    data |= {"stride": value.stride() if dense else None, "device": place_of(value.device)}
     data["memory"] = value.untyped_storage().data_ptr()
     children = {("attribute", name): item for name, item in vars(value).items()
                 if not name.startswith("_dynamo")}  # a compiler's notes  # fmt: skip

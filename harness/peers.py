@@ -225,7 +225,7 @@ class PeerTrainer:
         self.settings, self.n_steps = settings, settings.training_tokens // settings.batch
         sae_class, config_class = peer_class(PEERS[settings.trainer].kind)
         torch.manual_seed(seed)
-        where = {"device": str(mean_D.device)}
+        where = {"device": mean_D.device.type}  # another rank that goes on has another number
         shape = dict(d_in=len(mean_D), d_sae=settings.d_sae, **where)
         self.sae = sae_class(config_class(**shape, **options_of(settings, layer)))
         self.sae.prepare(settings, layer, scale, settings.density_penalty)

@@ -17,6 +17,7 @@ import torch
 
 from harness.errors import ExperimentError
 from harness.evaluation import probe_texts
+from harness.object_parts import place_of
 from harness.observation import Observer
 from harness.ranks import RANKS, Ranks
 from harness.startup import check_equal, check_sharable
@@ -185,6 +186,13 @@ def test_what_the_first_reads_comes_to_each_rank_s_own_device(
     settings, meta = settings_of(toy, "run_1"), torch.device("meta")
     read = probe_texts.read_probe_texts(settings, toy_lm.tokenizer, meta)
     assert [devices(texts) for texts in (*given, read)] == [{"cpu"}, {"meta"}]
+
+
+def test_what_is_on_a_rank_s_gpu_goes_on_on_another_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An optimizer's moments are made anew where a trainer goes on: beside its weights."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    places = [place_of(torch.device(device)) for device in ("cuda:1", "cuda:0", "cpu")]
+    assert places == ["cuda", "cuda:0", "cpu"]
 
 
 def test_an_edit_that_ranks_can_not_share_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
