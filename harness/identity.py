@@ -83,6 +83,8 @@ class Description:
         self.met: dict[int, tuple[int, object]] = {}  # the object too, so that none takes its place
 
     def __call__(self, thing: Any) -> Any:
+        if isinstance(thing, torch.device):
+            thing = torch.device(thing.type)  # of several ranks each has a number of its own
         if isinstance(thing, PLAIN):
             return f"{type(thing).__qualname__} {thing!r}"
         if id(thing) in self.met:

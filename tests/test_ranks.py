@@ -17,6 +17,7 @@ import torch
 
 from harness.errors import ExperimentError
 from harness.evaluation import probe_texts
+from harness.identity import describe
 from harness.object_parts import place_of
 from harness.observation import Observer
 from harness.ranks import RANKS, Ranks
@@ -193,6 +194,11 @@ def test_what_is_on_a_rank_s_gpu_goes_on_on_another_s(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     places = [place_of(torch.device(device)) for device in ("cuda:1", "cuda:0", "cpu")]
     assert places == ["cuda", "cuda:0", "cpu"]
+
+
+def test_which_of_a_machine_s_gpus_it_is_is_in_no_key() -> None:
+    first, second, cpu = (describe([torch.device(of)]) for of in ("cuda:0", "cuda:1", "cpu"))
+    assert first == second != cpu
 
 
 def test_an_edit_that_ranks_can_not_share_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
