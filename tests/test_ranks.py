@@ -50,14 +50,12 @@ def driver(toy_model: Path, hf_home: Path, tmp_path_factory: pytest.TempPathFact
 
 
 def results(driver: Driver, run: str) -> tuple:
-    """Weights, figures but for times, and the log."""
+    """Weights, what is shown of features, figures but for times, and the log."""
     folder = driver.folder / run
-    weights = {
-        str(file.relative_to(folder)): file.read_bytes()
-        for file in (folder / "sae").rglob("*.safetensors")
-    }
-    assert len(weights) == 4
-    return weights, driver.figures(run), driver.log_lines(run)
+    files = [*(folder / "sae").rglob("*.safetensors"), *(folder / "features").iterdir()]
+    assert len(files) == 4 + 2
+    contents = {str(file.relative_to(folder)): file.read_bytes() for file in files}
+    return contents, driver.figures(run), driver.log_lines(run)
 
 
 def ranks_of(

@@ -117,6 +117,27 @@ def test_a_model_that_does_not_spell_is_refused(asked, monkeypatch) -> None:
         stock.check_letters(run.settings, run.sae_bench_model, CPU)
 
 
+def test_probes_of_letters_are_of_the_language_model_as_it_is(asked, letters, monkeypatch) -> None:
+    """An edit may change it: what was kept of the one that was loaded is then not its own."""
+    from sae_bench.evals.absorption import common
+
+    def train(model, layers, *_, probes_dir: Path, **__) -> None:  # in no time
+        place = probes_dir / stock.MODEL / "layer_2"
+        place.mkdir(parents=True)
+        for name in stock.PROBE_FILES:
+            (place / name).write_text("a probe")
+
+    monkeypatch.setattr(common, "train_and_save_probes", train)
+    run, _ = asked("absorption")
+    model, folder = run.sae_bench_model, store_dir() / "letter_probes"
+    weights = next(model.parameters())
+    for factor, n_kept in ((1.0, 1), (1.0, 1), (2.0, 2), (0.5, 2)):
+        with torch.no_grad():
+            weights.mul_(factor)
+        stock.letter_probes(run.settings, model, 2, CPU)
+        assert len([*folder.iterdir()]) == n_kept
+
+
 def test_absorption_s_words_are_one_token_in_its_prompts() -> None:
     from transformers import AutoTokenizer
 

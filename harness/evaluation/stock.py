@@ -224,7 +224,7 @@ def letter_probes(
     if keeps and n_words * model.cfg.d_model * 4 * len(settings.layers) <= ACTIVATIONS_GB * 1e9:
         key = {
             "layer": layer, "config": dataclasses.asdict(config) | {"model_name": ""},
-            "tokenizer": describe(model.tokenizer),
+            "language model": describe(model), "tokenizer": describe(model.tokenizer),
             **environment_fingerprint(settings, code, device),
         }  # fmt: skip
     cache = TensorCache("letter probes", key)
