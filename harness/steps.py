@@ -196,12 +196,14 @@ def take_step(
 
 def captured_steps(trainers: dict[Key, TrainerLike], log: TrainingLog) -> CapturedSteps | None:
     """What takes all trainers' steps together; None where they have schedules of their own."""
-    steps = log.done, log.n_steps
-    if all(isinstance(trainer.at(*steps), tuple) for trainer in trainers.values()):
+    given = [trainer.at(log.done, log.n_steps) for trainer in trainers.values()]
+    if all(isinstance(at, tuple) for at in given):
         return CapturedSteps(trainers, log.given)
+    why = "SAELens' trainers read values back and keep count of steps"
+    if any(at is not None for at in given):
+        why = "what a trainer's `at` gives its step is no named tuple"
     if not log.looked:
-        print_line("steps are taken operation by operation, not as one graph: SAELens' trainers "
-                   "read values back and keep count of steps")  # fmt: skip
+        print_line(f"steps are taken operation by operation, not as one graph: {why}")
     return None
 
 

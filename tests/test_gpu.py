@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from experiment import Settings, Trainer, contrastive_loss
 from harness import gpu
 from harness.gpu import CapturedSteps
 from harness.object_state import restore, state_of
+from harness.steps import captured_steps
 from harness.training import ActivationStats
 
 READS = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero")
@@ -243,6 +245,21 @@ def test_steps_that_a_graph_would_not_repeat_are_taken_one_by_one(
     if trainer is not Draws:
         assert losses == again and same_weights(plain, found)
     assert trainer is not Draws or random.getstate() != stood  # it drew for a graph, too
+
+
+@pytest.mark.parametrize(("given", "said"), [
+    (None, "SAELens' trainers read values back and keep count of steps"),
+    ({"lr": 1e-3}, "what a trainer's `at` gives its step is no named tuple"),
+])  # fmt: skip
+def test_why_no_graph_is_tried_is_said_once(capfd, given: object, said: str) -> None:
+    trainers = {(1, 0): SimpleNamespace(at=lambda step, n_steps: given)}
+    log = SimpleNamespace(done=0, n_steps=3, looked=False, given=None)
+    assert captured_steps(trainers, log) is None
+    log.looked = True
+    assert captured_steps(trainers, log) is None
+    out = capfd.readouterr().out
+    assert out == f"steps are taken operation by operation, not as one graph: {said}\n"
+
 
 
 @pytest.mark.parametrize("changes", [{}, THRESHOLD], ids=str)
