@@ -79,8 +79,11 @@ def bare_code(text: str) -> str:
 
 
 def assigned(line: ast.stmt) -> set[str]:
-    """The names that a statement gives a value to."""
-    targets = getattr(line, "targets", None) or [getattr(line, "target", None)]
+    """The names that a statement gives a value to, or to an entry of: PLAN["run_11"]."""
+    targets = [*(getattr(line, "targets", None) or [getattr(line, "target", None)])]
+    for at, target in enumerate(targets):
+        while isinstance(target, ast.Subscript):
+            targets[at] = target = target.value
     return {target.id for target in targets if isinstance(target, ast.Name)}
 
 

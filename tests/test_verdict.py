@@ -158,7 +158,7 @@ def beside(tmp_path: Path):
 
 def test_the_reference_s_curve_is_found_among_the_runs_beside_it(beside, tmp_path) -> None:
     beside("run_1", [0.70, 0.71, 0.73], 16.0)
-    plan = "\nPLAN |= {'run_k_36': dict(k_min=36)}  # a comment\n"
+    plan = "\nPLAN |= {'run_k_36': dict(k_min=36)}  # a comment\nPLAN['run_5'] = dict(lr=1.0)\n"
     beside("run_k_36", [0.80] * 3, 36.0, code=plan, k_min=36, description="another", log_every=7)
     beside("run_2", [0.1] * 3, 20.0, k_min=40, lr=0.5)  # another method
     beside("run_3", [0.1] * 3, 28.0, code="\ndef loss():\n    return 0\n", k_min=50)  # edited
