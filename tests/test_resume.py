@@ -550,7 +550,7 @@ def test_what_no_trainer_holds_is_found_in_the_rehearsal(
     assert [*problems] == ["unresumable"], problems
     assert re.search(r"after a resume in the rehearsal \S.* differ", problems["unresumable"])
     assert before == (names(toy), names(toy.Trainer)), "left by the rehearsal"
-    assert toy.train.__defaults__[1:] in ((), ([],))
+    assert toy.train.__defaults__ in (None, ([],))
 
 
 def names(place: object) -> set[str]:
