@@ -141,10 +141,30 @@ def settings_of_run(
     of_all = {field: value for field, value in profile.items() if field not in plan}
     of_trainer = of_all.pop("trainers", {})
     trainer = str((of_all | given).get("trainer", getattr(make, "trainer", OWN)))
-    chosen = of_all | of_trainer.get(trainer, {}) | given
+    layers = of_all.get("layers", getattr(make, "layers", ()))
+    tuned = of_layers(of_trainer.get(trainer, {}), layers, given)
+    chosen = of_all | tuned | given
     settings = checked_settings(name, make, chosen)
     check_trainer(name, settings, given)
     return settings
+
+
+def of_layers(
+    tuned: dict[str, Any], layers: tuple[int, ...], given: dict[str, Any]
+) -> dict[str, Any]:
+    """A trainer's settings with the coefficients of a run's own layers; of others there are none.
+
+    Args:
+        tuned: with a coefficient for each of the profile's `layers`. given: what the plan sets.
+    """
+    values = tuned.get("sparsity_coefficient")
+    if not isinstance(values, tuple) or given.get("layers", layers) == layers:
+        return tuned
+    by_layer, wanted = dict(zip(layers, values)), given["layers"]
+    others = {field: value for field, value in tuned.items() if field != "sparsity_coefficient"}
+    if not isinstance(wanted, tuple) or not by_layer.keys() >= {*wanted}:
+        return others
+    return others | {"sparsity_coefficient": tuple(by_layer[layer] for layer in wanted)}
 
 
 def check_trainer(name: str, settings: Any, given: dict[str, Any]) -> None:

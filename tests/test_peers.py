@@ -300,6 +300,9 @@ def test_a_peer_has_what_was_found_best_for_it_unless_the_plan_says_otherwise() 
     mine = plan_of(trainer="gated", lr=1e-4, sparsity_coefficient=2.0)
     assert (mine.lr, mine.sparsity_coefficient) == (1e-4, 2.0)
     assert peers.options_of(mine, 2) == {"l1_coefficient": 2.0}
+    at_4, at_1, _ = plan_of(trainer="gated", layers=(4, 1, 2)).sparsity_coefficient
+    assert plan_of(trainer="gated", layers=(1, 4)).sparsity_coefficient == (at_1, at_4)
+    assert at_1 < at_4 and plan_of(trainer="gated", layers=(3,)).sparsity_coefficient is None
     assert plan_of(trainer="topk").k_min == experiment.Settings.k_min
     assert {*peers.TUNED} == {*peers.PEERS} == {*SELECTING, *PENALISED}
     assert {name for name, peer in peers.PEERS.items() if peer.penalty} == {*PENALISED}
@@ -316,8 +319,8 @@ def test_a_peer_has_what_was_found_best_for_it_unless_the_plan_says_otherwise() 
     (dict(trainer="topk", sparsity_coefficient=1.0), "sparsity_coefficient must be left out"),
     (dict(sparsity_coefficient=1.0), "sparsity_coefficient must be left out, as nothing reads it "
      "with trainer='contrastive'"),
-    (dict(trainer="gated", layers=(2,)), "sparsity_coefficient must be one number, or one for each "
-     "of the layers"),
+    (dict(trainer="gated", layers=(2,), sparsity_coefficient=(1.0, 2.0)), "sparsity_coefficient "
+     "must be one number, or one for each of the layers"),
     (dict(trainer="gated", sparsity_coefficient=-1.0), "sparsity_coefficient must be None or "),
     (dict(trainer="batchtopK"), "trainer must be 'contrastive', 'standard', 'topk'"),
 ])  # fmt: skip
