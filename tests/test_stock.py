@@ -16,6 +16,7 @@ from pydantic import TypeAdapter
 from sae_bench.sae_bench_utils import dataset_utils
 
 from bench.common import run_on, settings_of
+from harness import fingerprint
 from harness.errors import ExperimentError
 from harness.evaluation import stock
 from harness.evaluation.core import prepare_for_sae_bench
@@ -305,6 +306,7 @@ def test_a_setting_that_a_rehearsal_has_not_seen_used_is_in_no_key(asked, monkey
         return {name: {"eval_result_metrics": {}} for name in keys}
 
     monkeypatch.setattr(stock, "cached_each", kept)
+    monkeypatch.setattr(fingerprint, "patched", dict)  # what tests put there reads every setting
     monkeypatch.setattr(OBSERVED, "ran", {})
     monkeypatch.setattr(OBSERVED, "settings", {})
     run, saes = asked("tpp")
