@@ -31,7 +31,6 @@ from harness.store import digest
 from harness.syntax import (
     ALL,
     FUNCTIONS,
-    LISTS_OF_SETTINGS,
     PACKAGE,
     Statement,
     bound_by,
@@ -39,6 +38,7 @@ from harness.syntax import (
     read_statements,
     statement_of,
 )
+from harness.verdict import LISTS_OF_SETTINGS
 
 EXPERIMENT = Path("experiment.py")  # stands for the file whose text a key is given
 # Without code of their own.

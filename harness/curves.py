@@ -9,11 +9,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from harness.verdict import compare_records, part_of, with_current_names
+from harness.verdict import LISTS_OF_SETTINGS, compare_records, part_of, with_current_names
 
 ASIDE = re.compile(r"\.\d+$")  # run_3.1 is a complete run_3 that was set aside
 OF_MACHINE = ("processor", "device", "version of ")  # may differ along a curve
-ANY_VALUE = ("PLAN", "PROFILES")  # of experiment.py: config.json holds what a run took from them
 
 
 def moves_l0(config: dict[str, Any]) -> set[str]:
@@ -65,7 +64,7 @@ def bare_code(text: str) -> str:
         tree = ast.parse(text)
     except (SyntaxError, ValueError):
         return text
-    tree.body = [line for line in tree.body if not assigned(line).intersection(ANY_VALUE)]
+    tree.body = [line for line in tree.body if not assigned(line) & LISTS_OF_SETTINGS]
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if not isinstance(body, list):

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from harness.store import digest
+from harness.verdict import LISTS_OF_SETTINGS
 
 PACKAGE = __name__.split(".")[0]
 ALL = "*"  # in the place of a name: everything of a file
@@ -24,7 +25,6 @@ MAKERS = frozenset({
     "cached_property", "wraps", "contextmanager", "abstractmethod", "field_validator",
     "model_validator", "sweep",
 })  # fmt: skip
-LISTS_OF_SETTINGS = {"PROFILES", "PLAN"}  # what they say is in the settings of a run
 
 LOOKUPS = {"globals", "__globals__", "eval", "exec", "modules"}  # find a name that stands nowhere
 

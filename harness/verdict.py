@@ -33,6 +33,7 @@ BEFORE = {
     "first_positions": 1, "resample_every": 1, "trainer": "contrastive",
     "sparsity_coefficient": None,
 }  # fmt: skip
+LISTS_OF_SETTINGS = {"PROFILES", "PLAN"}  # of experiment.py: what they say is in a run's settings
 OWN = "contrastive"  # this project's trainer
 SELECTING = ("topk", "batchtopk", "matryoshka_batchtopk")  # SAELens' trainers whose L0 is k,
 PENALISED = ("standard", "jumprelu", "jumprelu_tanh", "gated")  # and those with a coefficient
