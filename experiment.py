@@ -23,7 +23,7 @@ from sae_bench.custom_saes.base_sae import BaseSAE
 from torch import Tensor, nn
 
 from harness.evaluation.core import core_evaluation, mean_l0
-from harness.evaluation.export import export_to_saelens
+from harness.evaluation.export import export
 from harness.evaluation.extra import extra_evaluations
 from harness.evaluation.probing import sparse_probing
 from harness.generators import seed_generators
@@ -43,6 +43,7 @@ from sparse_ops import Codes, fast_if_gradients_match, on_gpu, preactivations
 # ---- SETTINGS AND PLAN: edit these directly -----------------------------------------------------
 
 Part = Annotated[float, Field(ge=0, le=1)]  # of training
+Rate = Annotated[float, Field(gt=0, le=1)]
 
 
 @checked
@@ -73,8 +74,10 @@ class Settings:
     gamma: NonNegativeFloat | None = None  # loss weight; None: learned in (0, 0.3)
     constants_from_run: str | None = None  # fix all three at this run's final values, by layer
     reg_lambda: NonNegativeFloat = 0.01  # λ of L_reg, on the learned θ
-    activation: Literal["topk", "jumprelu"] = "topk"  # of each token; above a threshold, k in mean
-    threshold_rate: Annotated[float, Field(gt=0, le=1)] = 0.05  # by which it follows k, per step
+    activation: Literal["topk", "jumprelu", "relu"] = "topk"  # docs/method.md, The SAE
+    threshold_rate: Rate = 0.05  # jumprelu: by which the threshold follows k, per step
+    gamma_rate: Rate = 0.01  # relu: by which θ3 follows k, per step
+    theta_rule: Literal["descent", "ascent"] = "descent"  # of L_pen, by the learned θ
     density_penalty: NonNegativeFloat = 0.0  # φ: selected features cost as often as they fire
     curriculum: bool = True  # False: no selection, all active features reconstruct (k_min = 1)
     k_min: PositiveInt = 16  # features selected per token at the end of the curriculum; SAELens' k
@@ -132,28 +135,24 @@ class Settings:
         })  # fmt: skip
 
 
-GPU = torch.cuda.is_available()
 PROFILES: dict[str, dict[str, Any]] = {  # under a run's name: what that run has otherwise there
     "tinylm": dict(trainers=TUNED),  # the defaults above, and SAELens' trainers' own
     "smollm2": dict(model="smollm2", training_text="smollm2", core_text="smollm2",  # of packages
         first_positions=2, layers=(9, 14, 19), d_sae=4608, k_min=32, lr=1e-3, theta_lr=5e-2,
-        training_tokens=4_000_000 if GPU else 400_000, buffer_tokens=131_072, core_prompts=8,
+        training_tokens=4_000_000 if torch.cuda.is_available() else 400_000, buffer_tokens=131_072,
         dead_feature_window=60_000, core_reconstruction_batches=2, core_sparsity_batches=20,
-        probe_sets=("smollm2/B",), run_10=dict(lr=1.5e-3, dead_feature_window=60_000)),
+        core_prompts=8, run_10=dict(lr=1.5e-3, dead_feature_window=60_000),
+        probe_sets=("smollm2/B",), **{f"run_{i}": dict(seeds=(0, 1, 2)) for i in (2, 3, 6, 9)}),
     "gemma-2-2b": dict(
         model="google/gemma-2-2b", lm_dtype="bfloat16", layers=(5, 12, 19), budget_minutes=110.0,
         training_text="monology/pile-uncopyrighted", training_tokens=50_000_000, d_sae=2304,
         k_min=64, k_start_factor=4.0, curriculum_fraction=0.3, batch=2048, lr=3e-4, lr_warmup=0.02,
         dead_feature_window=2_500_000, resample_every=20, harvest_contexts=64, log_every=100,
         core_text="Skylion007/openwebtext", core_reconstruction_batches=200,
-        core_sparsity_batches=2000,
+        core_sparsity_batches=2000, probe_train=4000, probe_test=1000,
         probe_sets=(*(f"LabHC/bias_in_bios_class_set{n}" for n in (1, 2, 3)),
-            "canrager/amazon_reviews_mcauley_1and5",
-            "canrager/amazon_reviews_mcauley_1and5_sentiment",
-            "codeparrot/github-code", "fancyzhx/ag_news", "Helsinki-NLP/europarl",
-        ),
-        probe_train=4000, probe_test=1000,
-    ),
+            *(f"canrager/amazon_reviews_mcauley_1and5{of}" for of in ("", "_sentiment")),
+            "codeparrot/github-code", "fancyzhx/ag_news", "Helsinki-NLP/europarl")),
 }  # fmt: skip
 
 THREE, FIVE = (0, 1, 2), (0, 1, 2, 3, 4)  # seeds
@@ -236,9 +235,9 @@ class CustomSAE(BaseSAE):
         return low + width * torch.sigmoid(getattr(self, theta))
 
     def thetas(self) -> list[nn.Parameter]:
-        """The learned θ."""
-        names = [theta for name, (theta, *_) in LEARNED_SCALARS.items() if name not in self.fixed]
-        return [getattr(self, theta) for theta in names]
+        """The learned θ that gradients move."""
+        thetas = [getattr(self, theta) for theta, *_ in LEARNED_SCALARS.values()]
+        return [theta for theta in thetas if theta is not None and theta.requires_grad]
 
     @torch.no_grad()
     def learned_scalars(self) -> dict[str, Tensor | None]:
@@ -488,6 +487,9 @@ class Trainer:
 
     def __init__(self, sae: CustomSAE, settings: Settings, seed: int, autocast: bool = False):
         self.sae, self.settings, self.autocast = sae, settings, autocast
+        self.dual = sae.theta_3 if settings.activation == "relu" else None  # it holds L0 at k
+        if self.dual is not None:
+            self.dual.requires_grad_(False)
         groups = [{"params": [sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec], "lr": settings.lr}]
         if sae.thetas():
             groups.append({"params": sae.thetas(), "lr": settings.theta_lr})
@@ -517,7 +519,8 @@ class Trainer:
         x_BD = x_BD.to(sae.W_enc.dtype) * sae.norm_scaling_factor
         self.start_threshold(x_BD, at.k)
         cost_F = settings.density_penalty * self.firing_rate_F if settings.density_penalty else None
-        given = at.k, settings.reg_lambda, settings.loss_variant
+        k = None if settings.activation == "relu" else at.k
+        given = k, settings.reg_lambda, settings.loss_variant
 
         def loss_of(fast: bool) -> Loss:
             loss = compiled(contrastive_loss, x_BD.device) if fast else contrastive_loss
@@ -527,12 +530,15 @@ class Trainer:
             loss, self.fast = fast_if_gradients_match(self.fast, loss_of, [*sae.parameters()])
         self.optimizer.zero_grad()
         loss.total.backward()
+        if settings.theta_rule == "ascent":  # L_reg is still descended
+            for theta in sae.thetas():
+                theta.grad.neg_().add_(theta.detach(), alpha=4 * settings.reg_lambda)
         sae.remove_parallel_gradient()
         self.optimizer.param_groups[0]["lr"] = at.lr
         record = self.record(loss, x_BD, at) if log else None
         self.optimizer.step()
         sae.normalize_decoder()
-        self.move_threshold(loss, at.k)
+        self.hold_l0(loss, at.k)
         self.n_forward_passes_since_fired.add_(1).masked_fill_(loss.selected.fired(), 0)
         if cost_F is not None:
             self.firing_rate_F.lerp_(loss.selected.counts() / len(x_BD), 0.02)
@@ -551,14 +557,17 @@ class Trainer:
         self.sae.threshold.copy_(largest.clamp(min=1e-6))
 
     @torch.no_grad()
-    def move_threshold(self, loss: Loss, k: int | None) -> None:
-        """Up where more than k features per token were above the threshold, down where fewer.
+    def hold_l0(self, loss: Loss, k: int | None) -> None:
+        """Moves the multiplier of the constraint L0 = k: up while L0 is too high, else down.
 
-        The threshold is the multiplier of the constraint L0 = k: it rises while L0 is too high.
+        It is the threshold, or θ3 where all active features reconstruct.
         """
-        if self.sae.threshold is not None:
-            l0 = loss.selected.n_active().sum() / len(loss.residual_BD)
-            excess = (l0 / k - 1).clamp(max=1.0)
+        if self.sae.threshold is None and self.dual is None:
+            return
+        excess = (loss.selected.n_active().sum() / len(loss.residual_BD) / k - 1).clamp(max=1.0)
+        if self.dual is not None:
+            self.dual.add_(self.settings.gamma_rate * excess).clamp_(-6, 6)  # σ: 0.002, 0.998
+        else:
             self.sae.threshold.mul_(torch.exp(self.settings.threshold_rate * excess))
 
     @torch.no_grad()
@@ -566,9 +575,9 @@ class Trainer:
         """Points dead features at what badly reconstructed tokens lack, x − x̂.
 
         After Bricken et al. 2023 ("Towards Monosemanticity", appendix, neuron resampling), with
-        tokens drawn in proportion to their squared loss; but at every step, as features die. With a
-        threshold they get the others' mean bias: without one they are above it on many tokens, and
-        it rises to hold L0 and silences others, which are resampled in turn.
+        tokens drawn in proportion to their squared loss; but at every step, as features die. Where
+        L0 is held they get the others' mean bias: without one they are active on many tokens, and
+        what holds L0 rises and silences others, which are resampled in turn.
         """
         sae, dead_F, n_at_once = self.sae, self.dead(), len(residual_BD)
         if not on_gpu(dead_F) and not (n_at_once := min(int(dead_F.sum()), n_at_once)):
@@ -581,7 +590,7 @@ class Trainer:
         directions_ND = directions_ND / directions_ND.norm(dim=1, keepdim=True)
         encoder_DN = directions_ND.T * sae.W_enc.norm(dim=0).mean()
         bias = torch.zeros_like(sae.b_enc[0])
-        if sae.threshold is not None:
+        if self.settings.activation != "topk":
             bias = sae.b_enc.where(~dead_F, 0.0).sum() / (~dead_F).sum().clamp(min=1)
         replace_entries(self.optimizer, sae.W_dec, (at_N,), dead_N[:, None], directions_ND)
         replace_entries(self.optimizer, sae.W_enc, (slice(None), at_N), dead_N, encoder_DN)
@@ -629,8 +638,8 @@ def new_trainers(run: Run, stats: dict[int, ActivationStats], fixed: dict) -> di
     """A trainer per layer and seed. See `ActivationStats`, `constants` and `Trainer`."""
     if run.settings.trainer != "contrastive":
         return peer_trainers(run, stats, fixed)
-    s, k = run.settings, k_at(run.settings, progress=1.0)
-    by_threshold = k is not None and s.activation == "jumprelu"
+    s, by_threshold = run.settings, run.settings.activation == "jumprelu"
+    k = None if s.activation == "relu" else k_at(s, progress=1.0)
     trainers = {}
     for (layer, seed), values in fixed.items():
         sae = new_sae(s, layer, seed, stats[layer], values, k, by_threshold)
@@ -757,8 +766,7 @@ def evaluate(run: Run, training: Training) -> tuple[dict[str, dict], dict[str, f
 SHOWN = (  # in the block that a run's output ends with
     "l0", "fvu", "ce_loss_score", "frac_alive", "sae_top_1_test_accuracy",
     "sae_top_5_test_accuracy", "untrained_top_5_test_accuracy", "llm_top_5_test_accuracy",
-    "tau_sel", "tau_pen", "gamma",
-)  # fmt: skip
+    *LEARNED_SCALARS)  # fmt: skip
 
 
 def figures_of(key: Key, training: Training, scores: dict[str, dict]) -> dict[str, float]:
@@ -777,20 +785,12 @@ def figures_of(key: Key, training: Training, scores: dict[str, dict]) -> dict[st
 # ---- MAIN ---------------------------------------------------------------------------------------
 
 
-def export(run: Run, training: Training) -> None:
-    """Writes each SAE, folded, as SAELens stores it, with θ and what follows in theta.json."""
-    for (layer, seed), sae in training.saes.items():
-        theta = {**sae.learned_scalars(), "scale": sae.norm_scaling_factor}
-        raw, folder = sae.fold_activation_norm_scaling(), f"sae/layer_{layer}/seed_{seed}"
-        export_to_saelens(run, raw, run.out_dir / folder, theta=theta)
-
-
 def main(run: Run) -> None:
     """Trains the SAEs on the language model's activations, scores them, records what came out."""
     texts = documents(run.settings.training_text, "train")
     with TokenStream(texts, run.language_model.tokenizer, run.settings.context) as stream:
         training = train(run, ActivationBuffer(run, stream))
-    export(run, training)
+    export(run, training.saes)
     scores, seconds = evaluate(run, training)
     figures = {key: figures_of(key, training, scores) for key in training.saes}
     write_records(run, figures, SHOWN, training.log, seconds)

@@ -319,6 +319,8 @@ def gradients_match(loss: Callable[[bool], Any], parameters: list[nn.Parameter])
         loss: from whether the fast form may be taken to what has the loss as its `total`.
     """
 
+    parameters = [parameter for parameter in parameters if parameter.requires_grad]
+
     def total_and_gradients(fast: bool) -> list[Tensor]:
         total = loss(fast).total
         gradients = torch.autograd.grad(total, parameters, materialize_grads=True)

@@ -71,7 +71,7 @@
 
 PUBLIC = {
     "evaluation.core": ("core_evaluation", "mean_l0"),
-    "evaluation.export": ("export_to_saelens",),
+    "evaluation.export": ("export",),
     "evaluation.extra": ("extra_evaluations",),
     "evaluation.probing": ("sparse_probing",),
     "generators": ("seed_generators",),

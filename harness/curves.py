@@ -18,11 +18,13 @@ OF_MACHINE = ("processor", "device", "version of ")  # may differ along a curve
 def moves_l0(config: dict[str, Any]) -> set[str]:
     """The settings of a run that set its L0, and so may differ along a curve.
 
-    With a selection that is k_min. Without one it is the penalty's weight, where it is a number.
+    With a selection that is k_min, and so where γ holds L0 at it. Without either it is the
+    penalty's weight, where it is a number.
     A trainer's coefficient is a setting whose name ends so.
     """
     settings = with_current_names(part_of(config, "settings"))
     selects = settings.get("curriculum", True) and settings.get("loss_variant") != "as_written"
+    selects = selects and settings.get("activation") != "relu"
     found = {"k_min"} if selects or settings.get("gamma") is None else {"gamma"}
     return found | {name for name in settings if name.endswith("coefficient")}
 

@@ -31,7 +31,7 @@ OLD_ACTIVATIONS = {"token": "topk", "threshold": "jumprelu"}  # the same of that
 BEFORE = {
     "activation": "topk", "density_penalty": 0.0, "threshold_rate": 0.05, "hook": "resid_post",
     "first_positions": 1, "resample_every": 1, "trainer": "contrastive",
-    "sparsity_coefficient": None,
+    "sparsity_coefficient": None, "gamma_rate": 0.01, "theta_rule": "descent",
 }  # fmt: skip
 LISTS_OF_SETTINGS = {"PROFILES", "PLAN"}  # of experiment.py: what they say is in a run's settings
 OWN = "contrastive"  # this project's trainer
@@ -39,8 +39,8 @@ SELECTING = ("topk", "batchtopk", "matryoshka_batchtopk")  # SAELens' trainers w
 PENALISED = ("standard", "jumprelu", "jumprelu_tanh", "gated")  # and those with a coefficient
 OF_OWN = {  # settings that mean nothing to SAELens'
     "loss_variant", "tau_sel", "tau_pen", "gamma", "constants_from_run", "reg_lambda",
-    "activation", "threshold_rate", "curriculum", "k_start_factor", "curriculum_fraction",
-    "theta_lr", "resample", "resample_every",
+    "activation", "threshold_rate", "gamma_rate", "theta_rule", "curriculum", "k_start_factor",
+    "curriculum_fraction", "theta_lr", "resample", "resample_every",
 }  # fmt: skip
 
 # What makes figures comparable: settings, and entries of `facts`, that begin so. All others may

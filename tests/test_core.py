@@ -22,7 +22,7 @@ from harness.evaluation.core import (
     prepare_for_sae_bench,
     shared_core_evals,
 )
-from harness.evaluation.export import export_to_saelens
+from harness.evaluation.export import export, export_to_saelens
 from harness.evaluation.shared_forward import CountingSAE, ModelView, SharedForward, StoreView
 from harness.language_model import load_language_model
 from harness.ledger import LEDGER
@@ -308,7 +308,8 @@ def test_a_layer_that_the_loss_does_not_need_is_named(toy, toy_model: Path) -> N
 
 @pytest.mark.parametrize(
     "changes, form",
-    [({}, "topk"), ({"curriculum": False}, "standard"), ({"activation": "jumprelu"}, "jumprelu")],
+    [({}, "topk"), ({"curriculum": False}, "standard"), ({"activation": "relu"}, "standard"),
+     ({"activation": "jumprelu"}, "jumprelu")],
 )
 def test_exported_sae_gives_the_same_output(toy, toy_lm, tmp_path: Path, changes, form) -> None:
     settings = dataclasses.replace(settings_of("run_1", "tinylm"), layers=(2,), **changes)
@@ -318,7 +319,7 @@ def test_exported_sae_gives_the_same_output(toy, toy_lm, tmp_path: Path, changes
     sae = trainers[2, 0].sae
     if form == "jumprelu":
         sae.threshold.fill_(0.9)
-    toy.export(run, toy.Training({(2, 0): sae}, {}, None))
+    export(run, {(2, 0): sae})
     stored = stored_sae(tmp_path, 2)
     assert stored.cfg.architecture() == form
     # As SAEDashboard asks of a topk SAE.

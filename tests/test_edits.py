@@ -260,14 +260,14 @@ class Base:
     **{f"warm/layer_{layer}.safetensors": safetensors.torch.save({"scale": torch.tensor(1.0)})
        for layer in (1, 2)},
 }
-STEPPED = "        sae.normalize_decoder()\n        self.move_threshold(loss, at.k)\n"
+STEPPED = "        sae.normalize_decoder()\n        self.hold_l0(loss, at.k)\n"
 STEP = "        return super().step("
 FIGURES = '    figures = core[name] | probing[name] | scores["extra"][name]\n'
 ENCODE = "    def encode(self, x: Tensor) -> Tensor:\n"
 INIT = '        self.cfg.architecture = "parametric_contrastive"\n'
 EVALUATE = "        core = core_evaluation(run, saes, core_metrics, timed.advance)\n"
 MAIN = "        training = train(run, ActivationBuffer(run, stream))\n"
-EXPORT = "    export(run, training)\n"
+EXPORT = "    export(run, training.saes)\n"
 METRICS = '    scalars["misc_metrics"] = core.calculate_misc_metrics(features)\n'
 Pairs = tuple[tuple[str, str], ...]
 

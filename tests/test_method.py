@@ -337,6 +337,64 @@ def test_threshold_keeps_l0_at_k() -> None:
     assert float((held_out > 0).sum(1).float().mean()) == pytest.approx(4, rel=0.1)
 
 
+def without_selection(**changes) -> Trainer:
+    """A trainer in whose SAE all active features reconstruct."""
+    settings = small_settings(activation="relu", **changes)
+    run = SimpleNamespace(settings=settings, train_dtype="float32")
+    (trainer,) = experiment.new_trainers(run, {0: RAW}, {(0, 0): {}}).values()
+    return trainer
+
+
+def l0_of(sae: CustomSAE) -> float:
+    return float((sae.encode(structured(2000, seed=1000)) > 0).sum(1).float().mean())
+
+
+def test_gamma_holds_l0_at_k_where_all_active_features_reconstruct() -> None:
+    trainer = without_selection(training_tokens=64 * 600, gamma_rate=0.02, k_min=10)
+    sae = trainer.sae
+    assert sae.k is None and sae.threshold is None
+    assert l0_of(sae) > 14
+    start, loss_of = float(sae.theta_3.detach()), experiment.contrastive_loss
+    for step in range(600):
+        x, before = structured(64, seed=step), sae.theta_3.detach().clone()
+        l0 = float(loss_of(sae, x, None, 0.01).selected.n_active().float().mean())
+        at = trainer.at(step, 600)
+        trainer.step(x, at, log=False)
+        # Up where L0 is above k_t, else down; neither by a gradient nor by L_reg.
+        assert float(sae.theta_3.detach()) == pytest.approx(
+            float(before) + 0.02 * min(l0 / at.k - 1, 1.0), abs=1e-6
+        )
+    assert float(sae.theta_3.detach()) > start  # descent could only have weakened the penalty
+    assert l0_of(sae) == pytest.approx(10, rel=0.1)
+
+
+def test_gamma_does_not_wind_up_beyond_its_bounds() -> None:
+    trainer = without_selection(gamma_rate=0.5, k_min=1)
+    for step in range(40):
+        trainer.step(structured(64, seed=step), trainer.at(59, 60), log=False)
+    assert float(trainer.sae.theta_3.detach()) == 6.0
+    assert 0.299 < float(trainer.sae.scalar("gamma").detach()) < 0.3
+
+
+@pytest.mark.parametrize("reg_lambda", [0.0, 1.0])
+def test_theta_that_ascends_strengthens_the_penalty(reg_lambda) -> None:
+    """Each learned θ goes up the penalty and down L_reg."""
+    moved = {}
+    for rule in ("descent", "ascent"):
+        trainer = without_selection(theta_rule=rule, reg_lambda=reg_lambda)
+        taus = trainer.sae.theta_1, trainer.sae.theta_2
+        with torch.no_grad():
+            for theta in taus:
+                theta.fill_(3.0)
+        trainer.step(structured(64), trainer.at(0, 100), log=False)
+        moved[rule] = [float(theta.detach()) - 3.0 for theta in taus]
+    descent, ascent = moved["descent"], moved["ascent"]
+    if reg_lambda:  # far from 0 L_reg outweighs the penalty
+        assert max(descent + ascent) < 0
+    else:
+        assert descent[0] > 0 > descent[1] and ascent[0] < 0 < ascent[1]
+
+
 def few_active(sae: CustomSAE, x: torch.Tensor, n: int) -> None:
     """Lowers b_enc until n features per token are active in the mean."""
     with torch.no_grad():
@@ -522,18 +580,18 @@ def test_dead_features_are_counted_and_brought_back() -> None:
     assert left[True] <= 4
 
 
-@pytest.mark.parametrize("activation", ["topk", "jumprelu"])
-def test_a_resampled_feature_of_a_threshold_has_the_bias_of_the_others(activation) -> None:
+@pytest.mark.parametrize("activation", ["topk", "jumprelu", "relu"])
+def test_a_resampled_feature_has_the_bias_of_the_others_where_l0_is_held(activation) -> None:
     settings = small_settings(activation=activation)
-    by_threshold = activation == "jumprelu"
-    sae = experiment.new_sae(settings, 0, 0, RAW, {}, 4, by_threshold)
-    trainer = Trainer(sae, settings, 0)
+    run = SimpleNamespace(settings=settings, train_dtype="float32")
+    (trainer,) = experiment.new_trainers(run, {0: RAW}, {(0, 0): {}}).values()
+    sae = trainer.sae
     trainer.step(structured(64), trainer.at(1, 2), log=False)
     with torch.no_grad():
         sae.b_enc.copy_(torch.linspace(-3, -1, 32))
     expected_F = sae.b_enc.detach().clone()
     trainer.n_forward_passes_since_fired[:8] = 1000
-    expected_F[:8] = expected_F[8:].mean() if by_threshold else 0.0
+    expected_F[:8] = expected_F[8:].mean() if activation != "topk" else 0.0
     before_F = sae.W_enc.norm(dim=0).mean()
     trainer.resample(structured(64, seed=1))
     assert torch.allclose(sae.b_enc, expected_F)

@@ -136,7 +136,7 @@ def test_planned_runs_train_as_the_plan_says(
         ({"lr": 0.0}, "lr must be greater than 0"),
         ({"loss_variant": "other"}, "loss_variant must be 'contrastive' or 'as_written'"),
         ({"gamma": -0.1}, "gamma must be None or greater than or equal to 0"),
-        ({"activation": "batch"}, "activation must be 'topk' or 'jumprelu'"),
+        ({"activation": "batch"}, "activation must be 'topk', 'jumprelu' or 'relu'"),
         (
             {"activation": "jumprelu", "curriculum": False},
             "activation must be 'topk' where nothing is selected",

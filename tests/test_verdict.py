@@ -195,10 +195,11 @@ def test_what_moves_l0() -> None:
         (dict(k_min=8, description="x", seeds=[7]), True), (dict(training_tokens=5), False),
     ):  # fmt: skip
         assert on_one_curve(changed(mine, **change), mine) is equal, change
-    none = dict(curriculum=False)  # without a selection the penalty's weight moves it
-    for gamma, equal in ((0.1, True), (None, False)):
-        two = (changed(mine, gamma=g, **none) for g in (gamma, 0.05))
-        assert on_one_curve(*two) is equal
+    for none in (dict(curriculum=False), dict(activation="relu")):  # no selection
+        for gamma, equal in ((0.1, True), (None, False)):  # the penalty's weight moves it
+            two = (changed(mine, gamma=g, **none) for g in (gamma, 0.05))
+            assert on_one_curve(*two) is equal
+    assert on_one_curve(*(changed(mine, activation="relu", k_min=k) for k in (8, 16)))
     moved = changed(mine, l1_coefficient=3.0), changed(mine, l1_coefficient=5.0)
     assert on_one_curve(*moved)
     assert on_one_curve(mine | {"hardware": {"processor": "another"}}, mine)

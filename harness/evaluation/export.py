@@ -21,6 +21,18 @@ from harness.store import write_atomic, write_json
 from harness.tokenizer import counted
 
 
+def export(run: RunLike, saes: dict[tuple[int, int], SAELike]) -> None:
+    """Writes each SAE, folded, as SAELens stores it, with θ and what follows in theta.json.
+
+    Args:
+        saes: by layer and seed, as they were trained.
+    """
+    for (layer, seed), sae in saes.items():
+        theta = {**sae.learned_scalars(), "scale": sae.norm_scaling_factor}
+        raw, folder = sae.fold_activation_norm_scaling(), f"sae/layer_{layer}/seed_{seed}"
+        export_to_saelens(run, raw, run.out_dir / folder, theta=theta)
+
+
 def export_to_saelens(
     run: RunLike,
     sae: SAELike,
