@@ -316,6 +316,8 @@ def method(run: Published) -> str:
     k = f", k = {s['k_min']}" if run.architecture == "topk" else ""
     if run.architecture == "jumprelu":
         k = f", which training moves so that L0 is near {s['k_min']}"
+    elif s.get("activation") == "relu" and "gamma" in learned:
+        k = f", and training moves `gamma` so that L0 is near {s['k_min']}"
     names = f" Learned with it: {listed([f'`{name}`' for name in learned])}." if learned else ""
     again = "brought back" if s.get("resample") else "left as they are"
     return f"""## Method

@@ -257,15 +257,19 @@ def test_a_card_says_what_is_penalised(toy_run: Path, tmp_path: Path) -> None:
     said = "penalty on active features that are not in S"
     text = (publish(toy_run, REPO, MODEL, tmp_path / "published") / "README.md").read_text()
     assert said in text
-    run = edited(toy_run, tmp_path / "run_5", settings={"curriculum": False})
-    for cfg in run.glob("sae/*/*/cfg.json"):
-        content = json.loads(cfg.read_text()) | {"architecture": "standard"}
-        del content["k"], content["rescale_acts_by_decoder_norm"]
-        cfg.write_text(json.dumps(content))
-    text = (publish(run, REPO, MODEL, tmp_path / "published") / "README.md").read_text()
-    assert said not in text
-    assert "S holds all active features.\n" in text
-    assert "penalty on all active features but a token's strongest" in text
+    for name, settings, s_holds in (
+        ("run_5", {"curriculum": False}, "all active features.\n"),
+        ("run_11", {"activation": "relu"}, "all active features, and training moves `gamma` so that"),
+    ):
+        run = edited(toy_run, tmp_path / name, settings=settings)
+        for cfg in run.glob("sae/*/*/cfg.json"):
+            content = json.loads(cfg.read_text()) | {"architecture": "standard"}
+            del content["k"], content["rescale_acts_by_decoder_norm"]
+            cfg.write_text(json.dumps(content))
+        text = (publish(run, REPO, MODEL, tmp_path / "published") / "README.md").read_text()
+        assert said not in text
+        assert f"S holds {s_holds}" in text
+        assert "penalty on all active features but a token's strongest" in text
 
 
 def no_weights(run: Path) -> None:
