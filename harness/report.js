@@ -136,12 +136,13 @@ function mark(place = opened === null ? at : shown.findIndex(({ id }) => id === 
   if (open) open.classList.add("open");
   if (open) open.setAttribute("aria-selected", "true");
   at = place;
-  const active = $("list").children[at];
-  if (!active) return $("list").removeAttribute("aria-activedescendant");
+  const box = $("list"); // this scrolls the list, never the page
+  const active = box.children[at];
+  if (!active) return box.removeAttribute("aria-activedescendant");
   active.classList.add("active");
-  $("list").setAttribute("aria-activedescendant", active.id);
-  const box = $("list");
-  const top = active.offsetTop - box.offsetTop - box.clientTop; // scrolls the list, never the page
+  box.setAttribute("aria-activedescendant", active.id);
+  const from = box.getBoundingClientRect().top + box.clientTop - box.scrollTop;
+  const top = active.getBoundingClientRect().top - from;
   if (top < box.scrollTop) box.scrollTop = top;
   const bottom = top + active.offsetHeight - box.clientHeight;
   if (bottom > box.scrollTop) box.scrollTop = bottom;

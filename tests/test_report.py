@@ -416,3 +416,23 @@ def test_an_address_opens_its_feature_at_the_width_of_a_phone(features):
     assert browser.js("matchMedia('(prefers-color-scheme: dark)').matches")
     assert browser.js("getComputedStyle(document.body).backgroundColor") != "rgb(252, 252, 251)"
     browser.scheme("light")
+
+
+@in_a_browser
+def test_the_list_stands_at_the_feature_of_the_address(tmp_path, browser):
+    """Rows out of view are not laid out, so their height must not depend on what is in them."""
+    make_run(tmp_path, "run_1", log=False)
+    make_features(tmp_path / "run_1", 1, 900)
+    folder = tmp_path / "figures" / "tinylm"
+    folder.mkdir(parents=True)
+    report.write_report(folder, [tmp_path / "run_1"], "# Ablation")
+    browser.size(1280, 900)
+    browser.do("Page.navigate", url="about:blank")
+    browser.do("Page.navigate", url=f"file://{folder}/index.html#/run_1/1/870")
+    browser.wait("typeof opened !== 'undefined' && opened === 870")
+    above, below = browser.js(
+        "(() => { const [box, row] = ['#list', '#row-870'].map("
+        "(at) => document.querySelector(at).getBoundingClientRect());"
+        " return [row.top - box.top, box.bottom - row.bottom]; })()"
+    )
+    assert above >= 0 and below >= 0, (above, below)
