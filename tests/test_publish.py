@@ -259,7 +259,7 @@ def test_a_card_says_what_is_penalised(toy_run: Path, tmp_path: Path) -> None:
     assert said in text
     for name, settings, s_holds in (
         ("run_5", {"curriculum": False}, "all active features.\n"),
-        ("run_11", {"activation": "relu"}, "all active features, and training moves `gamma` so that"),
+        ("run_11", {"activation": "relu"}, "all active features, and training moves `gamma` "),
     ):
         run = edited(toy_run, tmp_path / name, settings=settings)
         for cfg in run.glob("sae/*/*/cfg.json"):
