@@ -79,11 +79,14 @@ def sweep(
 
 
 def word(value: Any) -> str:
-    """A value as the name of a folder can have it: 0.001, None, 1-2-4, alice-texts."""
+    """A value as the name of a folder can have it: 0p001, None, 1-2-4, alice-texts.
+
+    run_3.1 is a run_3 that was set aside, so no number has its point.
+    """
     if isinstance(value, (tuple, list)):
         return "-".join(map(word, value))
     text = f"{value:g}" if isinstance(value, float) else str(value)
-    return re.sub(r"[^\w.+-]+", "-", text)
+    return re.sub(r"[^\w.+-]+", "-", re.sub(r"\.(?=\d)", "p", text))
 
 
 def choose_profile(

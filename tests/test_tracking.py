@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from harness import preflight, tracking
+from harness.curves import ASIDE
 from harness.errors import ExperimentError
 from harness.preflight import tracker
 from harness.settings import settings_of_run, sweep
@@ -172,11 +173,18 @@ def test_a_sweep_is_a_run_per_value() -> None:
         "run_k_16": {"description": "k_min 16", "k_min": 16},
     }
     pairs = sweep("two", {"seeds": (0, 1, 2)}, lr=(1e-3, 5e-4), k_min=(8,))
-    assert list(pairs) == ["run_two_0.001_8", "run_two_0.0005_8"]
-    assert pairs["run_two_0.001_8"] == {
+    assert list(pairs) == ["run_two_0p001_8", "run_two_0p0005_8"]
+    assert pairs["run_two_0p001_8"] == {
         "description": "lr 0.001, k_min 8", "seeds": (0, 1, 2), "lr": 1e-3, "k_min": 8,
     }  # fmt: skip
     assert list(sweep("k", k_min=range(8, 24, 8))) == ["run_k_8", "run_k_16"]
+
+
+def test_no_run_of_a_sweep_is_taken_for_one_that_was_set_aside() -> None:
+    """Of numbers with a point, too: run_3.1 is on no curve and in no figure."""
+    values = dict(sparsity_coefficient=(0.5, (0.5, 1.25), 2.0, 1e-5), core_text=("texts.2", "a"))
+    names = [*sweep("c", **values)]
+    assert len(names) == 8 and not any(ASIDE.search(name) for name in names)
 
 
 def test_a_sweeps_names_are_those_of_folders() -> None:
@@ -194,8 +202,8 @@ def test_a_sweeps_names_are_those_of_folders() -> None:
     ({"hook": "mlp_out"}, "hook must be a tuple of values, but is 'mlp_out': write hook=("),
     ({}, "must have one or more values of one or more fields, but has {}"),
     ({"k_min": ()}, "must have one or more values of one or more fields, but has {'k_min': ()}"),
-    ({"lr": (1e-3, 0.001)}, "the names of runs must differ, but two would be run_s_0.001"),
-    ({"lr": (0.12345678, 0.12345679)}, "must differ, but two would be run_s_0.123457"),
+    ({"lr": (1e-3, 0.001)}, "the names of runs must differ, but two would be run_s_0p001"),
+    ({"lr": (0.12345678, 0.12345679)}, "must differ, but two would be run_s_0p123457"),
 ])  # fmt: skip
 def test_a_sweep_that_would_lose_runs_is_refused(values, sentence) -> None:
     with pytest.raises(ExperimentError) as refused:
