@@ -223,8 +223,9 @@ class CapturedSteps:
         for take in steps:
             restore(whole, self.given, trainers=self.trainers)
             for trainer in self.trainers.values():
-                for parameter in trainer.sae.parameters():  # which no step may go on from
-                    parameter.grad = torch.full_like(parameter, float("nan"))
+                for parameter in trainer.sae.parameters():
+                    if parameter.requires_grad:  # no step may go on from what is there
+                        parameter.grad = torch.full_like(parameter, float("nan"))
             take()
             self.forget_gradients()
             left.append(self.held(copied=not left))

@@ -108,12 +108,13 @@ def batches(layer: int) -> Tensor:
 
 def new_trainers(settings: Settings, trainer: type = Trainer) -> dict:
     by_threshold = settings.activation == "jumprelu"
+    k = None if settings.activation == "relu" else settings.k_min
     found = {}
     for layer, seed in KEYS:
         fixed = {name: getattr(settings, name) for name in ("tau_sel", "tau_pen", "gamma")}
         fixed = {name: value for name, value in fixed.items() if value is not None}
         stats = ActivationStats.of(batches(layer)[0])
-        sae = experiment.new_sae(settings, layer, seed, stats, fixed, settings.k_min, by_threshold)
+        sae = experiment.new_sae(settings, layer, seed, stats, fixed, k, by_threshold)
         found[layer, seed] = trainer(sae, settings, seed)
     return found
 
@@ -164,7 +165,8 @@ def same_weights(one: dict, other: dict) -> bool:
     return all(torch.equal(a, b) for a, b in zip(*tensors, strict=True))
 
 
-@pytest.mark.parametrize("changes", [{}, THRESHOLD, {"curriculum": False}], ids=str)
+@pytest.mark.parametrize("changes", [{}, THRESHOLD, {"curriculum": False},
+                                     {"activation": "relu", "theta_rule": "ascent"}], ids=str)
 def test_captured_steps_are_the_steps(forms_of_a_gpu, changes) -> None:
     settings = settings_with(**changes)
     plain, losses, _ = trained(settings, Trainer, capture=False)

@@ -576,17 +576,20 @@ def test_steps_that_are_not_reproducible_are_warned_of(
     assert f"trainers[0, 0]{what}" in problems["irreproducible"]
 
 
-@pytest.mark.parametrize("name", ["run_1", "run_7", "run_10"])
+@pytest.mark.parametrize("name, changes", [
+    ("run_1", {}), ("run_7", {}), ("run_10", {}),
+    ("run_1", dict(activation="relu", theta_rule="ascent")),
+], ids=str)  # fmt: skip
 def test_as_it_is_nothing_is_wrong_and_nothing_takes_turns(
-    trained: Trained, toy, monkeypatch, name: str
+    trained: Trained, toy, monkeypatch, name: str, changes: dict
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    trained.settings = dataclasses.replace(
-        settings_of(toy, name), training_tokens=1536, buffer_tokens=512, dead_feature_window=128
-    )
+    small = dict(training_tokens=1536, buffer_tokens=512, dead_feature_window=128) | changes
+    trained.settings = dataclasses.replace(settings_of(toy, name), **small)
     assert trained.problems() == {}
     log = trained.once(trained.run()).log
     assert log.looked and not log.in_turn and not log.generators
+    assert not changes or same(trained.whole(), trained.in_pieces())
 
 
 # What draws from the process's own generators.
