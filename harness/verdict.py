@@ -248,7 +248,10 @@ def facts(config: dict[str, Any]) -> dict[str, Any]:
     for kind in ("reconstruction", "sparsity"):
         if prompts and (batches := settings.get(f"core_{kind}_batches")):
             found[f"core_{kind}_contexts"] = prompts * batches
-    # As it was trained: a budget may have shortened it, and "auto" is no precision.
+    # As it was trained: in whole steps, a budget may have shortened it, and "auto" is no precision.
+    total, batch = settings.get("training_tokens"), settings.get("batch")
+    if isinstance(total, int) and isinstance(batch, int):
+        found["training_tokens"] = total - total % batch
     done = ("training_tokens", "train_dtype")
     found |= {name: config[name] for name in done if name in config}
     if "device" in config:

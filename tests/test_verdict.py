@@ -188,6 +188,13 @@ def test_the_reference_s_curve_is_found_among_the_runs_beside_it(beside, tmp_pat
     assert "interpolated" not in numbers
 
 
+def test_a_record_without_a_count_of_tokens_was_trained_in_whole_steps() -> None:
+    mine = current(RUN_1)
+    counted = mine | {"training_tokens": 1_200_000 // 512 * 512}
+    assert "training_tokens" not in mine and not compare_records(counted, mine).varied
+    assert compare_records(counted | {"training_tokens": 1_199_104}, mine).varied
+
+
 def test_what_moves_l0() -> None:
     mine = current(RUN_1)
     for change, equal in (
@@ -261,7 +268,7 @@ def test_a_profile_is_named_alone() -> None:
 @pytest.mark.parametrize("change, named", [
     (dict(d_sae=2048), "d_sae 2048 against 1024"),
     (dict(lr=3e-3, k_min=8), "k_min 8 against 16, lr 0.003 against 0.0015"),
-    (dict(training_tokens=600_000), "training_tokens 600000 against 1200000"),
+    (dict(training_tokens=600_000), "training_tokens 599552 against 1199616"),
     (dict(density_penalty=0.01, activation="jumprelu"),
      "activation jumprelu against topk, density_penalty 0.01 against 0.0"),
     (dict(aux_weight=0.5), "aux_weight 0.5 against none"),  # a setting that an edit added
