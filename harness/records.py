@@ -7,6 +7,7 @@ import itertools
 import json
 import lzma
 import math
+import re
 import sys
 import tarfile
 import time
@@ -97,13 +98,15 @@ def pack(folder: str) -> None:
     """Packs the long files of a run, for the repository: the same bytes for the same files.
 
     SAE-Bench's files and theta.json become eval_results.tar.xz, train_log.jsonl becomes
-    train_log.jsonl.xz, which plot.py reads. Of untrained SAEs, which are the same in many runs,
-    the core evaluation's lists by feature are left out.
+    train_log.jsonl.xz, which plot.py reads. Core evaluation's files are long, with lists by
+    feature: those of the first seed's trained SAEs are kept. Its figures are in final_info.json.
     """
     run = Path(folder)
     files = [*run.glob("eval_results/*/*.json"), *run.glob("sae/*/*/theta.json")]
     names = sorted(file.relative_to(run).as_posix() for file in files)
-    names = [name for name in names if not ("/core/" in name and "_untrained_" in name)]
+    seeds = [int(seed) for name in names for seed in re.findall(r"_seed_(\d+)_", name)]
+    first = f"_seed_{min(seeds, default=0)}_custom"
+    names = [name for name in names if "/core/" not in name or first in name]
     if not folder or not names or not (run / "train_log.jsonl").exists():
         sys.exit(f"make pack needs the folder of a complete run, and {folder!r} is none: "
                  "make pack RUN=run_11")  # fmt: skip

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import lzma
 import math
 import re
+import shutil
 import subprocess
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -18,7 +21,7 @@ from harness.console import STAGE
 from harness.errors import ExperimentError
 from harness.evaluation.core import check_core, save_core
 from harness.provenance import git_state, write_code
-from harness.records import against_given_baseline, by_layer, results_line
+from harness.records import against_given_baseline, by_layer, pack, results_line
 from harness.verdict import PRIMARY
 from tests.conftest import ROOT, replace, run_command, settings_of
 from tests.test_command import words
@@ -243,9 +246,9 @@ def test_weights_that_are_no_numbers_and_an_early_return_are_told_as_what_they_a
 ) -> None:
     export, begin = toy.export, toy.main
 
-    def with_nan(run, training):
-        training.saes[0, 0].W_dec.data[3, 4] = float("nan")
-        export(run, training)
+    def with_nan(run, saes):
+        saes[0, 0].W_dec.data[3, 4] = float("nan")
+        export(run, saes)
 
     if edit == "nan":
         monkeypatch.setattr(toy, "export", with_nan)
@@ -255,6 +258,31 @@ def test_weights_that_are_no_numbers_and_an_early_return_are_told_as_what_they_a
         says = "the run ended, but there is no run_1/final_info.json: look for a return before"
     assert run_command(toy, tmp_path / "run_1") == 1
     assert says in words(capsys.readouterr().err)["cause"]
+
+
+def test_a_packed_run_has_what_is_committed(toy_run: Path, tmp_path: Path) -> None:
+    """SAE-Bench's files, core's of the first seed's trained SAEs alone, θ and the log."""
+    packed = []
+    for name in ("run_1", "run_2"):
+        run = Path(shutil.copytree(toy_run, tmp_path / name))
+        for file in run.glob("eval_results/core/*_seed_0_*.json"):  # a second seed
+            shutil.copy(file, file.with_name(file.name.replace("seed_0", "seed_10")))
+        pack(str(run))
+        packed.append((run / "eval_results.tar.xz").read_bytes())
+    assert packed[0] == packed[1]
+    log = (run / "train_log.jsonl").read_bytes()
+    assert lzma.decompress((run / "train_log.jsonl.xz").read_bytes()) == log
+    with tarfile.open(run / "eval_results.tar.xz") as archive:
+        names = archive.getnames()
+    layers = json.loads((run / "config.json").read_text())["settings"]["layers"]
+    core = [name for name in names if "/core/" in name]
+    assert sorted(core) == [
+        f"eval_results/core/layer_{layer}_seed_0_custom_sae_eval_results.json"
+        for layer in sorted(layers)
+    ]
+    assert {f"sae/layer_{layer}/seed_0/theta.json" for layer in layers} <= {*names}
+    probing = [name for name in names if "/sparse_probing/" in name]
+    assert len(probing) == 2 * len(layers)  # of the untrained ones, too
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
