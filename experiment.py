@@ -135,13 +135,14 @@ class Settings:
         })  # fmt: skip
 
 
+GPU = torch.cuda.is_available()
 PROFILES: dict[str, dict[str, Any]] = {  # under a run's name: what that run has otherwise there
     "tinylm": dict(trainers=TUNED),  # the defaults above, and SAELens' trainers' own
     "smollm2": dict(model="smollm2", training_text="smollm2", core_text="smollm2",  # of packages
         first_positions=2, layers=(9, 14, 19), d_sae=4608, k_min=32, lr=1e-3, theta_lr=5e-2,
-        training_tokens=4_000_000 if torch.cuda.is_available() else 400_000, buffer_tokens=131_072,
+        training_tokens=4_000_000 if GPU else 400_000, buffer_tokens=131_072, core_prompts=8,
         dead_feature_window=60_000, core_reconstruction_batches=2, core_sparsity_batches=20,
-        core_prompts=8, run_10=dict(lr=1.5e-3, dead_feature_window=60_000),
+        run_10=dict(lr=1.5e-3, dead_feature_window=60_000),
         probe_sets=("smollm2/B",), **{f"run_{i}": dict(seeds=(0, 1, 2)) for i in (2, 3, 6, 9)}),
     "gemma-2-2b": dict(
         model="google/gemma-2-2b", lm_dtype="bfloat16", layers=(5, 12, 19), budget_minutes=110.0,
@@ -157,8 +158,7 @@ PROFILES: dict[str, dict[str, Any]] = {  # under a run's name: what that run has
 
 THREE, FIVE = (0, 1, 2), (0, 1, 2, 3, 4)  # seeds
 
-# The base name of --out_dir selects the run: `--out_dir=run_3` runs PLAN["run_3"].
-# `PLAN |= sweep("k", k_min=(8, 16))` below it adds run_k_8 and run_k_16.
+# --out_dir=run_3 runs PLAN["run_3"]; PLAN |= sweep("k", k_min=(8, 16)) adds run_k_8 and run_k_16.
 PLAN: dict[str, dict[str, Any]] = {
     "run_1": dict(description="the full method", seeds=FIVE),
     "run_2": dict(description="fixed temperatures", tau_sel=0.3, tau_pen=0.1, seeds=FIVE),

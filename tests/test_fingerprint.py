@@ -166,7 +166,7 @@ def changed_in_one_place() -> list[tuple[str, str]]:
 
 
 # `core_metrics` and `probe` are of it: main gives them to `train`, whose budget times them.
-NOT_OF_TRAINING = {"evaluate", "core_metrics", "probe", "figures_of", "export"}
+NOT_OF_TRAINING = {"evaluate", "core_metrics", "probe", "figures_of"}
 
 
 def test_a_constant_in_any_function_changes_the_keys_that_hang_on_it(load, observed) -> None:
@@ -215,7 +215,8 @@ def test_a_constant_in_any_function_changes_the_keys_that_hang_on_it(load, obser
         ("    k_start = min(", '    globals()["figures_of"]\n    k_start = min(', True),
         ("texts = documents(run.settings.training_text",
          "texts = SHOWN(run.settings.training_text", True),
-        ("    export(run, training)\n", "    export(run, training)\n    print(SHOWN)\n", False),
+        ("    export(run, training.saes)\n",
+         "    export(run, training.saes)\n    print(SHOWN)\n", False),
         ("sys.exit(launch(", "torch.set_num_threads(3)\n    sys.exit(launch(", True),
     ],
 )  # fmt: skip
