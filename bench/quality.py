@@ -15,9 +15,9 @@ Prints the tables of what there is, in Markdown; plot.py draws it.
   seed 0. One coefficient gives each layer another L0; from here on it is read off these, layer by
   layer, both axes logarithmic.
 - `curves`: each method at L0 8, 16, 32 and 64, seed 0.
-- `seeds`: each method at L0 = k_min, seeds 0 to 4.
+- `seeds`: each method at L0 = k_min, seeds 0 to 4; run_10 and what it is held against to 9.
 - `forms`: forms of this project's method that are no run of the plan, seeds 0 to 2, and what the
-  planned ones are at other L0.
+  planned ones are at other L0; those in which γ holds L0 at k_min, seeds 0 to 4.
 
 Every SAE is trained by `experiment.train`, on the batches that this project's SAE of the same seed
 gets (SAELens' by the setting `trainer`), exported to SAELens' files, read by SAELens, and scored by
@@ -73,7 +73,7 @@ STAGES = ("sweep", "range", "curves", "seeds", "forms")
 LEARNING_RATES = (7.5e-4, 1.5e-3, 3e-3, 4.5e-3, 6e-3)
 L0 = (8, 16, 32, 64)  # of the curves
 SWEEP_SEED, SWEEP_LAYERS = 100, (2,)
-SEEDS, FORM_SEEDS = experiment.FIVE, experiment.THREE
+SEEDS, MORE_SEEDS, FORM_SEEDS = experiment.FIVE, tuple(range(5, 10)), experiment.THREE
 OURS, TENTH = "this project (run_1)", "this project (run_10)"
 UNWEIGHTED = "this project (run_10 without L_freq)"
 UNTRAINED = "untrained"
@@ -87,11 +87,12 @@ class Method:
     """One contender.
 
     Args:
-        kind: the setting `trainer`, or None: this project's, with `options` as settings.
+        kind: the setting `trainer`, or None: this project's.
         sparsity: the setting that L0 follows from; of SAELens' trainers their own name of it.
         near: two of its values between which L0 is k_min; None: it is L0.
         values: of the coefficient in `range`, or of a form's `sparsity`.
-        options: of SAELens' trainers `dead_window`, and what tells a method's rows from others.
+        options: settings; of SAELens' trainers `dead_window` and `density_penalty`, and what tells
+            a method's rows from others.
     """
 
     kind: str | None
@@ -119,6 +120,9 @@ METHODS = {
     "BatchTopK": Method("batchtopk"),
     # A feature is dead after as many tokens as for run_10; for SAELens' other trainers 100,000.
     "BatchTopK, dead after 30,000": Method("batchtopk", options={"dead_window": 30_000}),
+    "BatchTopK, density penalty": Method(
+        "batchtopk", options={"density_penalty": planned("run_10")["density_penalty"]}
+    ),
     "JumpReLU": Method("jumprelu", "l0_coefficient", (0.5, 2.0), (0.17, 0.35, 0.7, 1.4)),
     "JumpReLU (tanh)": Method(
         "jumprelu_tanh", "l0_coefficient", (0.25, 1.0), (0.1, 0.25, 0.5, 1.0), TANH
@@ -126,6 +130,7 @@ METHODS = {
     "Gated": Method("gated", "l1_coefficient", (1.0, 3.0), (0.8, 1.25, 2.0, 3.2)),
     "Matryoshka": Method("matryoshka_batchtopk"),
 }
+TO_TEN_SEEDS = {TENTH, "BatchTopK", "BatchTopK, density penalty", "Gated"}
 
 
 def variant(**options: Any) -> Method:
@@ -133,11 +138,15 @@ def variant(**options: Any) -> Method:
     return Method(None, "k_min", values=(Settings.k_min,), options=options)
 
 
+HELD = "γ holds L0, temperatures "
 FORMS = {
     "run_1": Method(None, "k_min", values=(4, 8, 16, 32, 64, 128)),
     "run_1, theta_lr / 3": variant(theta_lr=Settings.theta_lr / 3),
     "run_1, theta_lr x 3": variant(theta_lr=Settings.theta_lr * 3),
     "run_1, k_start = k_min": variant(k_start_factor=1.0),
+    f"{HELD}fixed": variant(activation="relu", tau_sel=0.3, tau_pen=0.15),
+    f"{HELD}by descent": variant(activation="relu"),
+    f"{HELD}by ascent": variant(activation="relu", theta_rule="ascent"),
     "run_6": Method(None, "gamma", values=(0.005, 0.015, 0.05), options=planned("run_6")),
 }
 
@@ -241,8 +250,8 @@ def settings_for(cell: Cell, method: Method, base: Settings) -> Settings:
         changes |= {"k_min": k} if method.sparsity == "k" else {
             "sparsity_coefficient": tuple(map(float, cell.sparsity))
         }  # fmt: skip
-        if "dead_window" in method.options:
-            changes["dead_feature_window"] = method.options["dead_window"]
+        names = {"dead_window": "dead_feature_window", "density_penalty": "density_penalty"}
+        changes |= {names[n]: value for n, value in method.options.items() if n in names}
     return dataclasses.replace(base, **changes)
 
 
@@ -389,8 +398,8 @@ def seed_cells(
 
 def form_cells(forms: dict[str, Method], base: Settings) -> Iterator[Cell]:
     """Every form at its values, at the run's own learning rate."""
-    for seed, (name, method) in itertools.product(FORM_SEEDS, forms.items()):
-        for value in method.values:
+    for seed, (name, method) in itertools.product(SEEDS, forms.items()):
+        for value in method.values if seed in FORM_SEEDS or name.startswith(HELD) else ():
             sparsity = (value,) * len(base.layers)
             yield Cell("forms", name, seed, base.lr, base.layers, sparsity, method.options)
 
@@ -456,11 +465,14 @@ def main() -> int:
         {name: method for name, method in arguments.methods.items() if name in known}
         for known in (METHODS, FORMS)
     )
+    to_ten = {name: method for name, method in methods.items() if name in TO_TEN_SEEDS}
     cells = {
         "sweep": lambda: sweep_cells(methods, base),
         "range": lambda: range_cells(methods, base, results),
         "curves": lambda: curve_cells(methods, base, results),
-        "seeds": lambda: seed_cells(methods, base, results),
+        "seeds": lambda: itertools.chain(
+            seed_cells(methods, base, results), seed_cells(to_ten, base, results, MORE_SEEDS)
+        ),
         "forms": lambda: form_cells(forms, base),
     }
     log = new_log("quality")
