@@ -184,7 +184,9 @@ def test_the_weights_know_the_capital_of_france(tmp_path: Path) -> None:
 
 def test_make_installs_what_the_profile_needs_where_it_is_asked_for() -> None:
     def commands(*arguments: str) -> str:
-        asked = ["make", "--dry-run", "run", "OUT=run_try", *arguments]
+        # As if it were new: the profile may be installed here.
+        new = ["--what-if=requirements-smollm2.txt"]
+        asked = ["make", "--dry-run", *new, "run", "OUT=run_try", *arguments]
         return subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
     assert "requirements-smollm2.txt" not in commands()
