@@ -10,9 +10,9 @@ number, with the number, how many contexts are covered, and the phrase, between 
 the two into judged/judged.jsonl and prints the table.
 
 **The rule.** From the five contexts alone, write one phrase of at most six words that names what
-the marked tokens, or what leads up to them, have in common. It is no list ("a or b"), and it must
-be false of most tokens of the sheet. A context is covered if the phrase is true of its marked
-token. A feature *has a phrase* if at least four of its five contexts are covered.
+the marked tokens, or what leads up to them, have in common. It is no list ("a or b"), no part of
+speech alone, and false of most tokens of the sheet. A context is covered if the phrase is true of
+its marked token. A feature *has a phrase* if at least four of its five contexts are covered.
 """
 
 from __future__ import annotations

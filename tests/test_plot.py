@@ -25,7 +25,7 @@ REFERENCE = REPO.parent / "shared" / "reference" / "run_0_baseline.json"
 
 
 def ten_runs(root, seeds=(0,), **options):
-    """The plan's ten runs (docs/results.md, The runs of the plan), for looking at the figures."""
+    """The plan's ten runs (docs/results.md, On tinylm: the runs of the plan), to look at."""
     temperatures, everything = {"tau_sel": 0.3, "tau_pen": 0.1}, {"gamma": 0.15}
     plan = [("full method", {}, True), ("fixed temperatures", temperatures, True),
             ("fixed loss weight", everything, True), ("stronger regularization", {}, True),
