@@ -23,7 +23,7 @@ from sae_bench.custom_saes.base_sae import BaseSAE
 from torch import Tensor, nn
 
 from harness.evaluation.core import core_evaluation, mean_l0
-from harness.evaluation.export import export
+from harness.evaluation.export import export_saes
 from harness.evaluation.extra import extra_evaluations
 from harness.evaluation.probing import sparse_probing
 from harness.generators import seed_generators
@@ -790,7 +790,7 @@ def main(run: Run) -> None:
     texts = documents(run.settings.training_text, "train")
     with TokenStream(texts, run.language_model.tokenizer, run.settings.context) as stream:
         training = train(run, ActivationBuffer(run, stream))
-    export(run, training.saes)
+    export_saes(run, training.saes)
     scores, seconds = evaluate(run, training)
     figures = {key: figures_of(key, training, scores) for key in training.saes}
     write_records(run, figures, SHOWN, training.log, seconds)

@@ -71,7 +71,7 @@
 
 PUBLIC = {
     "evaluation.core": ("core_evaluation", "mean_l0"),
-    "evaluation.export": ("export",),
+    "evaluation.export": ("export_saes",),
     "evaluation.extra": ("extra_evaluations",),
     "evaluation.probing": ("sparse_probing",),
     "generators": ("seed_generators",),

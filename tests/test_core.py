@@ -22,7 +22,7 @@ from harness.evaluation.core import (
     prepare_for_sae_bench,
     shared_core_evals,
 )
-from harness.evaluation.export import export, export_to_saelens
+from harness.evaluation.export import export_saes, export_to_saelens
 from harness.evaluation.shared_forward import CountingSAE, ModelView, SharedForward, StoreView
 from harness.language_model import load_language_model
 from harness.ledger import LEDGER
@@ -319,7 +319,7 @@ def test_exported_sae_gives_the_same_output(toy, toy_lm, tmp_path: Path, changes
     sae = trainers[2, 0].sae
     if form == "jumprelu":
         sae.threshold.fill_(0.9)
-    export(run, {(2, 0): sae})
+    export_saes(run, {(2, 0): sae})
     stored = stored_sae(tmp_path, 2)
     assert stored.cfg.architecture() == form
     # As SAEDashboard asks of a topk SAE.

@@ -267,7 +267,7 @@ ENCODE = "    def encode(self, x: Tensor) -> Tensor:\n"
 INIT = '        self.cfg.architecture = "parametric_contrastive"\n'
 EVALUATE = "        core = core_evaluation(run, saes, core_metrics, timed.advance)\n"
 MAIN = "        training = train(run, ActivationBuffer(run, stream))\n"
-EXPORT = "    export(run, training.saes)\n"
+EXPORT = "    export_saes(run, training.saes)\n"
 METRICS = '    scalars["misc_metrics"] = core.calculate_misc_metrics(features)\n'
 Pairs = tuple[tuple[str, str], ...]
 

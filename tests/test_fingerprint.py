@@ -215,8 +215,8 @@ def test_a_constant_in_any_function_changes_the_keys_that_hang_on_it(load, obser
         ("    k_start = min(", '    globals()["figures_of"]\n    k_start = min(', True),
         ("texts = documents(run.settings.training_text",
          "texts = SHOWN(run.settings.training_text", True),
-        ("    export(run, training.saes)\n",
-         "    export(run, training.saes)\n    print(SHOWN)\n", False),
+        ("    export_saes(run, training.saes)\n",
+         "    export_saes(run, training.saes)\n    print(SHOWN)\n", False),
         ("sys.exit(launch(", "torch.set_num_threads(3)\n    sys.exit(launch(", True),
     ],
 )  # fmt: skip

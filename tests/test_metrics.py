@@ -24,7 +24,7 @@ import experiment
 from bench.common import run_on, settings_of
 from harness.evaluation import core as evaluation_core
 from harness.evaluation.core import prepare_for_sae_bench, shared_core_evals
-from harness.evaluation.export import export
+from harness.evaluation.export import export_saes
 from harness.language_model import load_language_model
 from harness.text import TokenStream, documents
 from tests.conftest import ROOT
@@ -97,7 +97,7 @@ def one(tmp_path_factory) -> One:
     folder = tmp_path_factory.mktemp("metrics")
     texts = [{"": {"input_ids": train_BL}}, {}]
     run = run_on(lm, settings, out_dir=folder, probe_texts={"": texts})
-    export(run, {(LAYER, 0): sae})
+    export_saes(run, {(LAYER, 0): sae})
     stored = SAE.load_from_disk(folder / "sae" / f"layer_{LAYER}" / "seed_0")
     x_ND = x_BLD[~torch.isin(tokens_BL, torch.tensor(sorted(lm.special_token_ids)))]
     return One(sae, stored, lm.bridge(), settings, tokens_BL, x_ND, lm.special_token_ids)

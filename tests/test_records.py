@@ -244,14 +244,14 @@ def test_a_figure_is_there_for_every_seed_or_for_none(toy, changes: dict, says: 
 def test_weights_that_are_no_numbers_and_an_early_return_are_told_as_what_they_are(
     toy, tmp_path, own_cache, monkeypatch, capsys, edit: str
 ) -> None:
-    export, begin = toy.export, toy.main
+    export, begin = toy.export_saes, toy.main
 
     def with_nan(run, saes):
         saes[0, 0].W_dec.data[3, 4] = float("nan")
         export(run, saes)
 
     if edit == "nan":
-        monkeypatch.setattr(toy, "export", with_nan)
+        monkeypatch.setattr(toy, "export_saes", with_nan)
         says = "1 of the 2048 values of W_dec are not finite after training: look at what writes it"
     else:  # not in the rehearsal
         monkeypatch.setattr(toy, "main", lambda run: begin(run) if STAGE.prefix else None)

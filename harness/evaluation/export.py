@@ -21,7 +21,7 @@ from harness.store import write_atomic, write_json
 from harness.tokenizer import counted
 
 
-def export(run: RunLike, saes: dict[tuple[int, int], SAELike]) -> None:
+def export_saes(run: RunLike, saes: dict[tuple[int, int], SAELike]) -> None:
     """Writes each SAE, folded, as SAELens stores it, with θ and what follows in theta.json.
 
     Args:
