@@ -45,6 +45,11 @@ EXPERIMENT = Path("experiment.py")  # stands for the file whose text a key is gi
 PLAIN = (str, bytes, int, float, complex, type(None), torch.Tensor, torch.dtype, torch.device)
 
 
+def modules_below(folder: Path) -> list[Path]:
+    """A folder's modules; the experiment.py of runs that a profile's folder holds is a record."""
+    return sorted({*folder.glob("**/*.py")} - {*folder.glob("run_*/**/*.py")})
+
+
 @functools.cache
 def files_of(module: str) -> list[Path]:
     """The project's or the user's files behind a module's name; none for those of a library.
@@ -57,7 +62,7 @@ def files_of(module: str) -> list[Path]:
         found = [f for s in steps for f in (s.with_suffix(".py"), s / "__init__.py")]
     elif (HERE / f"{top}.py").is_file():
         found = [HERE / f"{top}.py"]
-    elif not (found := sorted((HERE / top).glob("**/*.py"))):
+    elif not (found := modules_below(HERE / top)):
         spec = None
         with contextlib.suppress(ImportError, ValueError):
             spec = importlib.util.find_spec(top)

@@ -396,8 +396,8 @@ def test_of_the_harness_only_what_is_reached_counts(observed, monkeypatch) -> No
         return with_harness(file, definition, f"{line}\n{definition}")
 
     assert before("provenance.py", "def write_config(", "X = 1") == (True, True)
-    assert before("records.py", "def final_values(", "@print")[0] is False
-    assert before("training.py", "class TrainingLog:", "@print")[0] is False
+    assert before("records.py", "def final_values(", "@print") == (False, True)
+    assert before("training.py", "class TrainingLog:", "@print") == (False, True)
     assert before("evaluation/core.py", "def shared_core_evals(", "X = print()")[1] is False
     assert before("machine.py", "def processor_name(", "X = print()") == (False, False)
 
