@@ -125,6 +125,7 @@ def _sources() -> dict[Path, str]:
         file: file.read_text(encoding="utf-8")
         for file in files
         if not file.relative_to(HERE).parts[0].startswith(left_out)
+        and not file.parent.name.startswith("run_")  # in a profile's folder
     }
 
 

@@ -23,7 +23,7 @@ import torch
 
 import experiment
 from harness import call_graph
-from harness.call_graph import hash_definitions, own_files, reachable_code
+from harness.call_graph import files_of, hash_definitions, own_files, reachable_code
 from harness.errors import ExperimentError
 from harness.evaluation.core import shared_core_evals
 from harness.evaluation.probe_features import probing_features
@@ -400,6 +400,13 @@ def test_of_the_harness_only_what_is_reached_counts(observed, monkeypatch) -> No
     assert before("training.py", "class TrainingLog:", "@print") == (False, True)
     assert before("evaluation/core.py", "def shared_core_evals(", "X = print()")[1] is False
     assert before("machine.py", "def processor_name(", "X = print()") == (False, False)
+
+
+def test_the_runs_in_a_profiles_folder_are_no_code() -> None:
+    """Their experiment.py are records: in no key, and in no list of the code that ran."""
+    runs = [*ROOT.glob("smollm2/run_*/experiment.py")]
+    assert runs and not {*runs} & {*files_of("smollm2"), *SOURCES_AT_START}
+    assert ROOT / "smollm2" / "weights.py" in {*files_of("smollm2")} & SOURCES_AT_START.keys()
 
 
 def test_a_hook_on_the_language_model_is_in_the_keys_of_its_passes(toy_lm) -> None:
