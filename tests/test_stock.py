@@ -180,7 +180,7 @@ def test_figures_of_scr_and_tpp_are_stock_s(asked, data_sets, tmp_path: Path, ki
     config = stock.config_of(kind, run.settings)
     loader = SimpleNamespace(from_pretrained_no_processing=lambda *_, **__: run.sae_bench_model)
     ready = [(name, prepare_for_sae_bench(sae, run.settings)) for name, sae in saes.items()]
-    with stock.in_place_of(main, HookedTransformer=loader):
+    with stock.in_place_of(main, HookedTransformer=loader), torch.enable_grad():  # it ends without
         for _ in range(2):  # the second finds the activations there, as each SAE does here
             theirs = main.run_eval(config, ready, "cpu", str(tmp_path / "stock"), True,
                                    artifacts_path=str(tmp_path / "artifacts"))  # fmt: skip
